@@ -1,0 +1,205 @@
+"""A trajectory group as one header and one frame a column (many small frames cost three times as much)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocol.errors import MalformedMessage
+from protocol.messages import Buffer, QuestionFields, SubmitGroup, encode
+from protocol.types import Context, Edge, Question, Status, Trajectory, TrajectoryGroup, VersionSpan
+
+_COLUMNS = (("token_ids", "<i4"), ("loss_mask", "u1"), ("behavior_logprobs", "<f4"), ("spans", "<i4"))
+
+
+def encode_group(group: TrajectoryGroup, *, lease_id: int) -> list[Buffer]:
+    """[header, token_ids, loss_mask, behavior_logprobs, spans]; see `SubmitGroup` for the layout."""
+    contexts = list(group.contexts())
+    roles, role_index = _intern([context.role for context in contexts])
+    policies, policy_index = _intern([context.policy for context in contexts])
+    header = SubmitGroup.model_construct(
+        lease_id=lease_id,
+        run_id=group.run_id,
+        cursor=group.cursor,
+        attempt=group.attempt,
+        question=QuestionFields.model_construct(
+            id=group.question.id,
+            text=group.question.text,
+            answers=list(group.question.answers),
+            metadata=group.question.metadata,
+        ),
+        rewards=[float(trajectory.reward) for trajectory in group.trajectories],
+        statuses=[trajectory.status.value for trajectory in group.trajectories],
+        answers=[trajectory.answer for trajectory in group.trajectories],
+        reward_parts=_columns_of([trajectory.reward_parts for trajectory in group.trajectories]),
+        stats=_columns_of([trajectory.stats for trajectory in group.trajectories]),
+        num_contexts=[len(trajectory.contexts) for trajectory in group.trajectories],
+        context_lengths=[len(context) for context in contexts],
+        context_num_spans=[len(context.policy_versions) for context in contexts],
+        context_turns=[context.turn for context in contexts],
+        context_roles=role_index,
+        context_policies=policy_index,
+        context_edges=[context.edge.value for context in contexts],
+        role_names=roles,
+        policy_names=policies,
+    )
+    spans = [
+        (span.start, span.end, span.version, span.publication)
+        for context in contexts
+        for span in context.policy_versions
+    ]
+    return [
+        encode(header),
+        _flat([context.token_ids for context in contexts], "<i4"),
+        _flat([context.loss_mask for context in contexts], "u1"),
+        _flat([context.behavior_logprobs for context in contexts], "<f4"),
+        np.asarray(spans, dtype="<i4").tobytes(),
+    ]
+
+
+def decode_group(header: SubmitGroup, payload: Sequence[Buffer]) -> TrajectoryGroup:
+    """The group, its arrays read-only views into `payload`.
+
+    Raises: MalformedMessage where columns disagree in length, a span is out of its context, or spans do not cover
+    exactly the sampled tokens.
+    """
+    _check_header(header)
+    lengths = np.asarray(header.context_lengths, dtype=np.int64)
+    num_tokens, num_spans = int(lengths.sum()), sum(header.context_num_spans)
+    ids, mask_bytes, logprobs, spans = _views(payload, num_tokens, num_spans)
+    _check_tokens(ids, mask_bytes, logprobs)
+    _check_spans(spans, mask_bytes, lengths, np.asarray(header.context_num_spans, dtype=np.int64))
+    mask = mask_bytes.view(np.bool_)
+    token_offsets = [0, *np.cumsum(lengths).tolist()]
+    span_offsets = [0, *np.cumsum(header.context_num_spans).tolist()]
+    span_rows = spans.tolist()
+    contexts = [
+        Context(
+            token_ids=ids[start:end],
+            loss_mask=mask[start:end],
+            behavior_logprobs=logprobs[start:end],
+            policy_versions=tuple(VersionSpan(*row) for row in span_rows[first:last]),
+            role=header.role_names[header.context_roles[k]],
+            policy=header.policy_names[header.context_policies[k]],
+            turn=header.context_turns[k],
+            edge=Edge(header.context_edges[k]),
+        )
+        for k, ((start, end), (first, last)) in enumerate(
+            zip(pairwise(token_offsets), pairwise(span_offsets), strict=True)
+        )
+    ]
+    context_offsets = [0, *np.cumsum(header.num_contexts).tolist()]
+    trajectories = tuple(
+        Trajectory(
+            contexts=tuple(contexts[first:last]),
+            reward=header.rewards[i],
+            status=Status(header.statuses[i]),
+            reward_parts=_row_of(header.reward_parts, i),
+            stats=_row_of(header.stats, i),
+            answer=header.answers[i],
+        )
+        for i, (first, last) in enumerate(pairwise(context_offsets))
+    )
+    question = Question(
+        header.question.id,
+        header.question.text,
+        tuple(header.question.answers),
+        dict(header.question.metadata),
+    )
+    return TrajectoryGroup(header.run_id, header.cursor, header.attempt, question, trajectories)
+
+
+def _check_header(header: SubmitGroup) -> None:
+    num_trajectories, num_contexts = len(header.rewards), len(header.context_lengths)
+    if num_trajectories == 0:
+        raise MalformedMessage("group: it has no trajectory")
+    per_trajectory = {
+        "statuses": header.statuses,
+        "answers": header.answers,
+        "num_contexts": header.num_contexts,
+    }
+    per_trajectory |= {f"reward_parts.{name}": column for name, column in header.reward_parts.items()}
+    per_trajectory |= {f"stats.{name}": column for name, column in header.stats.items()}
+    for name, column in per_trajectory.items():
+        if len(column) != num_trajectories:
+            raise MalformedMessage(f"group: {name} must have {num_trajectories} entries, got {len(column)}")
+    for name in ("context_num_spans", "context_turns", "context_roles", "context_policies", "context_edges"):
+        if len(getattr(header, name)) != num_contexts:
+            raise MalformedMessage(f"group: {name} must have {num_contexts} entries, got {len(getattr(header, name))}")
+    if sum(header.num_contexts) != num_contexts:
+        raise MalformedMessage(f"group: num_contexts must add up to {num_contexts}, got {sum(header.num_contexts)}")
+    for name, index, names in (
+        ("context_roles", header.context_roles, header.role_names),
+        ("context_policies", header.context_policies, header.policy_names),
+    ):
+        if max(index, default=-1) >= len(names):
+            raise MalformedMessage(f"group: {name} must be below {len(names)}, got {max(index)}")
+    if not np.isfinite(header.rewards).all():
+        raise MalformedMessage("group: rewards must be finite")
+
+
+def _views(
+    payload: Sequence[Buffer], num_tokens: int, num_spans: int
+) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32]]:
+    if len(payload) != len(_COLUMNS):
+        raise MalformedMessage(f"group: payload must have {len(_COLUMNS)} frames, got {len(payload)}")
+    columns = []
+    for (name, dtype), frame in zip(_COLUMNS, payload, strict=True):
+        count = num_spans * 4 if name == "spans" else num_tokens
+        expected = count * np.dtype(dtype).itemsize
+        if len(frame) != expected:
+            raise MalformedMessage(f"group: {name} must have {expected} bytes, got {len(frame)}")
+        columns.append(np.frombuffer(frame, dtype=dtype))
+    return columns[0], columns[1], columns[2], columns[3].reshape(num_spans, 4)
+
+
+def _check_tokens(ids: NDArray[np.int32], mask: NDArray[np.uint8], logprobs: NDArray[np.float32]) -> None:
+    if len(ids) and int(ids.min()) < 0:
+        raise MalformedMessage(f"group: token_ids must be >= 0, got {int(ids.min())}")
+    if len(mask) and int(mask.max()) > 1:
+        raise MalformedMessage(f"group: loss_mask must be 0 or 1, got {int(mask.max())}")
+    # NaN fails the comparison too. A small positive value is float noise around log 1.
+    if len(logprobs) and not bool((logprobs <= 1e-3).all() and np.isfinite(logprobs).all()):
+        raise MalformedMessage("group: behavior_logprobs must be finite and <= 0")
+
+
+def _check_spans(
+    spans: NDArray[np.int32],
+    mask: NDArray[np.uint8],
+    lengths: NDArray[np.int64],
+    num_spans: NDArray[np.int64],
+) -> None:
+    """Spans lie within their context and cover each sampled token once and nothing else."""
+    start, end = spans[:, 0].astype(np.int64), spans[:, 1].astype(np.int64)
+    if np.any(spans < 0) or np.any(start >= end) or np.any(end > np.repeat(lengths, num_spans)):
+        raise MalformedMessage("group: a span must satisfy 0 <= start < end <= its context's length")
+    offsets = np.repeat(np.concatenate([[0], np.cumsum(lengths)[:-1]]) if len(lengths) else lengths, num_spans)
+    edges = np.zeros(len(mask) + 1, dtype=np.int64)
+    np.add.at(edges, start + offsets, 1)
+    np.add.at(edges, end + offsets, -1)
+    if not np.array_equal(np.cumsum(edges)[:-1], mask):
+        raise MalformedMessage("group: spans must cover every sampled token once and no other")
+    follows = np.diff(offsets) == 0
+    if np.any(follows & (start[1:] < end[:-1])):
+        raise MalformedMessage("group: spans must be ascending")
+
+
+def _flat(arrays: Sequence[NDArray[np.generic]], dtype: str) -> bytes:
+    return np.concatenate([np.asarray(array, dtype=dtype) for array in arrays]).tobytes() if arrays else b""
+
+
+def _intern(names: list[str]) -> tuple[list[str], list[int]]:
+    index = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return list(index), [index[name] for name in names]
+
+
+def _columns_of(rows: list[dict[str, float]]) -> dict[str, list[float | None]]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _row_of(columns: dict[str, list[float | None]], i: int) -> dict[str, float]:
+    return {name: value for name, column in columns.items() if (value := column[i]) is not None}

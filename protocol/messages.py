@@ -1,0 +1,338 @@
+"""Every message that crosses a process boundary, and their msgpack headers.
+
+A message on the wire is a header frame (msgpack map with the protocol version and the kind, then the fields) and zero or
+more raw payload frames. Headers are validated strictly: an unknown key, a missing key or a value of another type
+is a `MalformedMessage`. No pickle anywhere.
+
+    actor    → coordinator   Heartbeat, SubmitGroup (+ 4 column frames), Goodbye
+    coordinator → actor      Status, Lease, SubmitReply, Drain
+    agent    → publisher     EngineReport, ManifestRequest, ChunkRequest
+    publisher → agent        EngineReply, Manifest, Chunk (+ 1 frame)      and Announcement on PUB/SUB
+    actor    → retriever     SearchRequest
+    retriever → actor        SearchReply, ErrorReply
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal, TypeVar
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from protocol.errors import IncompatibleVersion, MalformedMessage, MessageTooLarge
+
+PROTOCOL_VERSION = 1
+MAX_HEADER_BYTES = 4 << 20
+MAX_FRAME_BYTES = 256 << 20
+MAX_FRAMES = 8
+
+Buffer = bytes | memoryview
+Name = Annotated[str, Field(min_length=1, max_length=128)]
+Count = Annotated[int, Field(ge=0, lt=1 << 31)]
+Id = Annotated[int, Field(ge=0, lt=1 << 62)]
+
+
+class Message(BaseModel):
+    """A header. Subclasses set `kind`; fields are strict and no other keys are accepted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    kind: ClassVar[str] = ""
+
+
+M = TypeVar("M", bound=Message)
+
+
+# --- actor <-> coordinator -------------------------------------------------------------------------------------
+
+
+class QuestionFields(BaseModel):
+    """`protocol.types.Question` on the wire."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    id: Name
+    text: Annotated[str, Field(max_length=65_536)]
+    answers: list[Annotated[str, Field(max_length=4_096)]]
+    metadata: dict[Name, Annotated[str, Field(max_length=4_096)]] = {}
+
+
+class Heartbeat(Message):
+    """An actor's whole state, sent twice a second and on each change; absolute, so losing one is harmless.
+
+    `capacity` is the number of groups it can hold at once (its credits); `held` are the leases that it works on or
+    holds unacknowledged. `incarnation` is drawn at start: a new one under the same name frees the old one's leases.
+    """
+
+    kind: ClassVar[str] = "heartbeat"
+    actor: Name
+    incarnation: Name
+    capacity: Count
+    held: list[Id]
+    counters: dict[Name, float] = {}
+
+
+class Goodbye(Message):
+    """The actor leaves and gives back its leases."""
+
+    kind: ClassVar[str] = "goodbye"
+    actor: Name
+    incarnation: Name
+
+
+class EngineFields(BaseModel):
+    """An engine as the coordinator knows it: where it is and what it has committed (-1: nothing yet)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    name: Name
+    url: Annotated[str, Field(max_length=512)]
+    version: Annotated[int, Field(ge=-1)]
+    publication: Annotated[int, Field(ge=-1)]
+
+
+class Status(Message):
+    """The coordinator's answer to a heartbeat: the run, its step, and the engines that may serve."""
+
+    kind: ClassVar[str] = "status"
+    run_id: Name
+    step: Count
+    num_steps: Count
+    engines: list[EngineFields]
+
+
+class Lease(Message):
+    """A question to answer G times.
+
+    `lease_id` is never reused. `min_version`: tokens of an older version will be refused or masked.
+    """
+
+    kind: ClassVar[str] = "lease"
+    lease_id: Id
+    run_id: Name
+    cursor: Id
+    attempt: Count
+    group_size: Annotated[int, Field(ge=1, le=4096)]
+    min_version: Count
+
+
+class SubmitGroup(Message):
+    """A group's header: columns over trajectories [G] and over contexts [sum K]; four payload frames hold the tokens.
+
+    Payload, for the whole group, contexts after one another, little-endian:
+    token_ids int32 [T], loss_mask uint8 [T], behavior_logprobs float32 [T], spans int32 [S, 4] of
+    (start, end, version, publication).
+    """
+
+    kind: ClassVar[str] = "group"
+    lease_id: Id
+    run_id: Name
+    cursor: Id
+    attempt: Count
+    question: QuestionFields
+    rewards: list[float]
+    statuses: list[Literal["completed", "format_error", "over_budget", "failed"]]
+    answers: list[str]
+    reward_parts: dict[Name, list[float | None]]
+    stats: dict[Name, list[float | None]]
+    num_contexts: list[Count]
+    context_lengths: list[Count]
+    context_num_spans: list[Count]
+    context_turns: list[Count]
+    context_roles: list[Count]
+    context_policies: list[Count]
+    context_edges: list[Literal["start", "memory_reset", "sub_agent"]]
+    role_names: list[Name]
+    policy_names: list[Name]
+
+
+class SubmitReply(Message):
+    """`accepted`: the group is durable. `duplicate`: another attempt was first. `refused`: it never will be."""
+
+    kind: ClassVar[str] = "submit_reply"
+    lease_id: Id
+    outcome: Literal["accepted", "duplicate", "refused"]
+    reason: str = ""
+
+
+class Drain(Message):
+    """The run is over (or pausing): finish nothing more, leave."""
+
+    kind: ClassVar[str] = "drain"
+    reason: str = ""
+
+
+# --- weights ---------------------------------------------------------------------------------------------------
+
+
+class EngineReport(Message):
+    """What an engine's weight agent says of its engine, every second and on each change."""
+
+    kind: ClassVar[str] = "engine_report"
+    request_id: Id
+    engine: EngineFields
+    state: Literal["joining", "serving", "updating", "quarantined"]
+    error: str = ""
+    counters: dict[Name, float] = {}
+
+
+class EngineReply(Message):
+    """The newest publication, which the agent shall bring its engine to."""
+
+    kind: ClassVar[str] = "engine_reply"
+    request_id: Id
+    run_id: Name
+    publication: Annotated[int, Field(ge=-1)]
+    version: Annotated[int, Field(ge=-1)]
+
+
+class Announcement(Message):
+    """On PUB/SUB when a new version can be fetched."""
+
+    kind: ClassVar[str] = "announcement"
+    run_id: Name
+    publication: Count
+    version: Count
+
+
+class ManifestRequest(Message):
+    kind: ClassVar[str] = "manifest_request"
+    request_id: Id
+    publication: Count
+
+
+class TensorFields(BaseModel):
+    """One tensor of a snapshot: its bytes are [offset, offset + num_bytes) of the snapshot."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    name: Annotated[str, Field(max_length=512)]
+    shape: list[Count]
+    dtype: Literal["F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL"]
+    offset: Id
+    num_bytes: Id
+
+
+class Manifest(Message):
+    """What a publication consists of: its tensors, and a checksum for every chunk and for the whole (sha256, hex)."""
+
+    kind: ClassVar[str] = "manifest"
+    request_id: Id
+    run_id: Name
+    publication: Count
+    version: Count
+    num_bytes: Id
+    chunk_bytes: Annotated[int, Field(ge=1)]
+    tensors: list[TensorFields]
+    chunk_sha256: list[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ChunkRequest(Message):
+    kind: ClassVar[str] = "chunk_request"
+    request_id: Id
+    publication: Count
+    index: Count
+
+
+class Chunk(Message):
+    """One payload frame: bytes [index * chunk_bytes, …) of the snapshot."""
+
+    kind: ClassVar[str] = "chunk"
+    request_id: Id
+    publication: Count
+    index: Count
+
+
+# --- retrieval -------------------------------------------------------------------------------------------------
+
+
+class SearchRequest(Message):
+    """Up to 256 queries against one index. A service may hold several, by `collection`; "" is its only or first one."""
+
+    kind: ClassVar[str] = "search"
+    request_id: Id
+    queries: Annotated[list[Annotated[str, Field(max_length=8_192)]], Field(min_length=1, max_length=256)]
+    top_n: Annotated[int, Field(ge=1, le=100)]
+    collection: Annotated[str, Field(max_length=128)] = ""
+
+
+class PassageFields(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    id: str
+    title: str
+    text: str
+    score: float
+
+
+class SearchReply(Message):
+    """For each query, in order, its passages, best first."""
+
+    kind: ClassVar[str] = "search_reply"
+    request_id: Id
+    results: list[list[PassageFields]]
+
+
+class ErrorReply(Message):
+    """The request with this id could not be answered (request_id 0 where it could not even be read)."""
+
+    kind: ClassVar[str] = "error"
+    request_id: Id
+    error: str
+
+
+_KINDS: dict[str, type[Message]] = {cls.kind: cls for cls in Message.__subclasses__()}
+
+
+def encode(message: Message) -> bytes:
+    """The header frame of `message`."""
+    header = {"v": PROTOCOL_VERSION, "kind": message.kind, **message.model_dump()}
+    packed = msgpack.packb(header, use_bin_type=True)
+    assert packed is not None
+    return packed
+
+
+def decode(frames: Sequence[Buffer]) -> tuple[Message, Sequence[Buffer]]:
+    """The message in `frames` and its payload frames (not copied).
+
+    Raises: MessageTooLarge, IncompatibleVersion, MalformedMessage (truncated, foreign, not of the schema).
+    """
+    if not 1 <= len(frames) <= MAX_FRAMES:
+        raise MalformedMessage(f"a message has 1 to {MAX_FRAMES} frames, got {len(frames)}")
+    header = frames[0]
+    if len(header) > MAX_HEADER_BYTES:
+        raise MessageTooLarge(f"a header has at most {MAX_HEADER_BYTES} bytes, got {len(header)}")
+    for frame in frames[1:]:
+        if len(frame) > MAX_FRAME_BYTES:
+            raise MessageTooLarge(f"a frame has at most {MAX_FRAME_BYTES} bytes, got {len(frame)}")
+    try:
+        fields = msgpack.unpackb(header, raw=False, strict_map_key=True)
+    except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
+        raise MalformedMessage(f"header is not msgpack: {error}") from error
+    if not isinstance(fields, dict):
+        raise MalformedMessage(f"header must be a map, got {type(fields).__name__}")
+    version = fields.pop("v", None)
+    if version != PROTOCOL_VERSION or isinstance(version, bool):
+        raise IncompatibleVersion(f"protocol version must be {PROTOCOL_VERSION}, got {version!r:.40}")
+    kind = fields.pop("kind", None)
+    cls = _KINDS.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise MalformedMessage(f"unknown message kind {kind!r:.80}")
+    try:
+        return cls.model_validate(fields), frames[1:]
+    except ValidationError as error:
+        raise MalformedMessage(f"{kind}: {describe(error)}") from error
+
+
+def expect(message: Message, cls: type[M]) -> M:
+    """`message` as a `cls`. Raises: MalformedMessage where it is another kind."""
+    if not isinstance(message, cls):
+        raise MalformedMessage(f"expected {cls.kind}, got {message.kind}")
+    return message
+
+
+def describe(error: ValidationError, limit: int = 3) -> str:
+    """The first problems of a pydantic error in one line: `path: what (got value)`."""
+    parts = []
+    for problem in error.errors()[:limit]:
+        path = ".".join(str(part) for part in problem["loc"])
+        parts.append(f"{path}: {problem['msg']} (got {problem['input']!r:.60})")
+    rest = error.error_count() - limit
+    return "; ".join(parts) + (f"; and {rest} more" if rest > 0 else "")

@@ -1,0 +1,76 @@
+"""Many requests in flight over one DEALER, matched to their replies by `request_id`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from itertools import count
+from typing import TypeVar
+
+from protocol.errors import ProtocolError, RemoteError
+from protocol.messages import Buffer, ErrorReply, Message, decode, encode, expect
+from protocol.transport import Dealer
+
+M = TypeVar("M", bound=Message)
+
+
+class RequestClient:
+    """Sends requests that carry a `request_id` and awaits the reply with the same one.
+
+    A late or foreign reply is dropped. Used as an async context manager; leaving it cancels what is in flight.
+    """
+
+    def __init__(self, dealer: Dealer) -> None:
+        self._dealer = dealer
+        self._ids = count(1)
+        self._pending: dict[int, asyncio.Future[tuple[Message, Sequence[Buffer]]]] = {}
+        self._reader: asyncio.Task[None] | None = None
+        self.num_dropped = 0
+
+    async def __aenter__(self) -> RequestClient:
+        self._reader = asyncio.create_task(self._read(), name=f"rpc-reader {self._dealer.address}")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
+        for future in self._pending.values():
+            future.cancel()
+        self._dealer.close()
+
+    def next_id(self) -> int:
+        return next(self._ids)
+
+    async def request(
+        self, message: Message, reply: type[M], *, timeout_s: float, payload: Sequence[Buffer] = ()
+    ) -> tuple[M, Sequence[Buffer]]:
+        """Raises: TimeoutError, RemoteError (the peer's ErrorReply), ProtocolError (another kind of reply)."""
+        request_id: int = message.request_id  # type: ignore[attr-defined]
+        future: asyncio.Future[tuple[Message, Sequence[Buffer]]] = asyncio.get_running_loop().create_future()
+        self._pending[request_id] = future
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._dealer.send([encode(message), *payload], timeout_s=timeout_s)
+                answer, frames = await future
+        except TimeoutError:
+            raise TimeoutError(f"no answer to {message.kind} from {self._dealer.address} in {timeout_s:g} s") from None
+        finally:
+            self._pending.pop(request_id, None)
+        if isinstance(answer, ErrorReply):
+            raise RemoteError(f"{message.kind} at {self._dealer.address}: {answer.error}")
+        return expect(answer, reply), frames
+
+    async def _read(self) -> None:
+        while True:
+            frames = await self._dealer.recv()
+            try:
+                message, payload = decode(frames)
+            except ProtocolError:
+                self.num_dropped += 1
+                continue
+            future = self._pending.get(getattr(message, "request_id", -1))
+            if future is None or future.done():
+                self.num_dropped += 1
+                continue
+            future.set_result((message, payload))

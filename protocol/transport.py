@@ -1,0 +1,252 @@
+"""The one file that imports zmq: sockets with limits, CURVE and typed errors.
+
+Loopback (or ipc) by default. Any other address needs CURVE keys, on both sides; a server admits only the public keys in
+its `authorized` folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import zmq
+import zmq.asyncio
+import zmq.auth
+from zmq.auth.asyncio import AsyncioAuthenticator
+
+from protocol.errors import DataError, SecurityError, UnreachableError
+from protocol.messages import MAX_FRAME_BYTES, Buffer
+
+# Messages queued towards one peer before sending waits (DEALER) or drops (ROUTER, PUB): bounds memory, not throughput.
+_HIGH_WATER_MARK = 1_000
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A folder made by `palimpsest keys`: server.key(_secret), client.key(_secret) and authorized/*.key."""
+
+    folder: Path
+
+    def pair(self, name: str) -> tuple[bytes, bytes]:
+        """(public, secret) of `server` or `client`. Raises: DataError, SecurityError (a secret readable by others)."""
+        path = self.folder / f"{name}.key_secret"
+        if not path.is_file():
+            raise DataError(
+                f"no {path.name} in keys folder {self.folder}: make one with `palimpsest keys {self.folder}`"
+            )
+        if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise SecurityError(f"{path} can be read by others: run `chmod 600 {path}`")
+        public, secret = zmq.auth.load_certificate(path)
+        if secret is None:
+            raise DataError(f"{path} holds no secret key")
+        return public, secret
+
+    def server_public(self) -> bytes:
+        path = self.folder / "server.key"
+        if not path.is_file():
+            raise DataError(
+                f"no server.key in keys folder {self.folder}: copy the one of the server's keys folder there"
+            )
+        return zmq.auth.load_certificate(path)[0]
+
+
+def create_keys(folder: Path) -> None:
+    """Writes a server pair, a client pair and the allow-list with that client. Raises: DataError if they exist."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if existing := sorted(folder.glob("*.key*")):
+        raise DataError(f"{folder} already holds {existing[0].name}: choose another folder")
+    for name in ("server", "client"):
+        _, secret = zmq.auth.create_certificates(folder, name)
+        os.chmod(secret, 0o600)
+    authorized = folder / "authorized"
+    authorized.mkdir()
+    (authorized / "client.key").write_bytes((folder / "client.key").read_bytes())
+
+
+def is_loopback(address: str) -> bool:
+    """True for ipc://, inproc:// and tcp:// or http:// on a loopback host."""
+    parts = urlsplit(address)
+    if parts.scheme in ("ipc", "inproc"):
+        return True
+    host = parts.hostname or ""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+S = TypeVar("S", bound="Socket")
+
+
+class Transport:
+    """One process's sockets. `close()` closes all of them; nothing lingers."""
+
+    def __init__(self, *, keys: Path | None = None) -> None:
+        self._context = zmq.asyncio.Context()
+        self._keys = Keys(keys) if keys is not None else None
+        self._authenticator: AsyncioAuthenticator | None = None
+        self._sockets: list[Socket] = []
+
+    def router(self, address: str) -> Router:
+        """A bound ROUTER; port 0 takes a free one (see `.address`). Raises: UnreachableError, SecurityError."""
+        socket = self._context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        return self._keep(Router(socket, self._bind(socket, address)))
+
+    def publisher(self, address: str) -> Publisher:
+        """A bound PUB. Raises: UnreachableError, SecurityError."""
+        socket = self._context.socket(zmq.PUB)
+        return self._keep(Publisher(socket, self._bind(socket, address)))
+
+    def dealer(self, address: str) -> Dealer:
+        """A DEALER that connects, and reconnects for ever. Raises: SecurityError."""
+        socket = self._context.socket(zmq.DEALER)
+        return self._keep(Dealer(socket, self._connect(socket, address)))
+
+    def subscriber(self, address: str) -> Subscriber:
+        """A SUB to everything. Raises: SecurityError."""
+        socket = self._context.socket(zmq.SUB)
+        socket.setsockopt(zmq.SUBSCRIBE, b"")
+        return self._keep(Subscriber(socket, self._connect(socket, address)))
+
+    def close(self) -> None:
+        for socket in self._sockets:
+            socket.close()
+        if self._authenticator is not None:
+            self._authenticator.stop()
+        self._context.destroy(linger=0)
+
+    def _keep(self, socket: S) -> S:
+        self._sockets.append(socket)
+        return socket
+
+    def _bind(self, socket: zmq.asyncio.Socket, address: str) -> str:
+        _set_limits(socket)
+        try:
+            if self._keys is not None:
+                self._serve_curve(socket, self._keys)
+            elif not is_loopback(address):
+                raise SecurityError(
+                    f"{address} is beyond loopback and needs CURVE keys: make them with `palimpsest keys DIR` and "
+                    "set network.keys (or --keys) to DIR"
+                )
+            socket.bind(address)
+        except zmq.ZMQError as error:
+            socket.close(linger=0)
+            raise UnreachableError(
+                f"cannot listen on {address}: {error.strerror}; stop the process that holds it or choose another port"
+            ) from error
+        except BaseException:
+            socket.close(linger=0)
+            raise
+        return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def _serve_curve(self, socket: zmq.asyncio.Socket, keys: Keys) -> None:
+        authorized = keys.folder / "authorized"
+        if not authorized.is_dir():
+            raise DataError(f"no authorized/ in keys folder {keys.folder}: put the clients' public .key files there")
+        socket.curve_publickey, socket.curve_secretkey = keys.pair("server")
+        socket.curve_server = True
+        if self._authenticator is None:
+            self._authenticator = AsyncioAuthenticator(self._context)
+            self._authenticator.start()
+            self._authenticator.configure_curve(domain="*", location=str(authorized))
+
+    def _connect(self, socket: zmq.asyncio.Socket, address: str) -> str:
+        _set_limits(socket)
+        try:
+            if self._keys is not None:
+                socket.curve_publickey, socket.curve_secretkey = self._keys.pair("client")
+                socket.curve_serverkey = self._keys.server_public()
+            elif not is_loopback(address):
+                raise SecurityError(
+                    f"{address} is beyond loopback and needs CURVE keys: copy client.key_secret and server.key from "
+                    "the server's keys folder and give them with network.keys (or --keys)"
+                )
+            socket.connect(address)
+        except zmq.ZMQError as error:
+            socket.close(linger=0)
+            raise UnreachableError(f"cannot connect to {address}: {error.strerror}") from error
+        except BaseException:
+            socket.close(linger=0)
+            raise
+        return address
+
+
+class Socket:
+    """Common to all: an address and a close."""
+
+    def __init__(self, socket: zmq.asyncio.Socket, address: str) -> None:
+        self._socket = socket
+        self.address = address
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+
+
+class Router(Socket):
+    """Talks to many peers, each known by an opaque identity for as long as its connection lives."""
+
+    async def recv(self) -> tuple[bytes, list[Buffer]]:
+        """(peer, frames): frames are not copied."""
+        identity, *frames = await self._socket.recv_multipart(copy=False)
+        return identity.bytes, [frame.buffer for frame in frames]
+
+    async def send(self, peer: bytes, frames: Sequence[Buffer]) -> bool:
+        """False where the peer is gone or does not read (its queue is full): the message is dropped."""
+        try:
+            await self._socket.send_multipart([peer, *frames], flags=zmq.NOBLOCK, copy=_small(frames))
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                return False
+            raise
+        return True
+
+
+class Dealer(Socket):
+    """Talks to one server, in order, across reconnects."""
+
+    async def recv(self) -> list[Buffer]:
+        return [frame.buffer for frame in await self._socket.recv_multipart(copy=False)]
+
+    async def send(self, frames: Sequence[Buffer], *, timeout_s: float = 30.0) -> None:
+        """Raises: TimeoutError where the server has not read for so long that the queue is full."""
+        async with asyncio.timeout(timeout_s):
+            await self._socket.send_multipart(list(frames), copy=_small(frames))
+
+
+class Publisher(Socket):
+    async def send(self, frames: Sequence[Buffer]) -> None:
+        await self._socket.send_multipart(list(frames))
+
+
+class Subscriber(Socket):
+    async def recv(self) -> list[Buffer]:
+        return [frame.buffer for frame in await self._socket.recv_multipart(copy=False)]
+
+
+def _set_limits(socket: zmq.asyncio.Socket) -> None:
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+    socket.setsockopt(zmq.SNDHWM, _HIGH_WATER_MARK)
+    socket.setsockopt(zmq.RCVHWM, _HIGH_WATER_MARK)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, 10_000)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 5_000)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 20_000)
+    socket.setsockopt(zmq.RECONNECT_IVL, 100)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
+
+
+def _small(frames: Sequence[Buffer]) -> bool:
+    """Whether copying into libzmq is cheaper than tracking the buffers."""
+    return sum(len(frame) for frame in frames) < 65_536
