@@ -1,0 +1,337 @@
+"""The one config of a run: a TOML file read into models that refuse unknown keys and name the path of a bad value."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from protocol.errors import ConfigError, DataError
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Port = Annotated[int, Field(ge=0, le=65_535)]
+Seconds = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunConfig(Section):
+    """Where a run lives. `name` stands in every weight version, so that tokens of another run are refused."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,48}$")] = "run"
+    dir: Path = Path("runs/run")
+    seed: NonNegative = 0
+
+
+class NetworkConfig(Section):
+    """Addresses. Port 0 takes a free one at launch. A host beyond loopback needs `keys` (see `palimpsest keys`)."""
+
+    host: str = "127.0.0.1"
+    control_port: Port = 0
+    weights_port: Port = 0
+    announce_port: Port = 0
+    keys: Path | None = None
+    api_key_file: Path | None = None
+
+    @property
+    def control_address(self) -> str:
+        return f"tcp://{self.host}:{self.control_port}"
+
+    @property
+    def weights_address(self) -> str:
+        return f"tcp://{self.host}:{self.weights_port}"
+
+    @property
+    def announce_address(self) -> str:
+        return f"tcp://{self.host}:{self.announce_port}"
+
+    def api_key(self) -> str | None:
+        """The bearer token for HTTP. Raises: DataError."""
+        if self.api_key_file is None:
+            return None
+        try:
+            return self.api_key_file.read_text().strip()
+        except OSError as error:
+            raise DataError(f"network.api_key_file {self.api_key_file} cannot be read: {error.strerror}") from error
+
+
+class ModelConfig(Section):
+    """A Hugging Face folder: config, safetensors, tokenizer."""
+
+    path: Path
+
+
+class TaskConfig(Section):
+    """`qa`: question-answer JSONL files. `toy`: worlds made from seeds; training questions rotate over `worlds`."""
+
+    kind: Literal["qa", "toy"] = "qa"
+    questions: tuple[Path, ...] = ()
+    eval_questions: tuple[Path, ...] = ()
+    worlds: tuple[NonNegative, ...] = ()
+    eval_worlds: tuple[NonNegative, ...] = ()
+    reward: Literal["em", "f1", "memsearcher"] = "em"
+
+    @model_validator(mode="after")
+    def _has_questions(self) -> TaskConfig:
+        if self.kind == "qa" and not self.questions:
+            raise ValueError("task.questions must name at least one JSONL file where task.kind is 'qa'")
+        if self.kind == "toy" and not self.worlds:
+            raise ValueError("task.worlds must name at least one seed where task.kind is 'toy'")
+        return self
+
+
+class WorkflowConfig(Section):
+    """How an episode runs. Budgets are tokens of the model's own tokenizer, the same in training and evaluation.
+
+    `memory_overflow`: what happens to a memory that reaches `memory_tokens`: `truncate` keeps its first tokens,
+    `fail` ends the trajectory. Turns or context tokens that run out end the trajectory as over_budget.
+    """
+
+    name: Literal["memsearcher"] = "memsearcher"
+    rendering: Literal["chat", "toy"] = "chat"
+    fidelity: Literal["mended", "paper"] = "mended"
+    max_turns: Positive = 5
+    action_tokens: Positive = 512
+    memory_tokens: Positive = 1024
+    context_tokens: Positive = 6024
+    top_n: Positive = 5
+    memory_overflow: Literal["truncate", "fail"] = "truncate"
+
+
+class SamplingConfig(Section):
+    """Training samples from the whole distribution: truncating samplers would need their own accounting."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+
+
+class ActorConfig(Section):
+    """`max_trajectories` run at once in each of `count` actor processes."""
+
+    count: NonNegative = 1
+    max_trajectories: Positive = 64
+    request_timeout_s: Seconds = 120.0
+    search_timeout_s: Seconds = 30.0
+    heartbeat_s: Seconds = 0.5
+
+
+class EngineConfig(Section):
+    """`count` embedded engines started here, and `urls` of SGLang servers that are attached to (one agent each)."""
+
+    count: NonNegative = 1
+    urls: tuple[str, ...] = ()
+    ports: tuple[Port, ...] = ()
+    max_running_requests: Positive = 128
+    max_total_tokens: Positive = 65_536
+    torch_threads: Positive = 1
+
+
+class RetrieverConfig(Section):
+    """`indexes`: name → index folder made by `palimpsest index`, all served by one process."""
+
+    indexes: dict[str, Path] = {}
+    port: Port = 0
+    max_batch: Positive = 64
+    threads: Positive = 1
+
+
+class AdvantageConfig(Section):
+    """A_i = (R_i - mean R) / (std R + eps) over trajectories; std with `ddof`; without std where `normalize_std` is off."""
+
+    normalize_std: bool = True
+    ddof: Literal[0, 1] = 1
+    eps: Annotated[float, Field(gt=0)] = 1e-6
+
+
+class CorrectionConfig(Section):
+    """What is done to w = pi_prox / pi_behave: `truncate` caps it at `high`, `mask` drops what is out of [low, high]."""
+
+    kind: Literal["none", "truncate", "mask"] = "truncate"
+    scope: Literal["token", "context", "trajectory"] = "token"
+    low: Annotated[float, Field(ge=0)] = 0.0
+    high: Annotated[float, Field(gt=0)] = 2.0
+
+
+class LossConfig(Section):
+    """See DESIGN: -w~ * min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), aggregated with a global denominator."""
+
+    aggregation: Literal["trajectory", "context", "token", "constant"] = "trajectory"
+    constant: Annotated[float, Field(gt=0)] = 1024.0
+    clip_low: Fraction = 0.2
+    clip_high: Annotated[float, Field(ge=0)] = 0.2
+    minibatches: Positive = 1
+    correction: CorrectionConfig = CorrectionConfig()
+
+
+class OptimizerConfig(Section):
+    """AdamW; `schedule` after `warmup_steps` of linear warm-up; `linear` decays to `final_fraction` of the rate."""
+
+    learning_rate: Annotated[float, Field(ge=0)] = 1e-6
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    schedule: Literal["constant", "linear"] = "constant"
+    warmup_steps: NonNegative = 0
+    final_fraction: Fraction = 0.1
+
+
+class CheckpointConfig(Section):
+    """Every `every_steps` a checkpoint is written and the newest `keep` are kept."""
+
+    every_steps: Positive = 20
+    keep: Positive = 2
+
+
+class LearnerConfig(Section):
+    """`groups_per_batch` B groups of `group_size` G trajectories a step; ages stay <= `staleness_bound` by construction.
+
+    `lease_timeout_s`: a lease without a heartbeat that names it for so long is expired and issued again.
+    """
+
+    num_steps: Positive = 100
+    groups_per_batch: Positive = 16
+    group_size: Positive = 8
+    staleness_bound: NonNegative = 2
+    skip_zero_variance: bool = False
+    tokens_per_micro_batch: Positive = 16_384
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    torch_threads: Positive = 1
+    lease_timeout_s: Seconds = 10.0
+    ablation: Literal["none", "last-context"] = "none"
+    advantage: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> LearnerConfig:
+        if self.loss.minibatches > self.groups_per_batch * self.group_size:
+            raise ValueError(
+                f"learner.loss.minibatches must be <= groups_per_batch * group_size = "
+                f"{self.groups_per_batch * self.group_size}, got {self.loss.minibatches}"
+            )
+        return self
+
+
+class Config(Section):
+    """Everything of a run. The resolved one is saved as config.json in the run's folder."""
+
+    run: RunConfig = RunConfig()
+    network: NetworkConfig = NetworkConfig()
+    model: ModelConfig
+    task: TaskConfig
+    workflow: WorkflowConfig = WorkflowConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    actor: ActorConfig = ActorConfig()
+    engine: EngineConfig = EngineConfig()
+    retriever: RetrieverConfig = RetrieverConfig()
+    learner: LearnerConfig = LearnerConfig()
+
+
+_PATH_KEYS = {
+    ("run", "dir"),
+    ("model", "path"),
+    ("network", "keys"),
+    ("network", "api_key_file"),
+    ("task", "questions"),
+    ("task", "eval_questions"),
+    ("retriever", "indexes"),
+}
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a .toml or .json config; relative paths in it are taken from its folder, those in `overrides` from here.
+
+    `overrides` are `section.key=value` with a TOML value (a bare word counts as a string).
+    Raises: ConfigError (names the key), DataError (no such file, not TOML).
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise DataError(f"config {path} cannot be read: {error.strerror}") from error
+    try:
+        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        raise DataError(f"config {path} is not valid {path.suffix.lstrip('.') or 'TOML'}: {error}") from error
+    for key in _PATH_KEYS:
+        _resolve(tree, key, path.resolve().parent)
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: dict[str, object], *, source: str) -> Config:
+    """Raises: ConfigError with the path, the bound and the value of each problem."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"])
+            message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "extra_forbidden":
+                message = "unknown key; " + _known_keys(problem["loc"])
+            elif problem["type"] == "missing":
+                message = "must be set"
+            else:
+                message += f", got {problem['input']!r:.80}"
+            problems.append(f"{key}: {message}" if key else message)
+        raise ConfigError(f"{source}: " + "; ".join(problems)) from error
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the resolved config as JSON, aside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(config.model_dump_json(indent=2) + "\n")
+    aside.replace(path)
+
+
+def _resolve(tree: object, key: tuple[str, ...], base: Path) -> None:
+    for part in key[:-1]:
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    if not isinstance(tree, dict) or key[-1] not in tree:
+        return
+    value = tree[key[-1]]
+    if isinstance(value, str):
+        tree[key[-1]] = str(base / value)
+    elif isinstance(value, list):
+        tree[key[-1]] = [str(base / item) if isinstance(item, str) else item for item in value]
+    elif isinstance(value, dict):
+        tree[key[-1]] = {name: str(base / item) if isinstance(item, str) else item for name, item in value.items()}
+
+
+def _apply(tree: dict[str, object], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
+        raise ConfigError(f"--set must be section.key=value, got {override!r}")
+    try:
+        value: object = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for part in parts[:-1]:
+        child = tree.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: {part} is a value, not a section")
+        tree = child
+    tree[parts[-1]] = value
+
+
+def _known_keys(location: tuple[int | str, ...]) -> str:
+    section: type[BaseModel] = Config
+    for part in location[:-1]:
+        field = section.model_fields.get(str(part))
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return "remove it"
+        section = field.annotation
+    return "known here: " + ", ".join(section.model_fields)
