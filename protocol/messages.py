@@ -1,6 +1,6 @@
 """Every message that crosses a process boundary, and their msgpack headers.
 
-A message on the wire is a header frame (msgpack map with the protocol version and the kind, then the fields) and zero or
+A message on the wire is a header frame (msgpack map of the protocol version, the kind and the fields) and zero or
 more raw payload frames. Headers are validated strictly: an unknown key, a missing key or a value of another type
 is a `MalformedMessage`. No pickle anywhere.
 

@@ -1,0 +1,219 @@
+"""Who works on what, and which batch it will train in: the staleness bound by construction. Pure: no clock, no IO.
+
+Batches are made of slots. Slot n trains in batch n // B, which takes the learner from step n // B to the next. A lease
+takes the lowest open slot, and only while
+
+    slot < (eta + 1 + s) * B        s: the lowest step committed on the engines that serve
+
+so its tokens have a version >= s >= batch - eta, whatever the timing (DESIGN, "Versions and staleness"). Batches are
+trained in slot order. A group that is skipped gives its slot back and a later question takes it; a lease that expires is
+issued again for the same question and slot.
+
+    open slot --grant--> running --accept--> buffered --finish--> trained
+                         |    ^                |
+                         |    +--- reissue ----+   (expired, failed or refused: next attempt)
+                         +--skip--> skipped        (zero variance, or out of attempts: the slot is open again)
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class State(StrEnum):
+    RUNNING = "running"
+    WAITING = "waiting"
+    """Expired, failed or refused; waits to be issued again."""
+    BUFFERED = "buffered"
+    TRAINED = "trained"
+    SKIPPED = "skipped"
+
+
+@dataclass(slots=True)
+class Entry:
+    """A question on its way: `slot` is where it will be trained (-1 once skipped)."""
+
+    cursor: int
+    slot: int
+    attempt: int
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRecord:
+    """One attempt given to one actor."""
+
+    lease_id: int
+    cursor: int
+    slot: int
+    attempt: int
+    actor: str
+    granted_s: float
+
+
+class Ledger:
+    """The lease rule as a state machine. Every method is one event; what it returns is what happened."""
+
+    def __init__(self, *, groups_per_batch: int, staleness_bound: int, num_steps: int) -> None:
+        self.groups_per_batch = groups_per_batch
+        self.staleness_bound = staleness_bound
+        self.num_steps = num_steps
+        self.step = 0
+        self.entries: dict[int, Entry] = {}
+        self.leases: dict[int, LeaseRecord] = {}
+        self.next_lease_id = 1
+        self.num_expired = 0
+        self._next_slot = 0
+        self._open_slots: list[int] = []
+        self._waiting: list[tuple[int, int]] = []
+        self._buffered: dict[int, int] = {}
+
+    @classmethod
+    def restore(
+        cls,
+        *,
+        groups_per_batch: int,
+        staleness_bound: int,
+        num_steps: int,
+        step: int,
+        entries: Iterable[Entry],
+        leases: Iterable[LeaseRecord],
+        next_lease_id: int,
+    ) -> Ledger:
+        """The ledger as the store has it. Running leases stay with their actors until they expire."""
+        ledger = cls(groups_per_batch=groups_per_batch, staleness_bound=staleness_bound, num_steps=num_steps)
+        ledger.step = step
+        ledger.next_lease_id = next_lease_id
+        ledger.entries = {entry.cursor: entry for entry in entries}
+        ledger.leases = {lease.lease_id: lease for lease in leases}
+        taken = {entry.slot for entry in ledger.entries.values() if entry.state is not State.SKIPPED}
+        ledger._next_slot = max(taken, default=-1) + 1
+        ledger._open_slots = sorted(set(range(ledger._next_slot)) - taken)
+        leased = {lease.cursor for lease in ledger.leases.values()}
+        for entry in ledger.entries.values():
+            if entry.state is State.RUNNING and entry.cursor not in leased:
+                entry.state = State.WAITING
+            if entry.state is State.WAITING:
+                heapq.heappush(ledger._waiting, (entry.slot, entry.cursor))
+            elif entry.state is State.BUFFERED:
+                ledger._buffered[entry.slot] = entry.cursor
+        return ledger
+
+    def batch_of(self, slot: int) -> int:
+        return slot // self.groups_per_batch
+
+    def limit(self, engine_version: int) -> int:
+        """Slots below this may be leased while the slowest serving engine has committed `engine_version`."""
+        return self.groups_per_batch * min(self.staleness_bound + 1 + engine_version, self.num_steps)
+
+    def min_version(self, slot: int) -> int:
+        """The oldest version that a group of this slot may hold."""
+        return max(0, self.batch_of(slot) - self.staleness_bound)
+
+    def grant(self, *, actor: str, now_s: float, engine_version: int) -> LeaseRecord | None:
+        """The next lease, or None where the bound (or the end of the run) forbids one."""
+        slot, cursor = self._next_place()
+        if slot >= self.limit(engine_version):
+            return None
+        if cursor is not None:
+            heapq.heappop(self._waiting)
+            entry = self.entries[cursor]
+            entry.attempt += 1
+            entry.state = State.RUNNING
+        else:
+            if self._open_slots and slot == self._open_slots[0]:
+                heapq.heappop(self._open_slots)
+            else:
+                self._next_slot += 1
+            entry = Entry(cursor=len(self.entries), slot=slot, attempt=0, state=State.RUNNING)
+            self.entries[entry.cursor] = entry
+        lease = LeaseRecord(self.next_lease_id, entry.cursor, slot, entry.attempt, actor, now_s)
+        self.next_lease_id += 1
+        self.leases[lease.lease_id] = lease
+        return lease
+
+    def expire(self, lease_id: int) -> LeaseRecord | None:
+        """The actor is gone or has lost it: its question is issued again, unless another attempt has won."""
+        lease = self.leases.pop(lease_id, None)
+        if lease is not None:
+            self.num_expired += 1
+            self._wait_again(lease)
+        return lease
+
+    def accept(self, *, lease_id: int, cursor: int) -> bool:
+        """A valid group has come. False where another attempt was first, or the question was skipped.
+
+        An attempt whose lease had expired is as good as any: its slot is the same, and so is its bound.
+        """
+        self.leases.pop(lease_id, None)
+        entry = self.entries[cursor]
+        if entry.state not in (State.RUNNING, State.WAITING):
+            return False
+        self._leave_waiting(entry)
+        entry.state = State.BUFFERED
+        self._buffered[entry.slot] = cursor
+        return True
+
+    def reissue(self, *, lease_id: int, cursor: int) -> None:
+        """The attempt failed or was refused: the question is issued again."""
+        lease = self.leases.pop(lease_id, None)
+        if lease is not None and lease.cursor == cursor:
+            self._wait_again(lease)
+
+    def skip(self, *, lease_id: int, cursor: int) -> bool:
+        """The group will not be trained: its slot is open again. False where it was decided before."""
+        self.leases.pop(lease_id, None)
+        entry = self.entries[cursor]
+        if entry.state not in (State.RUNNING, State.WAITING):
+            return False
+        self._leave_waiting(entry)
+        entry.state = State.SKIPPED
+        heapq.heappush(self._open_slots, entry.slot)
+        entry.slot = -1
+        return True
+
+    def ready_batch(self) -> list[int] | None:
+        """The cursors of the current step's batch in slot order, or None while a slot of it is still empty."""
+        first = self.step * self.groups_per_batch
+        slots = range(first, first + self.groups_per_batch)
+        if any(slot not in self._buffered for slot in slots):
+            return None
+        return [self._buffered[slot] for slot in slots]
+
+    def finish(self, cursors: Iterable[int]) -> None:
+        """The current step is trained."""
+        for cursor in cursors:
+            entry = self.entries[cursor]
+            entry.state = State.TRAINED
+            del self._buffered[entry.slot]
+        self.step += 1
+
+    def outstanding(self, actor: str) -> list[LeaseRecord]:
+        return [lease for lease in self.leases.values() if lease.actor == actor]
+
+    def counts(self) -> dict[State, int]:
+        counts = dict.fromkeys(State, 0)
+        for entry in self.entries.values():
+            counts[entry.state] += 1
+        return counts
+
+    def _next_place(self) -> tuple[int, int | None]:
+        """(slot, cursor to issue again or None for a new question): the lowest slot that nobody works on."""
+        fresh = self._open_slots[0] if self._open_slots else self._next_slot
+        if self._waiting and self._waiting[0][0] < fresh:
+            return self._waiting[0]
+        return fresh, None
+
+    def _wait_again(self, lease: LeaseRecord) -> None:
+        entry = self.entries[lease.cursor]
+        if entry.state is State.RUNNING and entry.attempt == lease.attempt:
+            entry.state = State.WAITING
+            heapq.heappush(self._waiting, (entry.slot, entry.cursor))
+
+    def _leave_waiting(self, entry: Entry) -> None:
+        if entry.state is State.WAITING:
+            self._waiting.remove((entry.slot, entry.cursor))
+            heapq.heapify(self._waiting)
