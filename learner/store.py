@@ -1,6 +1,6 @@
 """The run's store: one SQLite file that holds leases, groups, publications and the batches in the order trained.
 
-A group and the decision on it are one transaction, committed before the actor's acknowledgement. Batches are a log: what
+A group and the decision on it are one transaction, committed before the actor is answered. Batches are a log: what
 was trained at each step can be read back and trained again.
 """
 

@@ -1,0 +1,56 @@
+"""Whether a group that has arrived will be trained. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from protocol.types import Status, TrajectoryGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What every group of a run must satisfy."""
+
+    run_id: str
+    group_size: int
+    vocab_size: int
+    skip_zero_variance: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`accept` it; `skip` it (valid, but teaches nothing); `retry` the question (the environment failed);
+    `refuse` it (it must not be trained; the question is issued again)."""
+
+    kind: Literal["accept", "skip", "retry", "refuse"]
+    reason: str = ""
+
+
+def judge(group: TrajectoryGroup, *, rules: Rules, publications: Mapping[int, int], step: int) -> Verdict:
+    """`publications` maps a publication to its version; `step` is the learner's."""
+    problem = _problem(group, rules=rules, publications=publications, step=step)
+    if problem:
+        return Verdict("refuse", problem)
+    valid = [trajectory for trajectory in group.trajectories if trajectory.status is not Status.FAILED]
+    if not any(trajectory.num_trained_tokens for trajectory in valid):
+        return Verdict("retry", "no trajectory survived the environment")
+    rewards = {trajectory.reward for trajectory in valid}
+    if rules.skip_zero_variance and len(rewards) == 1:
+        return Verdict("skip", "zero variance")
+    return Verdict("accept")
+
+
+def _problem(group: TrajectoryGroup, *, rules: Rules, publications: Mapping[int, int], step: int) -> str:
+    if group.run_id != rules.run_id:
+        return f"run must be {rules.run_id}, got {group.run_id}"
+    if len(group.trajectories) != rules.group_size:
+        return f"a group has {rules.group_size} trajectories, got {len(group.trajectories)}"
+    for context in group.contexts():
+        if len(context) and int(context.token_ids.max()) >= rules.vocab_size:
+            return f"token ids must be below the vocabulary's {rules.vocab_size}, got {int(context.token_ids.max())}"
+        for span in context.policy_versions:
+            if publications.get(span.publication) != span.version or span.version > step:
+                return f"publication {span.publication} of version {span.version} is not known to this run"
+    return ""

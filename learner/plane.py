@@ -1,0 +1,129 @@
+"""The learner's network side: one thread, one asyncio loop, in which the coordinator and the publisher live.
+
+The training loop, in the main thread, calls `run(coroutine)` and waits; nothing else is shared. Should a task of the
+plane die, the next call raises its error, and `on_death` is called at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import TypeVar
+
+from learner.admission import Rules
+from learner.coordinator import Coordinator
+from learner.engines import Engines
+from learner.ledger import Ledger
+from learner.publisher import Publisher
+from learner.store import Store
+from protocol.config import NetworkConfig
+from protocol.errors import PalimpsestError
+from protocol.transport import Transport
+
+T = TypeVar("T")
+
+
+class Plane:
+    """Use as a context manager. Raises (on entry): UnreachableError, SecurityError, DataError."""
+
+    def __init__(
+        self,
+        *,
+        network: NetworkConfig,
+        store: Store,
+        ledger: Ledger,
+        rules: Rules,
+        lease_timeout_s: float,
+        on_death: Callable[[], None],
+    ) -> None:
+        self._network = network
+        self._store = store
+        self._ledger = ledger
+        self._rules = rules
+        self._lease_timeout_s = lease_timeout_s
+        self._on_death = on_death
+        self._thread = threading.Thread(target=self._main, name="plane", daemon=True)
+        self._ready: Future[asyncio.AbstractEventLoop] = Future()
+        self._stop = asyncio.Event()
+        self._error: BaseException | None = None
+        self.engines = Engines()
+        self.coordinator: Coordinator
+        self.publisher: Publisher
+
+    def __enter__(self) -> Plane:
+        self._thread.start()
+        self._loop = self._ready.result()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(timeout=10.0)
+
+    def run(self, coroutine: Coroutine[object, object, T], *, timeout_s: float | None = None) -> T:
+        """The coroutine's result, computed in the plane. Raises: PalimpsestError where the plane has died."""
+        if self._error is not None:
+            coroutine.close()
+            raise PalimpsestError(f"the plane has died: {self._error}") from self._error
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
+
+    async def publish(self, data: bytes, *, version: int) -> int:
+        """Publishes a snapshot (the bytes of a safetensors file); the id is durable first."""
+        publication = await self.coordinator.new_publication(version)
+        await self.publisher.publish(data, publication=publication, version=version)
+        return publication
+
+    async def wait_committed(self, version: int, *, timeout_s: float) -> bool:
+        """Until every serving engine has committed `version`; False after `timeout_s`."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while (lowest := self.engines.lowest_version(now_s=loop.time())) is None or lowest < version:
+            if loop.time() > deadline:
+                return False
+            await asyncio.sleep(0.05)
+        return True
+
+    def _main(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:
+            self._error = error
+            if self._ready.done():
+                self._on_death()
+            else:
+                self._ready.set_exception(error)
+
+    async def _serve(self) -> None:
+        transport = Transport(keys=self._network.keys)
+        try:
+            self.coordinator = Coordinator(
+                router=transport.router(self._network.control_address),
+                store=self._store,
+                ledger=self._ledger,
+                engines=self.engines,
+                rules=self._rules,
+                lease_timeout_s=self._lease_timeout_s,
+            )
+            self.publisher = Publisher(
+                router=transport.router(self._network.weights_address),
+                announcements=transport.publisher(self._network.announce_address),
+                engines=self.engines,
+                run_id=self._rules.run_id,
+                on_engines_changed=self.coordinator.engines_changed,
+            )
+            self._ready.set_result(asyncio.get_running_loop())
+            serving = [
+                asyncio.create_task(self.coordinator.serve(), name="coordinator"),
+                asyncio.create_task(self.publisher.serve(), name="publisher"),
+            ]
+            stopping = asyncio.create_task(self._stop.wait())
+            done, _ = await asyncio.wait([*serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+            for task in serving:
+                task.cancel()
+            await asyncio.gather(*serving, return_exceptions=True)
+            for task in done:
+                task.result()
+        finally:
+            transport.close()
