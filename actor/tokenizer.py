@@ -1,0 +1,72 @@
+"""The model's own tokenizer, without torch: `tokenizer.json` of a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from protocol.errors import DataError
+
+
+class Tokenizer:
+    """Encodes exactly what it is given: no token is added, none is left out when decoding."""
+
+    def __init__(self, fast: FastTokenizer, *, eos_token: str, source: str) -> None:
+        self._fast = fast
+        self._source = source
+        self.eos_token = eos_token
+        self.eos_token_id = self.token_id(eos_token)
+        self.vocab_size = fast.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Raises: DataError where the folder holds no usable tokenizer.json or tokenizer_config.json."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise DataError(
+                f"no tokenizer.json in model folder {folder}: save one with "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+            )
+        try:
+            fast = FastTokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception for a file that it cannot read
+            raise DataError(f"{path} cannot be read: {error}") from error
+        fast.no_truncation()
+        fast.no_padding()
+        return cls(fast, eos_token=_eos_token(folder / "tokenizer_config.json"), source=str(folder))
+
+    def encode(self, text: str) -> list[int]:
+        return self._fast.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens included."""
+        return self._fast.decode(list(ids), skip_special_tokens=False)
+
+    def token_id(self, token: str) -> int:
+        """Raises: DataError where `token` is not one token of the vocabulary."""
+        if (token_id := self._fast.token_to_id(token)) is None:
+            raise DataError(
+                f"the tokenizer of {self._source} has no token {token!r}: take a model that was trained with it"
+            )
+        return token_id
+
+    def truncate(self, text: str, num_tokens: int) -> str:
+        """The text of the first `num_tokens` tokens; a character that is cut in its middle is dropped."""
+        ids = self.encode(text)
+        if len(ids) <= num_tokens:
+            return text
+        return self.decode(ids[:num_tokens]).rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def _eos_token(path: Path) -> str:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read ({error}): it must name the eos_token") from error
+    token = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(token, str):
+        raise DataError(f"{path}: eos_token must be a text, got {value!r:.80}")
+    return token
