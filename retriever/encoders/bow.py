@@ -1,0 +1,98 @@
+"""An idf-weighted bag of words: the encoder of the toy world, which needs no model.
+
+Words are what whitespace separates, as they are. A vector has one entry for every word of the corpus, so this is for
+small vocabularies: the toy world has about 870 words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from protocol.errors import DataError
+from protocol.types import Passage
+from retriever.encoders.base import EncoderSpec, normalise
+
+STATE_FILE = "bow.json"
+MAX_NUM_WORDS = 8192
+
+
+class BagOfWordsEncoder:
+    """weight(word, text) = occurrences · idf(word), with idf = ln((1 + n) / (1 + df)) + 1 over n passages."""
+
+    def __init__(self, idf_by_word: dict[str, float]) -> None:
+        self._column = {word: column for column, word in enumerate(idf_by_word)}
+        self._idf = np.fromiter(idf_by_word.values(), dtype=np.float32, count=len(idf_by_word))
+        state = orjson.dumps(list(idf_by_word.items()))
+        self._state = state
+        self._spec = EncoderSpec(
+            kind="bow",
+            source="bow",
+            fingerprint=hashlib.sha256(state).hexdigest(),
+            dimension=len(idf_by_word),
+        )
+
+    @classmethod
+    def fit(cls, passages: Iterable[Passage]) -> BagOfWordsEncoder:
+        """Learns vocabulary and idf.
+
+        Raises: DataError where there are more than `MAX_NUM_WORDS` words.
+        """
+        num_passages = 0
+        passages_with: Counter[str] = Counter()
+        for passage in passages:
+            num_passages += 1
+            passages_with.update(set(_words(passage)))
+            if len(passages_with) > MAX_NUM_WORDS:
+                raise DataError(
+                    f"the bow encoder takes at most {MAX_NUM_WORDS} distinct words and this corpus has more "
+                    f"(passage {passage.id!r} passes the bound); use --encoder minilm or a model folder"
+                )
+        return cls(
+            {word: math.log((1 + num_passages) / (1 + passages_with[word])) + 1 for word in sorted(passages_with)}
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> BagOfWordsEncoder:
+        """Raises: DataError where `bow.json` of an index folder is missing or damaged."""
+        path = folder / STATE_FILE
+        try:
+            return cls({str(word): float(idf) for word, idf in orjson.loads(path.read_bytes())})
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(
+                f"cannot read the bow encoder's words from {path}: {error}; build the index again"
+            ) from None
+
+    @property
+    def spec(self) -> EncoderSpec:
+        return self._spec
+
+    def encode_queries(self, queries: Sequence[str]) -> NDArray[np.float32]:
+        return self._encode([query.split() for query in queries])
+
+    def encode_passages(self, passages: Sequence[Passage]) -> NDArray[np.float32]:
+        return self._encode([_words(passage) for passage in passages])
+
+    def save_state(self, folder: Path) -> tuple[str, ...]:
+        (folder / STATE_FILE).write_bytes(self._state)
+        return (STATE_FILE,)
+
+    def _encode(self, texts: Sequence[list[str]]) -> NDArray[np.float32]:
+        vectors = np.zeros((len(texts), len(self._idf)), dtype=np.float32)
+        for row, words in enumerate(texts):
+            for word in words:
+                column = self._column.get(word)
+                if column is not None:
+                    vectors[row, column] += self._idf[column]
+        return normalise(vectors)
+
+
+def _words(passage: Passage) -> list[str]:
+    return [*passage.title.split(), *passage.text.split()]
