@@ -32,6 +32,7 @@ from actor.workflows.rendering import (
 from protocol.types import Passage
 
 TOOL_NAME = "wikipedia_search"
+MAX_QUERY_CHARS = 2_000
 _START, _END = "<|im_start|>", "<|im_end|>"
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _MEMORY = re.compile(r"<memory>(.*?)</memory>", re.DOTALL)
@@ -117,10 +118,17 @@ def parse_call(body: str) -> Search | BadCall:
     query = arguments.get("query") if isinstance(arguments, dict) else None
     if not isinstance(query, str) or not query.strip():
         return BadCall("`arguments` needs `query`, a text that is not empty")
+    if len(query) > MAX_QUERY_CHARS or not _is_unicode(query):
+        return BadCall(f"`query` must be a text of at most {MAX_QUERY_CHARS} characters")
     top_n = arguments.get("top_n")
     if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1):
         return BadCall(f"`top_n` must be an integer >= 1, got {top_n!r:.80}")
     return Search(query.strip(), top_n)
+
+
+def _is_unicode(text: str) -> bool:
+    r"""False where JSON escapes left half of a character (`\ud800`), which cannot be sent."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def last_boxed(text: str) -> str | None:

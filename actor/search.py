@@ -1,0 +1,50 @@
+"""The retriever as a workflow sees it. Its failures are the environment's: they fail a trajectory, never an observation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from protocol.errors import ProtocolError, RemoteError
+from protocol.messages import SearchReply, SearchRequest
+from protocol.rpc import RequestClient
+from protocol.transport import Transport
+from protocol.types import Passage
+
+
+class SearchFailed(RemoteError):
+    """The retriever did not answer in time, or answered with an error or with nonsense."""
+
+
+class Searcher(Protocol):
+    """What a workflow searches with: a `SearchClient`."""
+
+    async def search(self, queries: Sequence[str], *, top_n: int, collection: str = "") -> list[list[Passage]]: ...
+
+
+class SearchClient:
+    """Many searches in flight over one connection. Used as an async context manager; `transport` is its owner's."""
+
+    def __init__(self, *, transport: Transport, address: str, timeout_s: float = 30.0) -> None:
+        self._requests = RequestClient(transport.dealer(address))
+        self._timeout_s = timeout_s
+
+    async def __aenter__(self) -> SearchClient:
+        await self._requests.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._requests.__aexit__(*error)
+
+    async def search(self, queries: Sequence[str], *, top_n: int, collection: str = "") -> list[list[Passage]]:
+        """For each query its passages, best first, at most `top_n`. Raises: SearchFailed."""
+        request = SearchRequest(
+            request_id=self._requests.next_id(), queries=list(queries), top_n=top_n, collection=collection
+        )
+        try:
+            reply, _ = await self._requests.request(request, SearchReply, timeout_s=self._timeout_s)
+        except (TimeoutError, RemoteError, ProtocolError) as error:
+            raise SearchFailed(f"search failed: {error}") from error
+        if len(reply.results) != len(queries):
+            raise SearchFailed(f"search failed: {len(queries)} queries got {len(reply.results)} results")
+        return [[Passage(p.id, p.title, p.text, p.score) for p in found[:top_n]] for found in reply.results]

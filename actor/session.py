@@ -1,0 +1,225 @@
+"""The recorder between a workflow and the engines: tokens in, tokens out, and every sampled token accounted for.
+
+    open_context(prompt) ─► generate ─► append(observation) ─► generate ─► close_context ─► contexts
+                              │ the engine sees exactly the ids so far, and what it samples is appended as it is
+
+Within a context nothing is decoded and encoded again. Text is decoded for parsing only, and encoded only where it
+enters: each appended piece by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actor.completion import Completion, Span
+from actor.engine_pool import Generator
+from actor.sampling import SamplingParams
+from actor.tokenizer import Tokenizer
+from protocol.errors import ConfigError, PalimpsestError, UnknownVersion
+from protocol.types import Context, Edge, PolicyTag, VersionSpan
+
+
+class BudgetExceeded(PalimpsestError):
+    """The context has no room for another token. The workflow applies its overflow policy; nothing was sampled."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Generation:
+    """n sampled tokens, int32 [n], and their text without the stop token.
+
+    finish: `stop` at one of the ids asked for; `illegal_stop` at another one that the engine stops at; `length`.
+    """
+
+    text: str
+    token_ids: NDArray[np.int32]
+    finish: Literal["stop", "illegal_stop", "length"]
+
+
+class Session:
+    """One trajectory's tokens. Not shared between tasks: a trajectory generates one thing at a time.
+
+    `run_id`: None only where nothing is trained (evaluation): a version that is no `PolicyTag` is then recorded as 0.
+    `max_context_tokens` bounds a context, prompt and glue included.
+    """
+
+    def __init__(
+        self,
+        *,
+        pool: Generator,
+        tokenizer: Tokenizer,
+        sampling: SamplingParams,
+        run_id: str | None,
+        min_version: int = 0,
+        max_context_tokens: int,
+        rid: str = "",
+    ) -> None:
+        if max_context_tokens < 2:
+            raise ConfigError(f"max_context_tokens must be >= 2, got {max_context_tokens}")
+        if run_id is not None and sampling.truncates:
+            raise ConfigError("tokens of a run are trained on: sampling must not truncate (allow_truncation is set)")
+        self.tokenizer = tokenizer
+        self.num_generations = 0
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_generated_tokens = 0
+        self._pool = pool
+        self._sampling = sampling
+        self._run_id = run_id
+        self._min_version = min_version
+        self._max_context_tokens = max_context_tokens
+        self._rid = rid
+        self._engine = ""
+        self._open: _OpenContext | None = None
+        self._closed: list[Context] = []
+
+    @property
+    def contexts(self) -> tuple[Context, ...]:
+        """The closed contexts."""
+        return tuple(self._closed)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a context is open."""
+        return self._open is not None
+
+    @property
+    def room(self) -> int:
+        """How many more tokens the open context can hold."""
+        return self._max_context_tokens - len(self._current.ids)
+
+    @property
+    def _current(self) -> _OpenContext:
+        if self._open is None:
+            raise RuntimeError("no context is open: call open_context first")
+        return self._open
+
+    def open_context(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        role: str = "agent",
+        policy: str = "main",
+        turn: int = 0,
+        edge: Edge = Edge.START,
+    ) -> None:
+        if self._open is not None:
+            raise RuntimeError("a context is open: call close_context first")
+        self._open = _OpenContext(role=role, policy=policy, turn=turn, edge=edge)
+        self.append(prompt)
+
+    def append(self, piece: str | Sequence[int]) -> None:
+        """Adds tokens that the policy reads and did not sample (mask 0)."""
+        ids = self.tokenizer.encode(piece) if isinstance(piece, str) else list(piece)
+        self._current.append(ids)
+        self.num_prompt_tokens += len(ids)
+
+    async def generate(self, max_new_tokens: int, stop_token_ids: Sequence[int]) -> Generation:
+        """Samples at most `max_new_tokens`, fewer where the context has less room, and records them.
+
+        Raises: BudgetExceeded (no room), EngineError and its kinds. Nothing is recorded then.
+        """
+        context = self._current
+        if self.room < 1:
+            raise BudgetExceeded(
+                f"a context has at most {self._max_context_tokens} tokens, this one of turn {context.turn} has "
+                f"{len(context.ids)}: raise workflow.context_tokens or lower what enters it"
+            )
+        sampling = replace(
+            self._sampling,
+            max_new_tokens=min(max_new_tokens, self.room),
+            stop_token_ids=tuple(stop_token_ids),
+            seed=_derive(self._sampling.seed, self.num_generations),
+        )
+        completion = await self._pool.generate(
+            context.ids, sampling, min_version=self._min_version, prefer=self._engine, rid=self._rid
+        )
+        context.record(completion, [self._version_span(span) for span in completion.spans])
+        self._engine = completion.engine
+        self.num_generations += 1
+        self.num_generated_tokens += len(completion.token_ids)
+        self.num_cached_tokens += completion.cached_tokens
+        return self._generation(completion, stop_token_ids)
+
+    def close_context(self) -> Context:
+        """Ends the open context and returns it."""
+        context = self._current.build()
+        self._closed.append(context)
+        self._open = None
+        return context
+
+    def transcripts(self) -> tuple[str, ...]:
+        """The text of each closed context, special tokens included."""
+        return tuple(self.tokenizer.decode(context.token_ids.tolist()) for context in self._closed)
+
+    def _generation(self, completion: Completion, stop_token_ids: Sequence[int]) -> Generation:
+        ids = completion.token_ids
+        if completion.finish_reason.type == "length":
+            return Generation(self.tokenizer.decode(ids.tolist()), ids, "length")
+        finish = "stop" if int(ids[-1]) in stop_token_ids else "illegal_stop"
+        return Generation(self.tokenizer.decode(ids[:-1].tolist()), ids, finish)
+
+    def _version_span(self, span: Span) -> VersionSpan:
+        try:
+            tag = PolicyTag.parse(span.weight_version)
+        except UnknownVersion:
+            if self._run_id is not None:
+                raise
+            return VersionSpan(span.start, span.end, version=0, publication=0)
+        if self._run_id not in (None, tag.run_id):
+            raise UnknownVersion(f"tokens were sampled by {tag}, which is not of run {self._run_id!r}")
+        return VersionSpan(span.start, span.end, tag.version, tag.publication)
+
+
+class _OpenContext:
+    """Growing columns of one context."""
+
+    def __init__(self, *, role: str, policy: str, turn: int, edge: Edge) -> None:
+        self.role, self.policy, self.turn, self.edge = role, policy, turn, edge
+        self.ids: list[int] = []
+        self._mask: list[bool] = []
+        self._logprobs: list[float] = []
+        self._spans: list[VersionSpan] = []
+
+    def append(self, ids: Sequence[int]) -> None:
+        self.ids.extend(ids)
+        self._mask.extend([False] * len(ids))
+        self._logprobs.extend([0.0] * len(ids))
+
+    def record(self, completion: Completion, spans: Sequence[VersionSpan]) -> None:
+        """`spans` are relative to the completion; neighbours of the same publication become one."""
+        offset = len(self.ids)
+        self.ids.extend(completion.token_ids.tolist())
+        self._mask.extend([True] * len(completion.token_ids))
+        self._logprobs.extend(completion.logprobs.tolist())
+        for span in spans:
+            moved = replace(span, start=span.start + offset, end=span.end + offset)
+            last = self._spans[-1] if self._spans else None
+            if last and (last.end, last.version, last.publication) == (moved.start, moved.version, moved.publication):
+                self._spans[-1] = replace(last, end=moved.end)
+            else:
+                self._spans.append(moved)
+
+    def build(self) -> Context:
+        return Context(
+            token_ids=np.asarray(self.ids, dtype=np.int32),
+            loss_mask=np.asarray(self._mask, dtype=np.bool_),
+            behavior_logprobs=np.asarray(self._logprobs, dtype=np.float32),
+            policy_versions=tuple(self._spans),
+            role=self.role,
+            policy=self.policy,
+            turn=self.turn,
+            edge=self.edge,
+        )
+
+
+def _derive(seed: int | None, index: int) -> int | None:
+    """The seed of a trajectory's `index`-th generation: in [0, 2^31)."""
+    if seed is None:
+        return None
+    return int.from_bytes(blake2b(f"{seed}:{index}".encode(), digest_size=4).digest(), "big") >> 1

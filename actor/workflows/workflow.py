@@ -1,0 +1,36 @@
+"""What a workflow is: it drives a session through one question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from actor.session import Session
+from protocol.types import Question, Status
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """How one trajectory ended. Its tokens are in the session's contexts.
+
+    answer       the policy's final answer, as written; None unless `status` is COMPLETED
+    reason       why it ended otherwise, for people and metrics; empty where it completed
+    transcripts  each context as text, special tokens included: what format rules are checked against
+    memories     the memory that each context but the first began with
+    stats        counts for metrics
+    """
+
+    status: Status
+    answer: str | None = None
+    reason: str = ""
+    transcripts: tuple[str, ...] = ()
+    memories: tuple[str, ...] = ()
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+class Workflow(Protocol):
+    """Stateless between runs: many episodes run on one workflow at once, each with a session of its own."""
+
+    async def run(self, question: Question, session: Session) -> Episode:
+        """Never raises for the environment's failures: they are `Status.FAILED`."""
+        ...
