@@ -94,6 +94,10 @@ class Coordinator:
             await self._batch_ready.wait()
         return [self._groups.pop(cursor, None) or self._store.group(cursor) for cursor in cursors]
 
+    async def recorded_batch(self, step: int) -> list[TrajectoryGroup]:
+        """The groups that step `step` was trained on, from the log."""
+        return [self._store.group(cursor) for cursor in self._store.batch(step)]
+
     async def finish_batch(self, cursors: Sequence[int]) -> None:
         """Step done: logged in the store before any later version can be seen."""
         self._store.record_batch(step=self._ledger.step, cursors=cursors)

@@ -143,7 +143,7 @@ class RetrieverConfig(Section):
 
 
 class AdvantageConfig(Section):
-    """A_i = (R_i - mean R) / (std R + eps) over trajectories; std with `ddof`; without std where `normalize_std` is off."""
+    """A_i = (R_i - mean R) / (std R + eps) over trajectories, std with `ddof`; only centred if not `normalize_std`."""
 
     normalize_std: bool = True
     ddof: Literal[0, 1] = 1
@@ -151,7 +151,7 @@ class AdvantageConfig(Section):
 
 
 class CorrectionConfig(Section):
-    """What is done to w = pi_prox / pi_behave: `truncate` caps it at `high`, `mask` drops what is out of [low, high]."""
+    """What is done to w = pi_prox / pi_behave: `truncate` caps it at `high`, `mask` drops it outside [low, high]."""
 
     kind: Literal["none", "truncate", "mask"] = "truncate"
     scope: Literal["token", "context", "trajectory"] = "token"
@@ -191,7 +191,7 @@ class CheckpointConfig(Section):
 
 
 class LearnerConfig(Section):
-    """`groups_per_batch` B groups of `group_size` G trajectories a step; ages stay <= `staleness_bound` by construction.
+    """A step takes `groups_per_batch` B groups of `group_size` G; ages stay <= `staleness_bound` by construction.
 
     `lease_timeout_s`: a lease without a heartbeat that names it for so long is expired and issued again.
     """

@@ -1,0 +1,159 @@
+"""The actor's runner: takes leases against its credits, rolls groups out at once, sends each until it is acknowledged.
+
+    Lease ──► rollout (G episodes, bounded) ──► SubmitGroup ──► held ──► SubmitReply: dropped
+                                                   ▲               │
+                                                   └── again after resend_s, over any reconnect
+    Heartbeat every heartbeat_s and on each change: capacity and all held leases, absolute
+
+It waits for leases (the staleness bound holds them back), for engines and the retriever (inside a rollout), and for
+acknowledgements.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from protocol.codec import encode_group
+from protocol.errors import ProtocolError
+from protocol.messages import (
+    Buffer,
+    Drain,
+    EngineFields,
+    Goodbye,
+    Heartbeat,
+    Lease,
+    Status,
+    SubmitReply,
+    decode,
+    encode,
+)
+from protocol.transport import Dealer
+from protocol.types import TrajectoryGroup
+
+log = logging.getLogger(__name__)
+
+Rollout = Callable[[Lease], Awaitable[TrajectoryGroup]]
+
+# A group that is not acknowledged for so long is sent again: the learner was restarted, or the message was lost.
+RESEND_S = 5.0
+
+
+@dataclass(slots=True)
+class _Held:
+    """A finished group until its acknowledgement."""
+
+    frames: list[Buffer]
+    sent_s: float
+
+
+class Runner:
+    """One actor's conversation with the coordinator. `run` returns when the run is over (Drain)."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        capacity: int,
+        dealer: Dealer,
+        rollout: Rollout,
+        on_engines: Callable[[Sequence[EngineFields]], None],
+        counters: Callable[[], dict[str, float]],
+        heartbeat_s: float,
+    ) -> None:
+        self._name = name
+        self._incarnation = secrets.token_hex(8)
+        self._capacity = capacity
+        self._dealer = dealer
+        self._rollout = rollout
+        self._on_engines = on_engines
+        self._counters = counters
+        self._heartbeat_s = heartbeat_s
+        self._running: dict[int, asyncio.Task[None]] = {}
+        self._held: dict[int, _Held] = {}
+        self._changed = asyncio.Event()
+        self.num_sent = 0
+        self.num_refused = 0
+
+    async def run(self) -> str:
+        """Until the coordinator says Drain; its reason. Cancelled or not, the leases are given back."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                heartbeat = tasks.create_task(self._heartbeats())
+                reason = await self._receive(tasks)
+                heartbeat.cancel()
+                for task in self._running.values():
+                    task.cancel()
+            return reason
+        finally:
+            await self._goodbye()
+
+    async def _receive(self, tasks: asyncio.TaskGroup) -> str:
+        while True:
+            frames = await self._dealer.recv()
+            try:
+                message, _ = decode(frames)
+            except ProtocolError as error:
+                log.warning("refused a message: %s", error)
+                continue
+            match message:
+                case Status():
+                    self._on_engines(message.engines)
+                case Lease() if message.lease_id not in self._running:
+                    task = tasks.create_task(self._work(message), name=f"group {message.cursor}")
+                    self._running[message.lease_id] = task
+                case SubmitReply():
+                    self._acknowledged(message)
+                case Drain():
+                    return message.reason
+                case _:
+                    log.warning("ignored a %s", message.kind)
+
+    async def _work(self, lease: Lease) -> None:
+        try:
+            group = await self._rollout(lease)
+            frames = encode_group(group, lease_id=lease.lease_id)
+            self._held[lease.lease_id] = _Held(frames, asyncio.get_running_loop().time())
+            await self._dealer.send(frames)
+            self.num_sent += 1
+        finally:
+            del self._running[lease.lease_id]
+
+    def _acknowledged(self, reply: SubmitReply) -> None:
+        if self._held.pop(reply.lease_id, None) is None:
+            return
+        if reply.outcome == "refused":
+            self.num_refused += 1
+            log.warning("the coordinator refused a group: %s", reply.reason)
+        self._changed.set()
+
+    async def _heartbeats(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            heartbeat = Heartbeat(
+                actor=self._name,
+                incarnation=self._incarnation,
+                capacity=self._capacity,
+                held=sorted({*self._running, *self._held}),
+                counters=self._counters(),
+            )
+            await self._dealer.send([encode(heartbeat)])
+            for held in list(self._held.values()):
+                if loop.time() - held.sent_s > RESEND_S:
+                    held.sent_s = loop.time()
+                    await self._dealer.send(held.frames)
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(self._heartbeat_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    async def _goodbye(self) -> None:
+        try:
+            await self._dealer.send([encode(Goodbye(actor=self._name, incarnation=self._incarnation))], timeout_s=1.0)
+        except TimeoutError:
+            log.warning("could not say goodbye: the leases will expire")

@@ -1,0 +1,100 @@
+"""A step's record: TensorBoard under RUN/tensorboard, one JSON line in RUN/metrics.jsonl, some trajectories as text."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from learner.metrics import MetricsWriter, render_trajectory, summarise_rollouts
+from learner.step_metrics import StepMetrics
+from protocol.types import TrajectoryGroup
+
+_TEXT_EVERY_STEPS = 10
+
+
+def metrics_path(run_dir: Path) -> Path:
+    return run_dir / "metrics.jsonl"
+
+
+class Journal:
+    """Used as a context manager. Steps that are trained again after a resume are written again: the last line counts."""
+
+    def __init__(self, run_dir: Path, *, step: int, tokenizer_folder: Path) -> None:
+        self._writer = MetricsWriter(run_dir / "tensorboard", purge_step=step or None)
+        self._lines = metrics_path(run_dir).open("a", buffering=1)
+        self._tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+        self._last = time.perf_counter()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+        self._lines.close()
+
+    def record(
+        self,
+        stepped: StepMetrics,
+        groups: Sequence[TrajectoryGroup],
+        *,
+        wait_s: float,
+        publish_s: float,
+        gauges: Mapping[str, float],
+    ) -> None:
+        """`wait_s`: how long the loop waited for the batch; `gauges`: queue lengths and the peers' counters by tag."""
+        now = time.perf_counter()
+        interval_s, self._last = now - self._last, now
+        summary = summarise_rollouts(groups)
+        extra = {
+            "learner/wait_s": wait_s,
+            "learner/publish_s": publish_s,
+            "rollout/tokens_per_s": summary.num_sampled_tokens / interval_s,
+            **gauges,
+        }
+        self._writer.step(stepped)
+        self._writer.rollouts(summary, step=stepped.step)
+        self._writer.scalars(extra, step=stepped.step)
+        if stepped.step % _TEXT_EVERY_STEPS == 0:
+            self._write_trajectories(groups, step=stepped.step)
+        line = {
+            "time": time.time(),
+            "step": stepped.step,
+            "reward/mean": summary.reward_mean,
+            **{f"reward/{name}": value for name, value in summary.reward_parts.items()},
+            "rollout/turns": summary.turns,
+            "rollout/context_tokens": summary.context_tokens,
+            **{f"rollout/{name}": value for name, value in summary.stats.items()},
+            "rollout/failed_fraction": summary.failed_fraction,
+            "reward/zero_variance_fraction": summary.zero_variance_fraction,
+            "staleness/mean": stepped.staleness_mean,
+            "staleness/max": stepped.staleness_max,
+            "policy/entropy": stepped.entropy,
+            "policy/clip_fraction": stepped.clip_fraction,
+            "policy/kl_behavior": stepped.kl_behavior,
+            "policy/importance_weight_mean": stepped.importance_weight_mean,
+            "learner/grad_norm": stepped.grad_norm,
+            "learner/step_s": stepped.step_s,
+            "learner/tokens_per_s": stepped.tokens_per_s,
+            "learner/trained_tokens": stepped.num_tokens,
+            "learner/trained_contexts": stepped.num_contexts,
+            "learner/trained_trajectories": stepped.num_trajectories,
+            "learner/over_age_tokens": stepped.num_over_age_tokens,
+            **extra,
+        }
+        self._lines.write(json.dumps(line) + "\n")
+
+    def _write_trajectories(self, groups: Sequence[TrajectoryGroup], *, step: int) -> None:
+        """The best and the worst trajectory of the batch's first group."""
+        group = groups[0]
+        ranked = sorted(group.trajectories, key=lambda trajectory: trajectory.reward)
+        for tag, trajectory in (("best", ranked[-1]), ("worst", ranked[0])):
+            texts = [
+                self._tokenizer.decode(context.token_ids.tolist(), skip_special_tokens=False)
+                for context in trajectory.contexts
+            ]
+            question = f"{group.question.text} (gold: {' | '.join(group.question.answers)})"
+            self._writer.trajectory(tag, render_trajectory(trajectory, texts, question=question), step=step)

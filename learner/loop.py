@@ -1,0 +1,182 @@
+"""The learner's main loop.
+
+    replay recorded batches ─► publish ─┐
+    ┌───────────────────────────────────┘
+    └► next_batch ──► train_step ──► record ──► checkpoint ──► publish ──► metrics ─┐
+       waits for the   waits for      durable    every n        waits for            │
+       batch's last    nothing        before     steps          nothing: engines     │
+       group           ▲              publishing                fetch when they can  │
+                       └──────────────────────────────────────────────────────────────┘
+
+Step k takes version k to k + 1. A batch is in the log before its version can be seen by an engine, so a crash at any
+point resumes by loading the newest checkpoint and training the recorded batches again, without generating anything.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as save_safetensors
+
+from learner.admission import Rules
+from learner.checkpoint import TrainingState, latest_checkpoint, restore_training, save_checkpoint
+from learner.journal import Journal
+from learner.ledger import Ledger
+from learner.plane import Plane
+from learner.policy import Policy, load_policy
+from learner.store import Identity, Store
+from learner.step_metrics import StepMetrics
+from learner.trainer import Trainer
+from protocol.config import Config
+from protocol.types import TrajectoryGroup
+
+log = logging.getLogger(__name__)
+
+# At the end, engines get this long to commit the last version before the learner leaves.
+_LAST_COMMIT_TIMEOUT_S = 60.0
+_DRAIN_S = 1.0
+
+
+def store_path(run_dir: Path) -> Path:
+    return run_dir / "store.sqlite"
+
+
+def run_learner(config: Config) -> None:
+    """Trains until `learner.num_steps`; resumes where an earlier process of the same run stopped.
+
+    Raises: UserError (bad model folder, port in use, keys), StoreError (the folder belongs to another run).
+    """
+    torch.set_num_threads(config.learner.torch_threads)
+    torch.manual_seed(config.run.seed)
+    run_dir = config.run.dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    trainer, step = _load(config)
+    store = Store(store_path(run_dir))
+    store.claim(_identity(config))
+    ledger = Ledger.restore(
+        groups_per_batch=config.learner.groups_per_batch,
+        staleness_bound=config.learner.staleness_bound,
+        num_steps=config.learner.num_steps,
+        step=store.num_batches(),
+        entries=store.entries(),
+        leases=store.running_leases(),
+        next_lease_id=store.next_lease_id(),
+    )
+    rules = Rules(
+        run_id=config.run.name,
+        group_size=config.learner.group_size,
+        vocab_size=trainer.policy.model.config.vocab_size,
+        skip_zero_variance=config.learner.skip_zero_variance,
+    )
+    plane = Plane(
+        network=config.network,
+        store=store,
+        ledger=ledger,
+        rules=rules,
+        lease_timeout_s=config.learner.lease_timeout_s,
+        on_death=lambda: os.kill(os.getpid(), signal.SIGTERM),
+    )
+    try:
+        with plane, Journal(run_dir, step=ledger.step, tokenizer_folder=config.model.path) as journal:
+            Loop(config=config, trainer=trainer, plane=plane, journal=journal, step=step).run(recorded=ledger.step)
+    finally:
+        store.close()
+
+
+class Loop:
+    """Holds the step; `run` is the whole of it."""
+
+    def __init__(self, *, config: Config, trainer: Trainer, plane: Plane, journal: Journal, step: int) -> None:
+        self._config = config
+        self._trainer = trainer
+        self._plane = plane
+        self._journal = journal
+        self._step = step
+
+    def run(self, *, recorded: int) -> None:
+        """From the checkpoint's step over `recorded` batches to the end."""
+        num_steps = self._config.learner.num_steps
+        while self._step < recorded:
+            groups = self._plane.run(self._plane.coordinator.recorded_batch(self._step))
+            self._train(groups)
+            log.info("replayed step %d of %d recorded", self._step, recorded)
+        self._publish()
+        print(f"learner: ready at {self._config.network.control_address} (step {self._step})", flush=True)
+        while self._step < num_steps:
+            started = time.perf_counter()
+            groups = self._plane.run(self._plane.coordinator.next_batch())
+            wait_s = time.perf_counter() - started
+            stepped = self._train(groups)
+            self._plane.run(self._plane.coordinator.finish_batch([group.cursor for group in groups]))
+            if self._step % self._config.learner.checkpoint.every_steps == 0:
+                self._save()
+            started = time.perf_counter()
+            self._publish()
+            self._log(groups, stepped, wait_s=wait_s, publish_s=time.perf_counter() - started)
+        self._save()
+        self._finish()
+
+    def _train(self, groups: Sequence[TrajectoryGroup]) -> StepMetrics:
+        stepped = self._trainer.train_step(groups, step=self._step)
+        self._step += 1
+        return stepped
+
+    def _publish(self) -> None:
+        data = snapshot_bytes(self._trainer.policy)
+        self._plane.run(self._plane.publish(data, version=self._step))
+
+    def _save(self) -> None:
+        save_checkpoint(
+            self._config.run.dir / "checkpoints",
+            policy=self._trainer.policy,
+            optimizer=self._trainer.optimizer,
+            state=TrainingState(step=self._step, num_skipped_updates=self._trainer.num_skipped_updates),
+            keep=self._config.learner.checkpoint.keep,
+        )
+
+    def _log(self, groups: Sequence[TrajectoryGroup], stepped: StepMetrics, *, wait_s: float, publish_s: float) -> None:
+        gauges = self._plane.run(self._plane.coordinator.gauges())
+        self._journal.record(stepped, groups, wait_s=wait_s, publish_s=publish_s, gauges=gauges)
+
+    def _finish(self) -> None:
+        """Engines commit the last version, actors are told to leave."""
+        self._plane.run(self._plane.coordinator.drain("the run has reached its last step"))
+        if not self._plane.run(self._plane.wait_committed(self._step, timeout_s=_LAST_COMMIT_TIMEOUT_S)):
+            log.warning("not every engine has committed version %d", self._step)
+        time.sleep(_DRAIN_S)
+        summary = {"step": self._step, "num_skipped_updates": self._trainer.num_skipped_updates}
+        (self._config.run.dir / "finished.json").write_text(json.dumps(summary) + "\n")
+
+
+def snapshot_bytes(policy: Policy) -> bytes:
+    """The weights as a safetensors file, tied ones once, under the names that `save_pretrained` gives."""
+    tied = set(getattr(policy.model, "all_tied_weights_keys", {}) or {})
+    state = policy.model.state_dict()
+    return save_safetensors(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if name not in tied}
+    )
+
+
+def _load(config: Config) -> tuple[Trainer, int]:
+    """(trainer, the step that its weights are): from the newest checkpoint, else from model.path."""
+    checkpoint = latest_checkpoint(config.run.dir / "checkpoints")
+    policy = load_policy(checkpoint or config.model.path, dtype=config.learner.dtype, device=config.learner.device)
+    trainer = Trainer(policy=policy, config=config.learner, temperature=config.sampling.temperature)
+    if checkpoint is None:
+        return trainer, 0
+    state = restore_training(checkpoint, policy=policy, optimizer=trainer.optimizer)
+    trainer.num_skipped_updates = state.num_skipped_updates
+    log.info("resumed from %s", checkpoint)
+    return trainer, state.step
+
+
+def _identity(config: Config) -> Identity:
+    learner = config.learner
+    return Identity(config.run.name, learner.groups_per_batch, learner.group_size, learner.staleness_bound)

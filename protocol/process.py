@@ -1,0 +1,25 @@
+"""What every role's process does first: logging, a title, and SIGTERM as an orderly stop."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from types import FrameType
+
+
+def start_role(title: str) -> None:
+    """Logs to stderr, names the process for `ps`, and turns SIGTERM into SystemExit(143) so that `finally` runs."""
+    import setproctitle
+
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format=f"%(asctime)s {title} %(levelname)s %(message)s", force=True
+    )
+    for noisy in ("httpx", "urllib3", "transformers", "aiohttp.access"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    setproctitle.setproctitle(f"palimpsest {title}")
+    signal.signal(signal.SIGTERM, _stop)
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    sys.exit(143)
