@@ -1,0 +1,71 @@
+"""A finished sequence as /generate answers it."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from actor.engine.request import Finish, FinishType, Sequence
+
+
+class FinishReason(TypedDict, total=False):
+    type: str
+    length: int | None
+    matched: int | str | None
+    message: str | None
+
+
+class VersionSpan(TypedDict):
+    version: str
+    start: int
+    end: int
+
+
+class MetaInfo(TypedDict, total=False):
+    """SGLang's `meta_info`. `output_token_logprobs` is there if it was asked for."""
+
+    id: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    weight_version: str
+    weight_versions: list[VersionSpan]
+    num_retractions: int
+    output_token_logprobs: list[tuple[float, int, None]]
+
+
+class Answer(TypedDict):
+    text: str
+    output_ids: list[int]
+    meta_info: MetaInfo
+
+
+def answer(sequence: Sequence, *, text: str, weight_version: str) -> Answer:
+    """`weight_version` is the engine's at the end; which version sampled which token is in `weight_versions`."""
+    assert sequence.finish is not None
+    meta: MetaInfo = {
+        "id": sequence.rid,
+        "finish_reason": _finish_reason(sequence.finish),
+        "prompt_tokens": len(sequence.prompt_ids),
+        "completion_tokens": len(sequence.output_ids),
+        "cached_tokens": 0,
+        "weight_version": weight_version,
+        "weight_versions": [{"version": v.version, "start": v.start, "end": v.end} for v in sequence.versions],
+        "num_retractions": sequence.num_retractions,
+    }
+    if sequence.return_logprob:
+        meta["output_token_logprobs"] = [
+            (logprob, token_id, None)
+            for logprob, token_id in zip(sequence.output_logprobs, sequence.output_ids, strict=True)
+        ]
+    return {"text": text, "output_ids": sequence.output_ids, "meta_info": meta}
+
+
+def _finish_reason(finish: Finish) -> FinishReason:
+    match finish.type:
+        case FinishType.LENGTH:
+            return {"type": "length", "length": finish.length}
+        case FinishType.STOP:
+            return {"type": "stop", "matched": finish.matched}
+        case FinishType.ABORT:
+            return {"type": "abort", "message": finish.message}

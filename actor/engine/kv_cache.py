@@ -1,0 +1,186 @@
+"""The key-value cache of the running sequences, and the attention that reads it.
+
+One row a sequence, rows dense from 0, so a step reads plain slices: nothing is gathered or copied when sequences
+join, and one row is copied when one leaves from the middle. A step's tokens are packed into one row of input,
+those that decode first, then the prompts one after another, so that only attention knows about sequences:
+
+    packed   d0 d1 d2 | p p p p p | p p p        cache rows 0 1 2 | 3 | 4
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+ATTENTION_NAME = "palimpsest_rows"
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """float [layers, rows, kv_heads, length, head_dim] each. Pages are committed by the system when first written."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, *, num_layers: int, num_rows: int, num_kv_heads: int, length: int, head_dim: int, dtype: torch.dtype
+    ) -> KVCache:
+        # Zeros, not empty: masked positions are multiplied by 0, and 0 * nan of stale memory would be nan.
+        shape = (num_layers, num_rows, num_kv_heads, length, head_dim)
+        return cls(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
+
+    def move(self, moves: tuple[tuple[int, int], ...], *, length: int) -> None:
+        """Copy the first `length` positions of each (source row, target row); the two sets are disjoint."""
+        sources = [source for source, _ in moves]
+        targets = [target for _, target in moves]
+        for cache in (self.keys, self.values):
+            cache[:, targets, :, :length] = cache[:, sources, :, :length]
+
+    def clear(self, row: int) -> None:
+        """Zero a row whose contents are not finite."""
+        self.keys[:, row] = 0
+        self.values[:, row] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Where the packed tokens of one step lie in the cache.
+
+    positions      int64 [D]     of each decoding token; row i is cache row i
+    decode_bias    float [D, 1, 1, L] or None: added to the scores of cache positions 0..L-1; None where all L count
+    length         L, one more than the largest decoding position
+    pad_index      int64 [P, S]  packed index of each position of each prompt; any valid index in the padding
+    unpad_index    int64 [T]     of each prompt token, in packed order, its place in [P * S]
+    """
+
+    cache: KVCache
+    rows: torch.Tensor
+    positions: torch.Tensor
+    decode_bias: torch.Tensor | None
+    length: int
+    pad_index: torch.Tensor | None
+    unpad_index: torch.Tensor | None
+
+    @property
+    def num_decode(self) -> int:
+        return len(self.positions)
+
+
+def pack(cache: KVCache, *, decode_lengths: list[int], prompt_lengths: list[int]) -> PackedBatch:
+    """Lay out a step. `decode_lengths` are tokens already in the cache of each decoding row."""
+    positions = torch.tensor(decode_lengths, dtype=torch.int64)
+    num_decode = len(decode_lengths)
+    length = max(decode_lengths, default=-1) + 1
+    bias: torch.Tensor | None = None
+    if num_decode and min(decode_lengths) + 1 < length:
+        hidden = torch.arange(length) > positions[:, None]
+        bias = torch.zeros(hidden.shape, dtype=cache.keys.dtype).masked_fill_(hidden, -torch.inf)[:, None, None, :]
+    pad_index = unpad_index = None
+    if prompt_lengths:
+        lengths = torch.tensor(prompt_lengths, dtype=torch.int64)
+        starts = num_decode + lengths.cumsum(0) - lengths
+        offsets = torch.arange(max(prompt_lengths))
+        inside = offsets < lengths[:, None]
+        pad_index = torch.where(inside, starts[:, None] + offsets, starts[:, None])
+        unpad_index = inside.flatten().nonzero()[:, 0]
+    return PackedBatch(
+        cache=cache,
+        rows=torch.arange(num_decode),
+        positions=positions,
+        decode_bias=bias,
+        length=length,
+        pad_index=pad_index,
+        unpad_index=unpad_index,
+    )
+
+
+def row_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    batch: PackedBatch,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of packed tokens within their own sequences; writes their keys and values to the cache.
+
+    An attention function of transformers' AttentionInterface. `query` [1, H, T, E], `key` and `value` [1, KV, T, E];
+    returns [1, T, H, E].
+    """
+    layer: int = module.layer_idx  # pyright: ignore[reportAssignmentType]
+    keys, values = batch.cache.keys[layer], batch.cache.values[layer]
+    parts: list[torch.Tensor] = []
+    if batch.num_decode:
+        parts.append(_decode(query[0], key[0], value[0], keys, values, batch=batch, scaling=scaling))
+    if batch.pad_index is not None:
+        parts.append(_prefill(query[0], key[0], value[0], keys, values, batch=batch, scaling=scaling))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+def _decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    batch: PackedBatch,
+    scaling: float | None,
+) -> torch.Tensor:
+    """One new token for each of the first D rows: [D, H, E]."""
+    n = batch.num_decode
+    num_heads, _, head_dim = query.shape
+    num_kv_heads = key.shape[0]
+    keys[batch.rows, :, batch.positions] = key[:, :n].transpose(0, 1)
+    values[batch.rows, :, batch.positions] = value[:, :n].transpose(0, 1)
+    # Heads that share keys stand in the place of query positions: nothing is repeated.
+    grouped = query[:, :n].transpose(0, 1).reshape(n, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    out = scaled_dot_product_attention(
+        grouped,
+        keys[:n, :, : batch.length],
+        values[:n, :, : batch.length],
+        attn_mask=batch.decode_bias,
+        scale=scaling,
+    )
+    return out.reshape(n, num_heads, head_dim)
+
+
+def _prefill(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    batch: PackedBatch,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Whole prompts into the rows after the decoding ones: [T - D, H, E].
+
+    Padding is on the right, where causal attention does not see it, and its cache positions are overwritten before
+    they are read.
+    """
+    assert batch.pad_index is not None
+    assert batch.unpad_index is not None
+    num_prompts, longest = batch.pad_index.shape
+    first = batch.num_decode
+    padded_key = key[:, batch.pad_index].transpose(0, 1)
+    padded_value = value[:, batch.pad_index].transpose(0, 1)
+    keys[first : first + num_prompts, :, :longest] = padded_key
+    values[first : first + num_prompts, :, :longest] = padded_value
+    out = scaled_dot_product_attention(
+        query[:, batch.pad_index].transpose(0, 1),
+        padded_key,
+        padded_value,
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=query.shape[0] != key.shape[0],
+    )
+    return out.transpose(1, 2).flatten(0, 1)[batch.unpad_index]

@@ -1,0 +1,184 @@
+"""The transformers model behind the engine: one packed forward pass a step, and weights that change in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from actor.engine.kv_cache import ATTENTION_NAME, KVCache, pack, row_attention
+from actor.engine.sampler import sample
+from actor.engine.scheduler import Step
+from actor.engine.weights import apply_weights, match_weights, read_weights, weight_files
+from protocol.errors import DataError, WeightsError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the HTTP layer must know of the model. `eos_token_ids` end a sequence unless it ignores them."""
+
+    model_type: str
+    architectures: tuple[str, ...]
+    vocab_size: int
+    max_position_embeddings: int
+    eos_token_ids: frozenset[int]
+
+
+class ModelRunner:
+    """Runs steps on a model in fp32 on the CPU. Not to be called from two threads at once, except `prepare_weights`."""
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_running_requests: int,
+        context_length: int,
+        info: ModelInfo,
+    ) -> None:
+        config = model.config
+        num_heads: int = config.num_attention_heads
+        self._model = model
+        self._tokenizer = tokenizer
+        self._cache = KVCache.allocate(
+            num_layers=config.num_hidden_layers,
+            num_rows=max_running_requests,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+            length=context_length,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+            dtype=torch.float32,
+        )
+        self.info = info
+        self.context_length = context_length
+
+    @classmethod
+    def load(cls, folder: Path, *, max_running_requests: int, context_length: int | None) -> ModelRunner:
+        """Load a Hugging Face folder: config, safetensors weights and tokenizer.
+
+        `context_length` defaults to the model's own. Raises: DataError where the folder cannot be served.
+        """
+        tokenizer = _load_tokenizer(folder)
+        model = _load_model(folder)
+        info = _describe(model, tokenizer)
+        length = context_length or info.max_position_embeddings
+        if length > info.max_position_embeddings:
+            raise DataError(
+                f"context_length must be <= {info.max_position_embeddings} (max_position_embeddings of the model in "
+                f"{folder}), got {length}"
+            )
+        return cls(
+            model=model,
+            tokenizer=tokenizer,
+            max_running_requests=max_running_requests,
+            context_length=length,
+            info=info,
+        )
+
+    def run(self, step: Step) -> tuple[list[int], list[float]]:
+        """One token and its log-prob for each sequence of the step, decoding ones first.
+
+        A log-prob that is not finite says that the model's output was not; the sequence's row is then cleared.
+        """
+        if step.moves:
+            self._cache.move(step.moves, length=max(s.num_tokens for s in step.decode))
+        prompts = [sequence.prompt_ids + sequence.output_ids for sequence in step.prefill]
+        packed = [sequence.output_ids[-1] for sequence in step.decode]
+        positions = [sequence.num_tokens - 1 for sequence in step.decode]
+        last = list(range(len(packed)))
+        batch = pack(self._cache, decode_lengths=positions, prompt_lengths=[len(prompt) for prompt in prompts])
+        for prompt in prompts:
+            packed += prompt
+            positions += range(len(prompt))
+            last.append(len(packed) - 1)
+        sequences = step.decode + step.prefill
+        with torch.inference_mode():
+            logits: torch.Tensor = self._model(
+                input_ids=torch.tensor([packed]),
+                position_ids=torch.tensor([positions]),
+                use_cache=False,
+                logits_to_keep=torch.tensor(last),
+                batch=batch,
+            ).logits[0]
+            token_ids, logprobs = sample(logits, sequences)
+            for row, logprob in enumerate(logprobs):
+                if not abs(logprob) < float("inf"):
+                    self._cache.clear(row)
+        return token_ids, logprobs
+
+    def prepare_weights(self, folder: Path) -> Callable[[], None]:
+        """Read and check a folder's weights; the answer puts them in place, all of them. Raises: WeightsError.
+
+        May be called from another thread: nothing of the model changes before the answer is called.
+        """
+        if not folder.is_dir():
+            raise WeightsError(f"model_path {str(folder)!r} is not a folder")
+        pairs = match_weights(self._model, read_weights(folder))
+        return lambda: apply_weights(pairs)
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        assert isinstance(text, str)
+        return text
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not folder.is_dir():
+        raise DataError(f"model folder {folder} does not exist: give a Hugging Face folder")
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise DataError(f"model folder {folder} has no tokenizer: save one there with save_pretrained()")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # Its errors share no base: whatever they are, the folder cannot be served.
+        raise DataError(f"the tokenizer in {folder} cannot be loaded ({error}): save it again") from error
+
+
+def _load_model(folder: Path) -> PreTrainedModel:
+    if not (folder / "config.json").is_file():
+        raise DataError(f"model folder {folder} has no config.json: save the model there with save_pretrained()")
+    try:
+        weight_files(folder)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        layer_types: list[str] = getattr(config, "layer_types", None) or ["full_attention"]
+        if other := sorted(set(layer_types) - {"full_attention"}):
+            raise DataError(
+                f"the model in {folder} has {other[0]} layers: the embedded engine serves full attention only"
+            )
+        AttentionInterface.register(ATTENTION_NAME, row_attention)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, local_files_only=True, attn_implementation=ATTENTION_NAME
+        )
+        match_weights(model, read_weights(folder))
+    except (WeightsError, ValueError, OSError, RuntimeError) as error:
+        raise DataError(
+            f"the model in {folder} cannot be loaded ({error}): save it again with save_pretrained()"
+        ) from error
+    return model.eval()
+
+
+def _describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelInfo:
+    eos: set[int] = set()
+    generation = model.generation_config.eos_token_id if model.generation_config is not None else None
+    for value in (getattr(model.config, "eos_token_id", None), generation, tokenizer.eos_token_id):
+        if isinstance(value, int):
+            eos.add(value)
+        elif isinstance(value, list):
+            eos.update(token_id for token_id in value if isinstance(token_id, int))
+    return ModelInfo(
+        model_type=model.config.model_type,
+        architectures=tuple(model.config.architectures or ()),
+        vocab_size=model.config.vocab_size,
+        max_position_embeddings=model.config.max_position_embeddings,
+        eos_token_ids=frozenset(eos),
+    )

@@ -1,0 +1,172 @@
+"""The embedded engine as a server: a model folder, an address, and a loop that runs until it is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import socket
+from pathlib import Path
+
+from aiohttp import web
+
+from actor.engine.admission import Limits
+from actor.engine.core import Engine
+from actor.engine.http import ServerFacts, build_app
+from actor.engine.scheduler import Scheduler
+from protocol.errors import ConfigError, SecurityError, UnreachableError
+
+_MAX_PREFILL_TOKENS = 16_384
+_BACKLOG = 1024
+
+
+class EngineServer:
+    """SGLang's HTTP API over a transformers model on the CPU.
+
+    `port` 0 takes a free one. `max_total_tokens` bounds the tokens that running requests can come to hold together
+    (by default `max_running_requests` full contexts); beyond that, requests queue. `context_length` is by default the
+    model's own. `seed` seeds the requests that bring no `sampling_seed`.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_path: str | Path,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        api_key: str | None = None,
+        max_running_requests: int = 128,
+        max_total_tokens: int | None = None,
+        context_length: int | None = None,
+        torch_threads: int = 1,
+        seed: int = 0,
+    ) -> None:
+        for name, value in {
+            "max_running_requests": max_running_requests,
+            "max_total_tokens": max_total_tokens,
+            "context_length": context_length,
+            "torch_threads": torch_threads,
+        }.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"engine.{name} must be >= 1, got {value}")
+        if api_key is None and not _is_loopback(host):
+            raise SecurityError(f"engine.api_key is needed to listen beyond loopback, got none for host {host}")
+        self._model_path = Path(model_path)
+        self._host = host
+        self._port = port
+        self._api_key = api_key
+        self._max_running_requests = max_running_requests
+        self._max_total_tokens = max_total_tokens
+        self._context_length = context_length
+        self._torch_threads = torch_threads
+        self._seed = seed
+        self._app_runner: web.AppRunner | None = None
+        self._loop_task: asyncio.Task[None] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where the server listens, once it has started."""
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{self._port}"
+
+    async def start(self) -> None:
+        """Take the address, load the model, serve.
+
+        Raises: UnreachableError where the address cannot be had, DataError where the folder cannot be served.
+        """
+        listener = self._listen()
+        try:
+            engine, facts = self._load()
+            app = build_app(engine=engine, facts=facts, api_key=self._api_key)
+            self._app_runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+            await self._app_runner.setup()
+            await web.SockSite(self._app_runner, listener, backlog=_BACKLOG).start()
+        except BaseException:
+            listener.close()
+            await self.stop()
+            raise
+        self._loop_task = asyncio.create_task(engine.run(), name="engine")
+
+    async def wait(self) -> None:
+        """Return when the server is stopped. Raises what ended the engine's loop, if a step failed."""
+        if self._loop_task is not None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.shield(self._loop_task)
+
+    async def stop(self) -> None:
+        """Stop serving; requests in flight lose their connection. Idempotent."""
+        if self._loop_task is not None:
+            self._loop_task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await self._loop_task
+            self._loop_task = None
+        if self._app_runner is not None:
+            await self._app_runner.cleanup()
+            self._app_runner = None
+
+    def _listen(self) -> socket.socket:
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((self._host, self._port))
+            listener.listen(_BACKLOG)
+        except OSError as error:
+            listener.close()
+            reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be bound ({error.strerror or error})"
+            raise UnreachableError(
+                f"engine address {self._host}:{self._port} {reason}: choose another port, or 0 for a free one"
+            ) from error
+        listener.setblocking(False)
+        self._port = listener.getsockname()[1]
+        return listener
+
+    def _load(self) -> tuple[Engine, ServerFacts]:
+        import torch
+
+        from actor.engine.model import ModelRunner
+
+        torch.set_num_threads(self._torch_threads)
+        runner = ModelRunner.load(
+            self._model_path,
+            max_running_requests=self._max_running_requests,
+            context_length=self._context_length,
+        )
+        info = runner.info
+        max_total_tokens = self._max_total_tokens or self._max_running_requests * runner.context_length
+        engine = Engine(
+            runner=runner,
+            scheduler=Scheduler(
+                max_running_requests=self._max_running_requests,
+                max_total_tokens=max_total_tokens,
+                max_prefill_tokens=_MAX_PREFILL_TOKENS,
+            ),
+            limits=Limits(
+                vocab_size=info.vocab_size,
+                context_length=runner.context_length,
+                max_total_tokens=max_total_tokens,
+                eos_token_ids=info.eos_token_ids,
+            ),
+            seed=self._seed,
+            model_path=str(self._model_path),
+        )
+        facts = ServerFacts(
+            tokenizer_path=str(self._model_path),
+            model_type=info.model_type,
+            architectures=info.architectures,
+            vocab_size=info.vocab_size,
+            context_length=runner.context_length,
+            max_running_requests=self._max_running_requests,
+            max_total_tokens=max_total_tokens,
+        )
+        return engine, facts
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
