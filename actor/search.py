@@ -1,4 +1,4 @@
-"""The retriever as a workflow sees it. Its failures are the environment's: they fail a trajectory, never an observation."""
+"""The retriever as a workflow sees it. Its failures fail the trajectory: they are never an observation."""
 
 from __future__ import annotations
 

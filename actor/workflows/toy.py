@@ -10,14 +10,12 @@ policy        country ? <answer> peru <end>
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from hashlib import blake2b
 
 from actor.workflows.rendering import Action, Answer, Malformed, Result, Search, Searches
 from protocol.types import Passage
 
-_WORD = re.compile(r"<[a-z]+>|[^\s<>]+")
 _EMPTY = "none"
 
 
@@ -61,7 +59,7 @@ class ToyRendering:
         return f"{memory} <end>"
 
     def _words(self, text: str) -> list[str]:
-        words = _WORD.findall(text)
+        words = text.split()
         return words[:-1] if words and words[-1] == self.end_token else words
 
 
