@@ -86,6 +86,10 @@ class RetrieverService:
         self._num_pending_queries = 0
         self._arrived = asyncio.Event()
 
+    @property
+    def address(self) -> str:
+        return self._router.address
+
     async def run(self) -> None:
         """Serves for ever. A failure of the encoder or the index ends it with that error."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="retriever-search") as executor:

@@ -1,0 +1,211 @@
+"""Gold recall through the service against exact search and BM25, and queries a second, on wiki_pool.
+
+    python benchmarks/retrieval.py --data ../shared/data [--quick]
+
+The service is a process of its own with its default settings, asked over a real socket. Exact search compares the same
+vectors. R@k is the share of a question's gold passages among the first k, averaged over questions. The last line is
+JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from protocol.messages import SearchReply, SearchRequest
+from protocol.rpc import RequestClient
+from protocol.transport import Transport
+from retriever.build import build_index
+from retriever.corpus import PassageTable
+from retriever.encoders.base import Encoder, passage_text
+from retriever.encoders.catalogue import MINILM, open_model_encoder
+from retriever.index import load_index
+from retriever.manifest import HnswSettings
+from retriever.nearest import search_exact
+
+CUTS = (2, 5, 20)
+NUM_CLIENTS = (1, 64)
+REQUEST_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Gold:
+    dataset: str
+    question: str
+    gold_ids: frozenset[str]
+
+
+class Bm25:
+    """Okapi BM25 with the idf of Lucene, ln(1 + (n - df + 0.5) / (df + 0.5)), over lower-cased words."""
+
+    def __init__(self, texts: Sequence[str], *, k1: float = 0.9, b: float = 0.4) -> None:
+        counts = [Counter(_words(text)) for text in texts]
+        lengths = np.array([sum(count.values()) for count in counts], dtype=np.float64)
+        norm = k1 * (1 - b + b * lengths / lengths.mean())
+        postings: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        for row, count in enumerate(counts):
+            for word, occurrences in count.items():
+                postings[word].append((row, occurrences))
+        self._num_texts = len(texts)
+        self._weights: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for word, entries in postings.items():
+            rows, tf = (np.array(column) for column in zip(*entries, strict=True))
+            idf = math.log(1 + (len(texts) - len(rows) + 0.5) / (len(rows) + 0.5))
+            self._weights[word] = (rows, idf * tf * (k1 + 1) / (tf + norm[rows]))
+
+    def search(self, question: str, k: int) -> list[int]:
+        scores = np.zeros(self._num_texts)
+        for word in _words(question):
+            if word in self._weights:
+                rows, weights = self._weights[word]
+                scores[rows] += weights
+        best = np.argpartition(-scores, k)[:k]
+        return best[np.lexsort((best, -scores[best]))].tolist()
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def read_questions(path: Path, *, limit: int | None) -> list[Gold]:
+    """With a limit, every n-th, so that each data set keeps its share."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    questions = [Gold(r["dataset"], r["question"], frozenset(r["gold_ids"])) for r in records]
+    return questions if limit is None else questions[:: max(1, len(questions) // limit)][:limit]
+
+
+@contextmanager
+def serving(folder: Path, *, threads: int) -> Iterator[str]:
+    """A retriever process without cache; yields its address."""
+    code = "from retriever.command import retriever; retriever()"
+    options = ["--address", "tcp://127.0.0.1:0", "--cache-size", "0", "--threads", str(threads)]
+    command = [sys.executable, "-c", code, str(folder), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line.startswith("retriever: ready at "):
+                raise SystemExit(f"the retriever did not start: {line!r}")
+            yield line.split()[3]
+        finally:
+            process.terminate()
+            print(process.stdout.read().strip() if process.stdout else "")
+            process.wait(timeout=START_TIMEOUT_S)
+
+
+async def ask_all(
+    address: str, questions: Sequence[str], *, num_clients: int, top_n: int
+) -> tuple[list[list[str]], float]:
+    """Each client asks one question at a time; (ids by question, seconds)."""
+    transport = Transport()
+    clients = [RequestClient(transport.dealer(address)) for _ in range(num_clients)]
+    results: list[list[str]] = [[] for _ in questions]
+    todo = iter(range(len(questions)))
+
+    async def work(client: RequestClient) -> None:
+        for number in todo:
+            request = SearchRequest(request_id=client.next_id(), queries=[questions[number]], top_n=top_n)
+            reply, _ = await client.request(request, SearchReply, timeout_s=REQUEST_TIMEOUT_S)
+            results[number] = [passage.id for passage in reply.results[0]]
+
+    for client in clients:
+        await client.__aenter__()
+    try:
+        started = time.perf_counter()
+        await asyncio.gather(*(work(client) for client in clients))
+        return results, time.perf_counter() - started
+    finally:
+        for client in clients:
+            await client.__aexit__()
+        transport.close()
+
+
+def recalls(questions: Sequence[Gold], results: Sequence[Sequence[str]]) -> dict[str, dict[str, float]]:
+    """Data set -> `R@k` -> per cent."""
+    table: dict[str, dict[str, float]] = {}
+    for dataset in ("all", *dict.fromkeys(q.dataset for q in questions)):
+        pairs = [(q.gold_ids, r) for q, r in zip(questions, results, strict=True) if dataset in ("all", q.dataset)]
+        table[dataset] = {
+            f"R@{k}": round(100 * sum(len(gold & set(ids[:k])) / len(gold) for gold, ids in pairs) / len(pairs), 2)
+            for k in CUTS
+        }
+    return table
+
+
+def exact(encoder: Encoder, passages: PassageTable, vectors: np.ndarray, questions: Sequence[str]) -> list[list[str]]:
+    ids = [passage.id for passage in passages]
+    results: list[list[str]] = []
+    for start in range(0, len(questions), 64):
+        queries = encoder.encode_queries(questions[start : start + 64])
+        found = search_exact([vectors], queries, max(CUTS))
+        results.extend([ids[row] for row in rows] for rows in found.rows)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with wiki_pool/")
+    parser.add_argument("--quick", action="store_true", help="300 questions instead of 2,855")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    pool = options.data / "wiki_pool"
+    questions = read_questions(pool / "questions_dev.jsonl", limit=300 if options.quick else None)
+    texts = [question.question for question in questions]
+    encoder = open_model_encoder(MINILM, num_threads=options.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "index"
+        npz = pool / "minilm_passages_fp16.npz"
+        started = time.perf_counter()
+        build_index(
+            corpus=pool / "corpus.jsonl.gz",
+            out=folder,
+            make_encoder=lambda _: encoder,
+            hnsw=HnswSettings(),
+            vectors=npz,
+        )
+        build_s = time.perf_counter() - started
+        rates: dict[str, float] = {}
+        service: list[list[str]] = []
+        with serving(folder, threads=options.threads) as address:
+            for num_clients in NUM_CLIENTS:
+                asked = texts if num_clients > 1 else texts[:300]
+                service, seconds = asyncio.run(ask_all(address, asked, num_clients=num_clients, top_n=max(CUTS)))
+                rates[str(num_clients)] = round(len(asked) / seconds, 1)
+        passages = load_index(folder).passages
+        vectors = np.load(npz)["vectors"].astype(np.float32)
+        bm25 = Bm25([passage_text(passage) for passage in passages])
+        lexical = [[passages[row].id for row in bm25.search(text, max(CUTS))] for text in texts]
+        report = {
+            "num_questions": len(questions),
+            "build_from_vectors_s": round(build_s, 1),
+            "service": recalls(questions, service),
+            "exact": recalls(questions, exact(encoder, passages, vectors, texts)),
+            "bm25": recalls(questions, lexical),
+            "queries_per_s": rates,
+        }
+    lost = report["exact"]["all"]["R@5"] - report["service"]["all"]["R@5"]
+    report["r5_points_below_exact"] = round(lost, 2)
+    for name in ("service", "exact", "bm25"):
+        print(name, report[name])
+    for num_clients, rate in rates.items():
+        print(f"{num_clients} clients: {rate} queries/s, encoding included")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from retriever.encoders.bow import BagOfWordsEncoder
+from retriever.index import load_index
+from retriever.search import Collection, Query, Searcher
+
+
+class CountingEncoder(BagOfWordsEncoder):
+    encoded: list[str]
+
+    def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
+        self.encoded = [*getattr(self, "encoded", []), *queries]
+        return super().encode_queries(queries)
+
+
+def searcher(folder: Path, *, cache_size: int) -> tuple[Searcher, CountingEncoder]:
+    encoder = CountingEncoder.load(folder)
+    assert isinstance(encoder, CountingEncoder)
+    return Searcher([Collection("fruit", load_index(folder), encoder)], cache_size=cache_size), encoder
+
+
+def test_equal_queries_are_encoded_once(bow_index: Path) -> None:
+    search, encoder = searcher(bow_index, cache_size=0)
+    results = search.search([Query("apple", 1, ""), Query("pear", 2, ""), Query("apple", 1, "")])
+    assert encoder.encoded == ["apple", "pear"]
+    assert results[0] == results[2]
+    assert [len(passages) for passages in results] == [1, 2, 1]
+
+
+def test_the_cache_keeps_the_latest(bow_index: Path) -> None:
+    search, encoder = searcher(bow_index, cache_size=2)
+    first = search.search([Query("apple", 1, ""), Query("pear", 1, "")])
+    assert search.search([Query("apple", 1, "")]) == first[:1]
+    search.search([Query("tree", 1, "")])  # Pushes out `pear`, the one asked longest ago.
+    search.search([Query("apple", 1, ""), Query("pear", 1, "")])
+    assert encoder.encoded == ["apple", "pear", "tree", "pear"]
+    assert search.num_cache_hits == 2
