@@ -1,0 +1,144 @@
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+
+from actor.engine_pool import EngineInfo, EnginePool
+from actor.sampling import SamplingParams
+from actor.session import BudgetExceeded, Session
+from actor.sglang_client import Retry
+from actor.tokenizer import Tokenizer
+from protocol.errors import ConfigError, EngineUnavailable, UnknownVersion
+from protocol.types import Edge, VersionSpan
+
+END = 1
+
+
+@pytest.fixture
+async def pool(engine) -> AsyncIterator[EnginePool]:
+    async with EnginePool(run_id=None, retry=Retry(num_attempts=2, base_s=0.001)) as p:
+        p.set_engines([EngineInfo(engine.url, 0)])
+        yield p
+
+
+def session(pool: EnginePool, tokenizer: Tokenizer, **options) -> Session:
+    options = {"run_id": "run", "max_context_tokens": 32, "sampling": SamplingParams(), **options}
+    return Session(pool=pool, tokenizer=tokenizer, **options)
+
+
+async def test_a_context_holds_exactly_what_was_read_and_sampled(engine, pool, toy_tokenizer) -> None:
+    sampled = toy_tokenizer.encode("zuka founder <end>")
+    engine.reply(sampled, cached_tokens=3)
+    engine.reply([40, 40, END], spans=[("run:1:0", 0, 1), ("run:2:1", 1, 2), ("run:2:1", 2, 3)])
+    s = session(pool, toy_tokenizer)
+    s.open_context("<question> what is zuka founder ?", turn=2, edge=Edge.MEMORY_RESET, role="r", policy="p")
+    generation = await s.generate(8, [END])
+    assert (generation.text, generation.finish) == ("zuka founder", "stop")
+    s.append("<memory>")
+    await s.generate(8, [END])
+    context = s.close_context()
+
+    prompt = toy_tokenizer.encode("<question> what is zuka founder ?")
+    glue = toy_tokenizer.encode("<memory>")
+    assert context.token_ids.tolist() == [*prompt, *sampled, *glue, 40, 40, END]
+    n, m = len(prompt), len(prompt) + len(sampled)
+    assert context.loss_mask.tolist() == [False] * n + [True] * len(sampled) + [False] + [True] * 3
+    np.testing.assert_array_equal(context.behavior_logprobs[n:m], [-k / 8 for k in range(m - n)])
+    assert not context.behavior_logprobs[~context.loss_mask].any()
+    assert context.policy_versions == (
+        VersionSpan(n, m, 0, 1),
+        VersionSpan(m + 1, m + 2, 0, 1),
+        VersionSpan(m + 2, m + 4, 1, 2),
+    )
+    assert (context.turn, context.edge, context.role, context.policy) == (2, Edge.MEMORY_RESET, "r", "p")
+    assert engine.requests[1]["input_ids"] == [*prompt, *sampled, *glue]
+    assert (s.num_generations, s.num_generated_tokens) == (2, len(sampled) + 3)
+    assert (s.num_prompt_tokens, s.num_cached_tokens) == (n + 1, 3)
+    assert s.transcripts() == (toy_tokenizer.decode(context.token_ids.tolist()),)
+
+
+async def test_ids_that_do_not_survive_decoding_are_kept(engine, pool, chat_tokenizer) -> None:
+    odd = [chat_tokenizer.encode("é")[0], *chat_tokenizer.encode("mem"), *chat_tokenizer.encode("ory")]
+    assert chat_tokenizer.encode(chat_tokenizer.decode(odd)) != odd
+    engine.reply(odd, finish={"type": "length"})
+    s = session(pool, chat_tokenizer)
+    s.open_context([7])
+    assert (await s.generate(len(odd), [2])).finish == "length"
+    assert s.close_context().token_ids.tolist() == [7, *odd]
+
+
+async def test_an_aborted_attempt_counts_nothing(engine, pool, toy_tokenizer) -> None:
+    engine.reply([40, 41, 42], finish={"type": "abort", "message": "update"})
+    engine.reply([43, END])
+    s = session(pool, toy_tokenizer)
+    s.open_context([7])
+    await s.generate(8, [END])
+    assert s.close_context().token_ids.tolist() == [7, 43, END]
+    assert (s.num_generations, s.num_generated_tokens) == (1, 2)
+
+
+async def test_a_failed_generation_records_nothing(engine, pool, toy_tokenizer) -> None:
+    engine.fail(500, "boom")
+    engine.fail(500, "boom")
+    engine.reply([END])
+    s = session(pool, toy_tokenizer)
+    s.open_context([7])
+    with pytest.raises(EngineUnavailable):
+        await s.generate(8, [END])
+    await s.generate(8, [END])
+    assert s.close_context().token_ids.tolist() == [7, END]
+
+
+@pytest.mark.parametrize("version", ["default", "other:1:0"])
+async def test_a_version_that_is_not_of_the_run_is_refused(engine, pool, toy_tokenizer, version: str) -> None:
+    engine.weight_version = version
+    engine.reply([END])
+    s = session(pool, toy_tokenizer)
+    s.open_context([7])
+    with pytest.raises(UnknownVersion):
+        await s.generate(8, [END])
+    assert s.close_context().num_trained_tokens == 0
+
+
+async def test_evaluation_takes_any_version(engine, pool, toy_tokenizer) -> None:
+    engine.weight_version = "default"
+    engine.reply([END])
+    greedy = SamplingParams(temperature=0, allow_truncation=True)
+    s = session(pool, toy_tokenizer, run_id=None, sampling=greedy)
+    s.open_context([7])
+    await s.generate(8, [END])
+    assert s.close_context().policy_versions == (VersionSpan(1, 2, 0, 0),)
+    with pytest.raises(ConfigError, match="truncate"):
+        session(pool, toy_tokenizer, sampling=greedy)
+
+
+async def test_the_budget_clips_and_then_refuses(engine, pool, toy_tokenizer) -> None:
+    engine.reply([40, 41], finish={"type": "length"})
+    s = session(pool, toy_tokenizer, max_context_tokens=5)
+    s.open_context([7, 7, 7])
+    await s.generate(8, [END])
+    assert engine.requests[0]["sampling_params"]["max_new_tokens"] == 2
+    with pytest.raises(BudgetExceeded, match="at most 5 tokens"):
+        await s.generate(8, [END])
+    assert len(engine.requests) == 1
+
+
+async def test_a_stop_at_a_token_that_was_not_asked_for_is_illegal(engine, pool, toy_tokenizer) -> None:
+    engine.reply([40, 0])
+    s = session(pool, toy_tokenizer)
+    s.open_context([7])
+    assert (await s.generate(8, [END])).finish == "illegal_stop"
+
+
+async def test_each_generation_has_its_own_seed(engine, pool, toy_tokenizer) -> None:
+    seeds = []
+    for _ in range(2):
+        engine.reply([END])
+        engine.reply([END])
+        s = session(pool, toy_tokenizer, sampling=SamplingParams(seed=5))
+        s.open_context([7])
+        await s.generate(8, [END])
+        await s.generate(8, [END])
+        seeds.append([r["sampling_params"]["sampling_seed"] for r in engine.requests[-2:]])
+    assert seeds[0] == seeds[1]
+    assert seeds[0][0] != seeds[0][1]

@@ -1,0 +1,137 @@
+import asyncio
+
+import numpy as np
+import pytest
+
+from actor.completion import Span
+from actor.sampling import SamplingParams
+from actor.sglang_client import Retry, SGLangClient, Timeouts
+from protocol.errors import ConfigError, EngineError, EngineRefused, EngineUnavailable, UnknownVersion
+
+SAMPLING = SamplingParams(max_new_tokens=8, stop_token_ids=(1,))
+FAST = Retry(num_attempts=3, base_s=0.001, max_s=0.001)
+
+
+def client(engine, **options) -> SGLangClient:
+    return SGLangClient(engine.url, retry=FAST, **options)
+
+
+async def test_a_completion_has_ids_logprobs_and_spans(engine) -> None:
+    engine.reply([5, 6, 1], spans=[("run:1:0", 0, 2), ("run:2:1", 2, 3)], prompt_tokens=2, cached_tokens=1)
+    async with client(engine) as c:
+        completion = await c.generate([3, 4], SAMPLING, rid="t")
+    assert completion.token_ids.tolist() == [5, 6, 1]
+    np.testing.assert_array_equal(completion.logprobs, np.float32([0, -0.125, -0.25]))
+    assert completion.spans == (Span(0, 2, "run:1:0"), Span(2, 3, "run:2:1"))
+    assert completion.finish_reason.matched == 1
+    assert (completion.prompt_tokens, completion.cached_tokens) == (2, 1)
+    (request,) = engine.requests
+    assert request["input_ids"] == [3, 4]
+    assert request["return_logprob"] is True
+    assert request["sampling_params"]["stop_token_ids"] == [1]
+
+
+async def test_a_retry_has_a_fresh_id_and_drops_partial_tokens(engine) -> None:
+    engine.reply([5, 6], finish={"type": "abort", "message": "weights"})
+    engine.fail(503, "starting")
+    engine.reply([7, 1])
+    async with client(engine) as c:
+        completion = await c.generate([3], SAMPLING, rid="t")
+    assert completion.token_ids.tolist() == [7, 1]
+    assert [r["input_ids"] for r in engine.requests] == [[3], [3], [3]]
+    assert len({r["rid"] for r in engine.requests}) == 3
+    assert c.num_retries == 2
+
+
+async def test_the_last_attempt_raises(engine) -> None:
+    for _ in range(3):
+        engine.fail(500, "boom")
+    async with client(engine) as c:
+        with pytest.raises(EngineUnavailable, match="boom"):
+            await c.generate([3], SAMPLING)
+
+
+async def test_a_refusal_is_not_retried_and_says_the_servers_words(engine) -> None:
+    engine.fail(400, "token id 999 is out of the vocabulary")
+    async with client(engine) as c:
+        with pytest.raises(EngineRefused, match="token id 999"):
+            await c.generate([999], SAMPLING)
+    assert len(engine.requests) == 1
+
+
+async def test_nobody_listens() -> None:
+    async with SGLangClient("http://127.0.0.1:9", retry=FAST) as c:
+        with pytest.raises(EngineUnavailable, match="127.0.0.1:9"):
+            await c.health()
+
+
+async def test_a_request_without_answer_is_aborted_and_tried_again(engine) -> None:
+    engine.hang_once()
+    engine.reply([1])
+    async with client(engine, timeouts=Timeouts(generate_s=0.1)) as c:
+        await c.generate([3], SAMPLING)
+    assert engine.aborted == [{"rid": engine.requests[0]["rid"]}]
+
+
+async def test_without_spans_the_version_seen_before_is_taken(engine) -> None:
+    engine.reply([5, 1], has_spans=False)
+    engine.reply([5, 1], has_spans=False, weight_version="run:2:1")
+    engine.reply([5, 1], has_spans=False, weight_version="run:2:1")
+    async with client(engine) as c:
+        spans = [(await c.generate([3], SAMPLING)).spans for _ in range(3)]
+    assert spans == [(Span(0, 2, "run:1:0"),), (Span(0, 2, "run:1:0"),), (Span(0, 2, "run:2:1"),)]
+
+
+@pytest.mark.parametrize("after", ["default", "run:0:0", "other:2:1"])
+async def test_without_spans_a_restarted_engine_cannot_state_its_version(engine, after: str) -> None:
+    engine.reply([5, 1], has_spans=False, weight_version=after)
+    async with client(engine) as c:
+        with pytest.raises(UnknownVersion):
+            await c.generate([3], SAMPLING)
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"spans": [("run:1:0", 0, 1)]},
+        {"spans": [("run:1:0", 0, 2), ("run:2:1", 1, 3)]},
+        {"spans": []},
+        {"completion_tokens": 2},
+        {"output_token_logprobs": [[-1.0, 5, None]]},
+        {"output_token_logprobs": [[-1.0, 5, None], [-1.0, 9, None], [-1.0, 1, None]]},
+        {"output_token_logprobs": [[None, 5, None], [-1.0, 6, None], [-1.0, 1, None]]},
+        {"finish": {"type": "stop", "matched": 2}},
+        {"finish": {"type": "weird"}},
+    ],
+)
+async def test_an_answer_that_does_not_add_up_is_refused(engine, meta: dict) -> None:
+    engine.reply([5, 6, 1], **meta)
+    async with client(engine) as c:
+        with pytest.raises(EngineError):
+            await c.generate([3], SAMPLING)
+
+
+async def test_cancelling_a_generation_leaves_the_client_usable(engine) -> None:
+    engine.hang_once()
+    engine.reply([1])
+    async with client(engine) as c:
+        task = asyncio.create_task(c.generate([3], SAMPLING))
+        while not engine.requests:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await c.generate([3], SAMPLING)).token_ids.tolist() == [1]
+
+
+@pytest.mark.parametrize("bad", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"temperature": 0.0}])
+def test_truncating_samplers_are_for_evaluation_only(bad: dict) -> None:
+    with pytest.raises(ConfigError, match="truncate"):
+        SamplingParams(**bad)
+    assert SamplingParams(**bad, allow_truncation=True).truncates
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_p": 0}, {"top_k": 0}, {"max_new_tokens": 0}, {"min_p": 2}])
+def test_bounds_are_named(bad: dict) -> None:
+    with pytest.raises(ConfigError, match=f"sampling.{next(iter(bad))} must be"):
+        SamplingParams(**bad, allow_truncation=True)
