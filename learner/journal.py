@@ -21,7 +21,7 @@ def metrics_path(run_dir: Path) -> Path:
 
 
 class Journal:
-    """Used as a context manager. Steps that are trained again after a resume are written again: the last line counts."""
+    """A context manager. Steps that are trained again after a resume are written again: the last line counts."""
 
     def __init__(self, run_dir: Path, *, step: int, tokenizer_folder: Path) -> None:
         self._writer = MetricsWriter(run_dir / "tensorboard", purge_step=step or None)

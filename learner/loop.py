@@ -31,8 +31,8 @@ from learner.journal import Journal
 from learner.ledger import Ledger
 from learner.plane import Plane
 from learner.policy import Policy, load_policy
-from learner.store import Identity, Store
 from learner.step_metrics import StepMetrics
+from learner.store import Identity, Store
 from learner.trainer import Trainer
 from protocol.config import Config
 from protocol.types import TrajectoryGroup

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from learner.ledger import Entry, LeaseRecord, State
 from protocol.codec import decode_group
-from protocol.errors import StoreError
+from protocol.errors import DataError, StoreError
 from protocol.messages import Buffer, SubmitGroup, decode, expect
 from protocol.types import TrajectoryGroup
 
@@ -89,7 +89,7 @@ class Store:
     # --- identity ---
 
     def claim(self, identity: Identity) -> None:
-        """Writes the identity of a new run, or checks that of one to resume. Raises: StoreError on a difference."""
+        """Writes the identity of a new run, or checks that of one to resume. Raises: DataError on a difference."""
         wanted = {name: str(getattr(identity, name)) for name in identity.__slots__}
         found = self.meta()
         with self.transaction():
@@ -97,7 +97,7 @@ class Store:
                 if key not in found:
                     self._db.execute("INSERT INTO meta VALUES (?, ?)", (key, value))
                 elif found[key] != value:
-                    raise StoreError(
+                    raise DataError(
                         f"{self._path} belongs to a run with {key} = {found[key]}, not {value}: "
                         "choose another run.dir, or set it back to resume"
                     )

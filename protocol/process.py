@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import signal
 import sys
 from types import FrameType
@@ -19,7 +21,19 @@ def start_role(title: str) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     setproctitle.setproctitle(f"palimpsest {title}")
     signal.signal(signal.SIGTERM, _stop)
+    _die_with_launcher()
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:
     sys.exit(143)
+
+
+def _die_with_launcher() -> None:
+    """Where a launcher started this process, the kernel sends SIGTERM when the launcher ends (Linux)."""
+    launcher = os.environ.get("PALIMPSEST_LAUNCHER_PID")
+    if launcher is None or not sys.platform.startswith("linux"):
+        return
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if os.getppid() != int(launcher):
+        sys.exit(143)

@@ -1,0 +1,71 @@
+"""`palimpsest actor` and `palimpsest eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+_CONFIG = click.argument("config", type=click.Path(path_type=Path, dir_okay=False))
+_SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the config.")
+
+
+@click.command()
+@_CONFIG
+@click.option("--name", default="actor-0", show_default=True, help="Unique among the run's actors.")
+@_SET
+def actor(config: Path, name: str, overrides: tuple[str, ...]) -> None:
+    """Roll out trajectories for the run's learner until the run is over.
+
+    CONFIG is the run's TOML or saved config.json; on another node, give the learner's addresses with --set
+    network.host=… and the keys with --set network.keys=DIR. Actors may join and leave at any time.
+    """
+    import asyncio
+
+    from actor.process import run_actor
+    from protocol.config import load_config
+    from protocol.process import start_role
+
+    start_role(name)
+    asyncio.run(run_actor(load_config(config, overrides), name=name))
+
+
+@click.command("eval")
+@_CONFIG
+@click.option("--engine", "engines", multiple=True, metavar="URL", help="Engines to ask.  [default: the config's]")
+@click.option("--questions", default=512, show_default=True, help="How many evaluation questions.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--concurrency", default=128, show_default=True, help="Trajectories at once.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the summary as JSON here.")
+@click.option("--trajectories", type=click.Path(path_type=Path, dir_okay=False), help="Write each one as JSONL here.")
+@_SET
+def evaluate(
+    config: Path,
+    engines: tuple[str, ...],
+    questions: int,
+    temperature: float,
+    concurrency: int,
+    out: Path | None,
+    trajectories: Path | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Run the workflow on the task's evaluation questions and report accuracy and token cost."""
+    import asyncio
+    import json
+
+    from actor.evaluation.evaluate import EvaluationPlan, run_evaluation
+    from protocol.config import load_config
+    from protocol.process import start_role
+
+    start_role("eval")
+    plan = EvaluationPlan(
+        engines=engines,
+        num_questions=questions,
+        temperature=temperature,
+        concurrency=concurrency,
+        trajectories=trajectories,
+    )
+    summary = json.dumps(asyncio.run(run_evaluation(load_config(config, overrides), plan)), indent=2)
+    if out is not None:
+        out.write_text(summary + "\n")
+    click.echo(summary)

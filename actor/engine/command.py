@@ -1,0 +1,108 @@
+"""`palimpsest engine`: an embedded engine, or the weight agent of an SGLang server that runs elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from protocol.config import Config
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--name", default="engine-0", show_default=True, help="Unique among the run's engines.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where the HTTP server listens.")
+@click.option("--port", default=0, show_default=True, help="0 takes a free one.")
+@click.option("--attach", metavar="URL", help="Start no server: bring the SGLang server at URL to each version.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the config.")
+def engine(config: Path, name: str, host: str, port: int, attach: str | None, overrides: tuple[str, ...]) -> None:
+    """Serve the policy over SGLang's HTTP API and keep its weights current.
+
+    CONFIG is the run's TOML or saved config.json. The engine serves leases once it has committed a first publication.
+    With --attach, the weight files are written to a folder that the server must be able to read (same machine).
+    """
+    import asyncio
+
+    from protocol.config import load_config
+    from protocol.process import start_role
+
+    start_role(name)
+    asyncio.run(_run(load_config(config, overrides), name=name, host=host, port=port, attach=attach))
+
+
+async def _run(config: Config, *, name: str, host: str, port: int, attach: str | None) -> None:
+    from actor.engine.server import EngineServer
+
+    if attach is not None:
+        await _keep_current(config, name=name, url=attach)
+        return
+    server = EngineServer(
+        model_path=config.model.path,
+        host=host,
+        port=port,
+        api_key=config.network.api_key(),
+        max_running_requests=config.engine.max_running_requests,
+        max_total_tokens=config.engine.max_total_tokens,
+        torch_threads=config.engine.torch_threads,
+        seed=config.run.seed,
+    )
+    await server.start()
+    try:
+        click.echo(f"engine: ready at {server.url} ({name})")
+        await _first_to_end(server.wait(), _keep_current(config, name=name, url=server.url))
+    finally:
+        await server.stop()
+
+
+async def _keep_current(config: Config, *, name: str, url: str) -> None:
+    """The weight agent, until cancelled. Raises: UnreachableError where there is no engine at `url`."""
+    import tempfile
+
+    from actor.sglang_client import SGLangClient
+    from actor.weight_agent import WeightAgent
+    from protocol.errors import EngineError, UnreachableError
+    from protocol.rpc import RequestClient
+    from protocol.transport import Transport
+
+    transport = Transport(keys=config.network.keys)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f"palimpsest-{name}-") as folder:
+            async with (
+                SGLangClient(url, api_key=config.network.api_key()) as client,
+                RequestClient(transport.dealer(config.network.weights_address)) as requests,
+            ):
+                try:
+                    await client.model_info()
+                except EngineError as error:
+                    raise UnreachableError(
+                        f"engine {name} cannot be used: {error}; start it, or correct its address"
+                    ) from error
+                agent = WeightAgent(
+                    name=name,
+                    engine=client,
+                    requests=requests,
+                    announcements=transport.subscriber(config.network.announce_address),
+                    base_model=config.model.path,
+                    folder=Path(folder),
+                )
+                await agent.run()
+    finally:
+        transport.close()
+
+
+async def _first_to_end(*coroutines) -> None:
+    """Runs them until one ends; its error is raised, the others are cancelled."""
+    import asyncio
+
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,71 @@
+"""The `palimpsest` command. Subcommands are imported when they are called, so `--help` is instant."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+# name: (where it is, one line of help)
+_COMMANDS = {
+    "demo": ("learner.launch.demo:demo", "Show the whole system learn on this machine, in about four minutes."),
+    "up": ("learner.launch.up:up", "Start and supervise all roles of a run; run it again to resume."),
+    "learner": ("learner.command:learner", "One role: lease questions, train, publish weights."),
+    "actor": ("actor.command:actor", "One role: roll out trajectories."),
+    "engine": ("actor.engine.command:engine", "One role: serve the policy (or attach to an SGLang server)."),
+    "retriever": ("retriever.command:retriever", "One role: serve indexes."),
+    "index": ("retriever.command:index", "Corpus -> index folder."),
+    "eval": ("actor.command:evaluate", "Accuracy and token cost of the policy that an engine serves."),
+    "audit": ("learner.audit:audit", "Recompute from the store what was leased, trained, skipped, and how old."),
+    "keys": ("learner.launch.keys:keys", "Make CURVE keys for addresses beyond loopback."),
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, attribute = _COMMANDS[cmd_name][0].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_text) for name, (_, help_text) in _COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="palimpsest")
+def cli() -> None:
+    """Palimpsest trains language-model agents that rewrite a small memory, by asynchronous reinforcement learning."""
+
+
+def main() -> None:
+    """Exit status: 0 done, 1 a defect or a failed run, 2 bad input (one sentence), 130 Ctrl-C."""
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BaseException as error:
+        message = _user_error(error)
+        if message is None:
+            raise
+        click.echo(f"error: {message}", err=True)
+        sys.exit(2)
+
+
+def _user_error(error: BaseException) -> str | None:
+    """The sentence of a UserError, also from inside a task group."""
+    from protocol.errors import UserError
+
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return str(error) if isinstance(error, UserError) else None

@@ -1,0 +1,195 @@
+"""Runs the processes of a plan on this machine: starts, watches, restarts, stops.
+
+    start ─► running ──exit 0──► done
+               │  └──exit 2──► a user error: the run stops with its sentence
+               └──any other──► restarted after a growing pause; too often in a minute: the run stops
+
+Each process leads a session of its own, so Ctrl-C reaches only the launcher, which ends them in order: SIGTERM, then
+SIGKILL after `STOP_TIMEOUT_S`. Should the launcher itself be killed, the kernel ends its children.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from learner.launch.plan import ProcessSpec
+from protocol.errors import PalimpsestError, UserError
+
+log = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S = 10.0
+_MAX_RESTARTS = 5
+_WINDOW_S = 60.0
+_USER_ERROR_STATUS = 2
+
+
+class RunFailed(PalimpsestError):
+    """A process ended too often; its last log lines are in the message."""
+
+
+@dataclass(slots=True)
+class _Child:
+    spec: ProcessSpec
+    process: asyncio.subprocess.Process | None = None
+    status: int | None = None
+    num_restarts: int = 0
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=_MAX_RESTARTS))
+
+
+class Supervisor:
+    """An async context manager: leaving it stops all processes, whatever the reason."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._children: dict[str, _Child] = {}
+        self._watchers: dict[str, asyncio.Task[None]] = {}
+        self._failure: asyncio.Future[None] | None = None
+
+    async def __aenter__(self) -> Supervisor:
+        (self._run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        self._failure = asyncio.get_running_loop().create_future()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop(list(self._children))
+        if self._failure is not None and self._failure.done() and not self._failure.cancelled():
+            self._failure.exception()
+        (self._run_dir / "processes.json").unlink(missing_ok=True)
+
+    def log_path(self, name: str) -> Path:
+        return self._run_dir / "logs" / f"{name}.log"
+
+    async def start(self, specs: Iterable[ProcessSpec]) -> None:
+        for spec in specs:
+            child = self._children[spec.name] = _Child(spec)
+            await self._spawn(child)
+            self._watchers[spec.name] = asyncio.create_task(self._watch(child), name=f"watch {spec.name}")
+
+    async def wait(self, name: str) -> None:
+        """Until `name` has ended well. Raises: UserError, RunFailed where any process stops the run."""
+        assert self._failure is not None
+        watcher = self._watchers[name]
+        await asyncio.wait([watcher, self._failure], return_when=asyncio.FIRST_COMPLETED)
+        if self._failure.done():
+            self._failure.result()
+
+    async def run(self, spec: ProcessSpec) -> None:
+        """Runs a process that is to end by itself. Raises: UserError, RunFailed (also for any other status but 0)."""
+        child = _Child(spec)
+        await self._spawn(child)
+        self._children[spec.name] = child
+        assert child.process is not None
+        assert self._failure is not None
+        ended = asyncio.ensure_future(child.process.wait())
+        await asyncio.wait([ended, self._failure], return_when=asyncio.FIRST_COMPLETED)
+        if self._failure.done():
+            ended.cancel()
+            self._failure.result()
+        if (error := self._error_of(child, ended.result())) is not None:
+            raise error
+
+    async def stop(self, names: list[str]) -> None:
+        """SIGTERM to all, SIGKILL to those that stay. Shielded: a second Ctrl-C does not leave half of them."""
+        for name in names:
+            if (watcher := self._watchers.pop(name, None)) is not None:
+                watcher.cancel()
+        children = [self._children.pop(name) for name in names if name in self._children]
+        await asyncio.shield(asyncio.gather(*(self._end(child) for child in children)))
+
+    def states(self) -> dict[str, tuple[str, int]]:
+        """name → (running, restarting or its exit status; restarts so far)"""
+        return {name: (_state(child), child.num_restarts) for name, child in self._children.items()}
+
+    async def _spawn(self, child: _Child) -> None:
+        with self.log_path(child.spec.name).open("ab") as output:
+            child.process = await asyncio.create_subprocess_exec(
+                *child.spec.argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env=_environment(),
+            )
+        child.status = None
+        self._write_processes()
+
+    async def _watch(self, child: _Child) -> None:
+        assert self._failure is not None
+        while True:
+            assert child.process is not None
+            child.status = await child.process.wait()
+            self._write_processes()
+            if child.status == 0:
+                return
+            now = time.monotonic()
+            too_often = len(child.recent) == _MAX_RESTARTS and now - child.recent[0] < _WINDOW_S
+            if child.status == _USER_ERROR_STATUS or too_often:
+                if not self._failure.done():
+                    self._failure.set_exception(self._error_of(child, child.status) or RunFailed(child.spec.name))
+                return
+            child.recent.append(now)
+            pause_s = min(5.0, 0.25 * 2 ** sum(now - then < _WINDOW_S for then in child.recent))
+            log.warning("%s ended (%s): restarting in %.1f s", child.spec.name, _ended(child.status), pause_s)
+            await asyncio.sleep(pause_s)
+            child.num_restarts += 1
+            await self._spawn(child)
+
+    async def _end(self, child: _Child) -> None:
+        process = child.process
+        if process is None or process.returncode is not None:
+            return
+        process.terminate()
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await process.wait()
+        except TimeoutError:
+            log.warning("%s did not stop in %.0f s: killed", child.spec.name, STOP_TIMEOUT_S)
+            process.kill()
+            await process.wait()
+
+    def _error_of(self, child: _Child, status: int) -> PalimpsestError | None:
+        if status == 0:
+            return None
+        lines = self.log_path(child.spec.name).read_text(errors="replace").splitlines()
+        if status == _USER_ERROR_STATUS:
+            said = next((line for line in reversed(lines) if line.startswith("error: ")), "error: see its log")
+            return UserError(f"{child.spec.name}: {said.removeprefix('error: ')}")
+        tail = "\n".join(lines[-15:])
+        return RunFailed(f"{child.spec.name} ended ({_ended(status)}); {self.log_path(child.spec.name)} ends:\n{tail}")
+
+    def _write_processes(self) -> None:
+        """RUN/processes.json: who runs under which pid, for people and tools."""
+        pids = {
+            name: child.process.pid
+            for name, child in self._children.items()
+            if child.process is not None and child.process.returncode is None
+        }
+        aside = self._run_dir / "processes.json.tmp"
+        aside.write_text(json.dumps(pids, indent=2) + "\n")
+        aside.replace(self._run_dir / "processes.json")
+
+
+def _environment() -> dict[str, str]:
+    """One torch/BLAS thread a process unless a role asks for more, and the launcher's pid, whose end is theirs."""
+    threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name not in os.environ}
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **threads, **quiet, "PALIMPSEST_LAUNCHER_PID": str(os.getpid())}
+
+
+def _state(child: _Child) -> str:
+    if child.process is not None and child.process.returncode is None:
+        return "running"
+    return "done" if child.status == 0 else "restarting"
+
+
+def _ended(status: int) -> str:
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
