@@ -1,0 +1,27 @@
+import asyncio
+
+import pytest
+
+from actor.search import SearchFailed
+
+
+async def test_passages_come_per_query_in_order(search, retriever) -> None:
+    found = await search.search(["a", "b"], top_n=2, collection="c")
+    assert [[p.text for p in passages] for passages in found] == [["a kami ."] * 2, ["b kami ."] * 2]
+    assert found[0][0].id == "d0"
+    assert found[0][0].score >= found[0][1].score
+    assert (retriever.requests[0].top_n, retriever.requests[0].collection) == (2, "c")
+
+
+async def test_many_searches_are_in_flight_at_once(search) -> None:
+    found = await asyncio.gather(*(search.search([f"q{k}"], top_n=1) for k in range(20)))
+    assert [f[0][0].text for f in found] == [f"q{k} kami ." for k in range(20)]
+
+
+async def test_an_error_and_silence_are_failures(search, retriever) -> None:
+    retriever.error = "no collection 'x'"
+    with pytest.raises(SearchFailed, match="no collection 'x'"):
+        await search.search(["a"], top_n=1)
+    retriever.silent = True
+    with pytest.raises(SearchFailed, match=r"in 0\.5 s"):
+        await search.search(["a"], top_n=1)
