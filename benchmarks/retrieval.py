@@ -31,7 +31,7 @@ from protocol.rpc import RequestClient
 from protocol.transport import Transport
 from retriever.build import build_index
 from retriever.corpus import PassageTable
-from retriever.encoders.base import Encoder, passage_text
+from retriever.encoders.base import Compute, Encoder, passage_text
 from retriever.encoders.catalogue import MINILM, open_model_encoder
 from retriever.index import load_index
 from retriever.manifest import HnswSettings
@@ -53,7 +53,7 @@ class Gold:
 class Bm25:
     """Okapi BM25 with the idf of Lucene, ln(1 + (n - df + 0.5) / (df + 0.5)), over lower-cased words."""
 
-    def __init__(self, texts: Sequence[str], *, k1: float = 0.9, b: float = 0.4) -> None:
+    def __init__(self, texts: Sequence[str], *, k1: float = 1.2, b: float = 0.75) -> None:
         counts = [Counter(_words(text)) for text in texts]
         lengths = np.array([sum(count.values()) for count in counts], dtype=np.float64)
         norm = k1 * (1 - b + b * lengths / lengths.mean())
@@ -90,10 +90,10 @@ def read_questions(path: Path, *, limit: int | None) -> list[Gold]:
 
 
 @contextmanager
-def serving(folder: Path, *, threads: int) -> Iterator[str]:
+def serving(folder: Path, *, threads: int, dtype: str) -> Iterator[str]:
     """A retriever process without cache; yields its address."""
     code = "from retriever.command import retriever; retriever()"
-    options = ["--address", "tcp://127.0.0.1:0", "--cache-size", "0", "--threads", str(threads)]
+    options = ["--address", "tcp://127.0.0.1:0", "--cache-size", "0", "--threads", str(threads), "--dtype", dtype]
     command = [sys.executable, "-c", code, str(folder), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -162,11 +162,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with wiki_pool/")
     parser.add_argument("--quick", action="store_true", help="300 questions instead of 2,855")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="the encoder's precision")
     options = parser.parse_args()
     pool = options.data / "wiki_pool"
     questions = read_questions(pool / "questions_dev.jsonl", limit=300 if options.quick else None)
     texts = [question.question for question in questions]
-    encoder = open_model_encoder(MINILM, num_threads=options.threads)
+    encoder = open_model_encoder(MINILM, compute=Compute(num_threads=options.threads, dtype=options.dtype))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "index"
         npz = pool / "minilm_passages_fp16.npz"
@@ -181,7 +182,7 @@ def main() -> None:
         build_s = time.perf_counter() - started
         rates: dict[str, float] = {}
         service: list[list[str]] = []
-        with serving(folder, threads=options.threads) as address:
+        with serving(folder, threads=options.threads, dtype=options.dtype) as address:
             for num_clients in NUM_CLIENTS:
                 asked = texts if num_clients > 1 else texts[:300]
                 service, seconds = asyncio.run(ask_all(address, asked, num_clients=num_clients, top_n=max(CUTS)))
@@ -196,6 +197,8 @@ def main() -> None:
             "service": recalls(questions, service),
             "exact": recalls(questions, exact(encoder, passages, vectors, texts)),
             "bm25": recalls(questions, lexical),
+            "dtype": options.dtype,
+            "threads": options.threads,
             "queries_per_s": rates,
         }
     lost = report["exact"]["all"]["R@5"] - report["service"]["all"]["R@5"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from retriever.corpus import PassageTable
-    from retriever.encoders.base import Encoder, Pooling
+    from retriever.encoders.base import Compute, Encoder, Pooling
     from retriever.encoders.catalogue import SettingsOverride
     from retriever.search import Collection
     from retriever.service import ServiceLimits
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=click.IntRange(1), default=32, help="Texts encoded together.")
 @click.option("--threads", type=click.IntRange(1), default=1, help="Threads of the encoder and of the graph.")
 @click.option("--device", default="cpu", help="Where the encoder's model runs: cpu, cuda, cuda:1 …")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", help="The encoder's precision.")
 @click.option("--force", is_flag=True, help="Replace an index that is in the folder.")
 def index(
     corpus: Path,
@@ -59,10 +60,12 @@ def index(
     batch_size: int,
     threads: int,
     device: str,
+    dtype: Literal["float32", "bfloat16"],
     force: bool,
 ) -> None:
     """Indexes CORPUS: a .jsonl or .jsonl.gz file with `id`, `text` and perhaps `title` a line."""
     from retriever.build import build_index
+    from retriever.encoders.base import Compute
     from retriever.encoders.catalogue import BOW, SettingsOverride
     from retriever.manifest import HnswSettings
 
@@ -73,9 +76,7 @@ def index(
         encoder,
         preset=preset,
         override=override,
-        device=device,
-        batch_size=batch_size,
-        num_threads=threads,
+        compute=Compute(device=device, dtype=dtype, num_threads=threads, batch_size=batch_size),
         has_vectors=vectors is not None,
     )
     flat = structure == "flat" or (structure == "auto" and encoder == BOW)
@@ -110,6 +111,7 @@ def index(
 @click.option("--cache-size", type=click.IntRange(0), default=16384, help="Queries whose results are kept.")
 @click.option("--threads", type=click.IntRange(1), default=1, help="Threads of the encoder and of the graph.")
 @click.option("--device", default="cpu", help="Where the encoder's model runs: cpu, cuda, cuda:1 …")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", help="The encoder's precision.")
 def retriever(
     indexes: Sequence[str],
     address: str,
@@ -121,6 +123,7 @@ def retriever(
     cache_size: int,
     threads: int,
     device: str,
+    dtype: Literal["float32", "bfloat16"],
 ) -> None:
     """Serves one or more indexes over ZeroMQ until it is stopped.
 
@@ -129,10 +132,16 @@ def retriever(
     """
     import asyncio
 
+    from retriever.encoders.base import Compute
     from retriever.open import open_collections
     from retriever.service import ServiceLimits
 
-    collections = open_collections(indexes, encoder=encoder, ef_search=ef_search, num_threads=threads, device=device)
+    collections = open_collections(
+        indexes,
+        encoder=encoder,
+        ef_search=ef_search,
+        compute=Compute(device=device, dtype=dtype, num_threads=threads),
+    )
     limits = ServiceLimits(max_batch=max_batch, max_pending=max_pending)
     asyncio.run(_serve(collections, address=address, keys=keys, limits=limits, cache_size=cache_size))
 
@@ -180,9 +189,7 @@ def _encoder_maker(
     *,
     preset: str | None,
     override: SettingsOverride,
-    device: str,
-    batch_size: int,
-    num_threads: int,
+    compute: Compute,
     has_vectors: bool,
 ) -> Callable[[PassageTable], Encoder]:
     """What makes the encoder once the passages are known; a model is opened at once, so that it fails early."""
@@ -197,7 +204,5 @@ def _encoder_maker(
                 "--vectors; leave them out or give another --encoder"
             )
         return BagOfWordsEncoder.fit
-    encoder = open_model_encoder(
-        source, preset=preset, override=override, device=device, batch_size=batch_size, num_threads=num_threads
-    )
+    encoder = open_model_encoder(source, preset=preset, override=override, compute=compute)
     return lambda passages: encoder

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from protocol.errors import ConfigError
-from retriever.encoders.base import Encoder
+from retriever.encoders.base import Compute, Encoder
 from retriever.encoders.catalogue import reopen_encoder
 from retriever.index import load_index
 from retriever.search import Collection
@@ -17,14 +17,14 @@ def open_collections(
     *,
     encoder: str | None = None,
     ef_search: int | None = None,
-    num_threads: int = 1,
-    device: str = "cpu",
+    compute: Compute | None = None,
 ) -> list[Collection]:
     """Opens each `FOLDER` or `NAME=FOLDER`; indexes made with the same model share it.
 
     Raises: DataError where an index or its encoder cannot be used, or `encoder` is not the one it was made with;
     ConfigError where a name occurs twice.
     """
+    compute = compute or Compute()
     collections: dict[str, Collection] = {}
     models: dict[str, Encoder] = {}
     for argument in arguments:
@@ -33,11 +33,11 @@ def open_collections(
             raise ConfigError(
                 f"two indexes are called {name!r}: {collections[name].index.folder} and {folder}; write NAME={folder}"
             )
-        loaded = load_index(folder, ef_search=ef_search, num_threads=num_threads)
+        loaded = load_index(folder, ef_search=ef_search, num_threads=compute.num_threads)
         spec = loaded.manifest.encoder
         opened = models.get(spec.model_dump_json())
         if opened is None:
-            opened = reopen_encoder(spec, index_folder=folder, source=encoder, device=device, num_threads=num_threads)
+            opened = reopen_encoder(spec, index_folder=folder, source=encoder, compute=compute)
             models[spec.model_dump_json()] = opened
         collections[name] = Collection(name, loaded, opened)
     return list(collections.values())

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from protocol.errors import DataError
-from retriever.encoders.base import Encoder, EncoderSpec, Pooling
+from retriever.encoders.base import Compute, Encoder, EncoderSpec, Pooling
 from retriever.encoders.bow import BagOfWordsEncoder
 from retriever.encoders.huggingface import HuggingFaceEncoder, HuggingFaceSettings
 from retriever.manifest import check_encoder
@@ -61,9 +61,7 @@ def open_model_encoder(
     *,
     preset: str | None = None,
     override: SettingsOverride | None = None,
-    device: str = "cpu",
-    batch_size: int = 32,
-    num_threads: int = 1,
+    compute: Compute | None = None,
 ) -> Encoder:
     """Opens `minilm` or a Hugging Face folder.
 
@@ -77,9 +75,7 @@ def open_model_encoder(
         folder=minilm_folder() if source == MINILM else _model_folder(source),
         source=source if source == MINILM else str(Path(source).resolve()),
         settings=override.apply(settings) if override is not None else settings,
-        device=device,
-        batch_size=batch_size,
-        num_threads=num_threads,
+        compute=compute or Compute(),
     )
 
 
@@ -88,8 +84,7 @@ def reopen_encoder(
     *,
     index_folder: Path,
     source: str | None = None,
-    device: str = "cpu",
-    num_threads: int = 1,
+    compute: Compute | None = None,
 ) -> Encoder:
     """Opens the encoder that an index was made with: from `source` where given, else from where it was then.
 
@@ -101,12 +96,12 @@ def reopen_encoder(
             f"index {index_folder} was made with another encoder: expected {spec.source}, found {source}; "
             "use the encoder that it was made with, or build the index again"
         )
-    encoder = _reopen(spec, source, index_folder=index_folder, device=device, num_threads=num_threads)
+    encoder = _reopen(spec, source, index_folder=index_folder, compute=compute)
     check_encoder(spec, encoder.spec, folder=index_folder)
     return encoder
 
 
-def _reopen(spec: EncoderSpec, source: str, *, index_folder: Path, device: str, num_threads: int) -> Encoder:
+def _reopen(spec: EncoderSpec, source: str, *, index_folder: Path, compute: Compute | None) -> Encoder:
     if source == BOW:
         return BagOfWordsEncoder.load(index_folder)
     made_as = SettingsOverride(
@@ -115,7 +110,7 @@ def _reopen(spec: EncoderSpec, source: str, *, index_folder: Path, device: str, 
         pooling=spec.pooling,
         max_tokens=spec.max_tokens,
     )
-    return open_model_encoder(source, override=made_as, device=device, num_threads=num_threads)
+    return open_model_encoder(source, override=made_as, compute=compute)
 
 
 def minilm_folder() -> Path:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.errors import DataError
+from protocol.errors import ConfigError, DataError
 from protocol.types import Passage
-from retriever.encoders.base import EncoderSpec, Pooling, passage_text
+from retriever.encoders.base import Compute, EncoderSpec, Pooling, passage_text
 
 if TYPE_CHECKING:
     import torch
@@ -33,10 +33,7 @@ class HuggingFaceSettings:
 
 
 class HuggingFaceEncoder:
-    """Runs the model in float32 and normalises its pooled last hidden states.
-
-    Texts are sorted by length and run in sub-batches of `batch_size`: on a CPU larger ones are slower (MEASURED.md).
-    """
+    """Normalises the pooled last hidden states. Texts run in sub-batches of about equal length."""
 
     def __init__(
         self,
@@ -44,14 +41,14 @@ class HuggingFaceEncoder:
         folder: Path,
         source: str,
         settings: HuggingFaceSettings,
-        device: str = "cpu",
-        batch_size: int = 32,
-        num_threads: int = 1,
+        compute: Compute,
     ) -> None:
-        """Raises: DataError where the folder has no model or tokenizer, or its positions end before `max_tokens`."""
-        self._model, self._tokenizer = _load(folder, device=device, num_threads=num_threads)
+        """Raises: DataError where the folder has no model or tokenizer, or its positions end before `max_tokens`;
+        ConfigError where the device cannot be used.
+        """
+        self._model, self._tokenizer = _load(folder, compute)
         self._settings = settings
-        self._batch_size = batch_size
+        self._batch_size = compute.batch_size
         positions = getattr(self._model.config, "max_position_embeddings", None)
         if isinstance(positions, int) and settings.max_tokens > positions:
             raise DataError(
@@ -98,7 +95,7 @@ class HuggingFaceEncoder:
                 texts, padding=True, truncation=True, max_length=self._settings.max_tokens, return_tensors="pt"
             ).to(self._model.device)
             hidden = self._model(**tokens).last_hidden_state
-            pooled = _pool(hidden, tokens["attention_mask"], self._settings.pooling)
+            pooled = _pool(hidden.float(), tokens["attention_mask"], self._settings.pooling)
             return torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
 
 
@@ -110,7 +107,7 @@ def _pool(hidden: torch.Tensor, attention_mask: torch.Tensor, pooling: Pooling) 
     return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-def _load(folder: Path, *, device: str, num_threads: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(folder: Path, compute: Compute) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not (folder / "config.json").is_file():
         raise DataError(f"encoder folder {folder} has no config.json; give a Hugging Face model folder, minilm or bow")
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
@@ -123,13 +120,17 @@ def _load(folder: Path, *, device: str, num_threads: int) -> tuple[PreTrainedMod
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(compute.num_threads)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=getattr(torch, compute.dtype))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise DataError(f"cannot load an encoder from {folder}: {error}") from error
-    return model.to(device).eval(), tokenizer
+    try:
+        model = model.to(compute.device)
+    except (AssertionError, RuntimeError) as error:  # AssertionError: torch was built without CUDA.
+        raise ConfigError(f"--device {compute.device} cannot be used: {error}; leave it out or use cpu") from None
+    return model.eval(), tokenizer
 
 
 def fingerprint(folder: Path) -> str:

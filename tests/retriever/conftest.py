@@ -40,7 +40,7 @@ def write_corpus(path: Path, texts: Sequence[str]) -> Path:
 
 
 def toy_facts(seed: int) -> list[Fact]:
-    """The 2,120 facts of a world as TOY.md has it; marriages are mutual."""
+    """The 2,120 facts of a toy world; marriages are mutual."""
     rng = random.Random(seed)
     names = rng.sample([a + b for a in SYLLABLES for b in SYLLABLES if a != b], 860)
     persons, companies, cities, countries = names[:400], names[400:600], names[600:800], names[800:]

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from protocol.errors import DataError
+from protocol.errors import ConfigError, DataError
 from protocol.types import Passage
 from retriever.corpus import read_corpus
 from retriever.encoders import bow
-from retriever.encoders.base import Pooling
+from retriever.encoders.base import Compute, Pooling
 from retriever.encoders.bow import BagOfWordsEncoder
 from retriever.encoders.catalogue import SettingsOverride, open_model_encoder
 from retriever.encoders.huggingface import fingerprint
@@ -53,7 +53,7 @@ def test_a_model_folder_pools_and_normalises_as_written(model_folder: Path, pool
     from transformers import AutoModel, AutoTokenizer
 
     override = SettingsOverride(query_prefix="query : ", pooling=pooling, max_tokens=64)
-    encoder = open_model_encoder(str(model_folder), override=override, batch_size=2)
+    encoder = open_model_encoder(str(model_folder), override=override, compute=Compute(batch_size=2))
     texts = ["red apple", "green", "a pear tree . red"]
     tokenizer, model = AutoTokenizer.from_pretrained(model_folder), AutoModel.from_pretrained(model_folder).eval()
     for text, vector in zip(texts, encoder.encode_queries(texts), strict=True):
@@ -85,6 +85,9 @@ def test_presets_are_the_model_cards_and_can_be_overridden(model_folder: Path) -
 
 
 def test_what_is_no_encoder_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    import torch
+
+    short = SettingsOverride(max_tokens=16)
     with pytest.raises(DataError, match="there is no encoder 'nowhere'; give minilm, bow"):
         open_model_encoder("nowhere")
     with pytest.raises(DataError, match=r"has no config\.json"):
@@ -95,6 +98,9 @@ def test_what_is_no_encoder_is_refused(model_folder: Path, tmp_path: Path) -> No
         open_model_encoder(str(model_folder))
     with pytest.raises(DataError, match="max_tokens must be >= 3, got 0"):
         open_model_encoder(str(model_folder), override=SettingsOverride(max_tokens=0))
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="--device cuda cannot be used"):
+            open_model_encoder(str(model_folder), preset="e5", override=short, compute=Compute(device="cuda"))
     bare = tmp_path / "bare"
     shutil.copytree(model_folder, bare)
     (bare / "tokenizer.json").unlink()
@@ -126,3 +132,5 @@ def test_minilm_makes_the_vectors_of_the_pool(wiki_pool: Path) -> None:
     encoder = open_model_encoder("minilm")
     assert [passage.id for passage in passages] == list(ids)
     assert (encoder.encode_passages(passages) * expected).sum(axis=1).min() > 0.999
+    half = open_model_encoder("minilm", compute=Compute(dtype="bfloat16"))
+    assert (half.encode_passages(passages) * expected).sum(axis=1).min() > 0.999
