@@ -11,13 +11,10 @@ from tokenizers import Tokenizer
 
 from learner.metrics import MetricsWriter, render_trajectory, summarise_rollouts
 from learner.step_metrics import StepMetrics
+from learner.store import metrics_path
 from protocol.types import TrajectoryGroup
 
 _TEXT_EVERY_STEPS = 10
-
-
-def metrics_path(run_dir: Path) -> Path:
-    return run_dir / "metrics.jsonl"
 
 
 class Journal:

@@ -20,7 +20,6 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from safetensors.torch import save as save_safetensors
@@ -32,7 +31,7 @@ from learner.ledger import Ledger
 from learner.plane import Plane
 from learner.policy import Policy, load_policy
 from learner.step_metrics import StepMetrics
-from learner.store import Identity, Store
+from learner.store import Identity, Store, store_path
 from learner.trainer import Trainer
 from protocol.config import Config
 from protocol.types import TrajectoryGroup
@@ -42,10 +41,6 @@ log = logging.getLogger(__name__)
 # At the end, engines get this long to commit the last version before the learner leaves.
 _LAST_COMMIT_TIMEOUT_S = 60.0
 _DRAIN_S = 1.0
-
-
-def store_path(run_dir: Path) -> Path:
-    return run_dir / "store.sqlite"
 
 
 def run_learner(config: Config) -> None:

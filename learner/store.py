@@ -42,6 +42,14 @@ CREATE TABLE publications (
 """
 
 
+def store_path(run_dir: Path) -> Path:
+    return run_dir / "store.sqlite"
+
+
+def metrics_path(run_dir: Path) -> Path:
+    return run_dir / "metrics.jsonl"
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """What must be the same for a run to be resumed."""

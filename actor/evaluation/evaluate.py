@@ -1,0 +1,117 @@
+"""Runs the workflow on a task's evaluation questions: accuracy, and what it cost in tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from actor.engine_pool import EngineInfo
+from actor.process import open_parts
+from actor.sampling import SamplingParams
+from actor.sglang_client import SGLangClient
+from actor.tasks.task import open_task
+from actor.workflows.workflow import Episode
+from protocol.config import Config
+from protocol.errors import ConfigError, EngineError, UnreachableError
+from protocol.types import Question, Status, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationPlan:
+    """`engines`: urls, else those that the config starts; `temperature` 0 is greedy."""
+
+    engines: tuple[str, ...]
+    num_questions: int
+    temperature: float
+    concurrency: int
+    trajectories: Path | None = None
+
+
+async def run_evaluation(config: Config, plan: EvaluationPlan) -> dict[str, float | int | str]:
+    """Raises: UserError (no engine, an engine that does not answer, task files)."""
+    task = open_task(config.task, split="eval", seed=config.run.seed)
+    urls = plan.engines or (
+        *(f"http://{config.network.host}:{port}" for port in config.engine.ports),
+        *config.engine.urls,
+    )
+    if not urls:
+        raise ConfigError("no engine to evaluate: give --engine URL, or engine.ports or engine.urls in the config")
+    version = await _served_version(urls, api_key=config.network.api_key())
+    questions = [task.question(i) for i in range(min(plan.num_questions, task.num_questions))]
+    sampling = SamplingParams(temperature=plan.temperature, allow_truncation=True)
+    started = time.perf_counter()
+    async with AsyncExitStack() as stack:
+        parts = await open_parts(config, stack, sampling=sampling, run_id=None, max_trajectories=plan.concurrency)
+        parts.pool.set_engines([EngineInfo(url=url, version=0) for url in urls])
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(parts.episodes.run(question, rid=question.id)) for question in questions]
+        results = [each.result() for each in running]
+    if plan.trajectories is not None:
+        _write(plan.trajectories, questions, results)
+    summary = summarise([trajectory for trajectory, _ in results])
+    return {
+        "weight_version": version,
+        "temperature": plan.temperature,
+        **summary,
+        "wall_s": time.perf_counter() - started,
+    }
+
+
+def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float | int]:
+    """Means over the trajectories that the environment did not fail; those that it failed are counted."""
+    counted = [t for t in trajectories if t.status is not Status.FAILED]
+    names = sorted({name for t in counted for name in t.reward_parts})
+    stats = sorted({name for t in counted for name in t.stats})
+    return {
+        "num_questions": len(counted),
+        "num_failed": len(trajectories) - len(counted),
+        "reward": _mean([t.reward for t in counted]),
+        **{name: _mean([t.reward_parts.get(name, 0.0) for t in counted]) for name in names},
+        "answered": _mean([float(t.status is Status.COMPLETED) for t in counted]),
+        "peak_context_tokens": _mean([float(max(map(len, t.contexts), default=0)) for t in counted]),
+        **{f"mean_{name}": _mean([t.stats.get(name, 0.0) for t in counted]) for name in stats},
+    }
+
+
+async def _served_version(urls: Sequence[str], *, api_key: str | None) -> str:
+    """What the engines serve. Raises: UnreachableError."""
+    versions = set()
+    for url in urls:
+        async with SGLangClient(url, api_key=api_key) as client:
+            try:
+                versions.add((await client.model_info()).weight_version or "default")
+            except EngineError as error:
+                raise UnreachableError(
+                    f"engine {url} does not answer: {error}; start it, or correct --engine"
+                ) from error
+    return ", ".join(sorted(versions))
+
+
+def _write(path: Path, questions: Sequence[Question], results: Sequence[tuple[Trajectory, Episode]]) -> None:
+    with path.open("w") as lines:
+        for question, (trajectory, episode) in zip(questions, results, strict=True):
+            line = {
+                "id": question.id,
+                "question": question.text,
+                "answers": question.answers,
+                "answer": episode.answer,
+                "status": episode.status.value,
+                "reason": episode.reason,
+                "reward": trajectory.reward,
+                "parts": trajectory.reward_parts,
+                "stats": trajectory.stats,
+                "memories": episode.memories,
+                "contexts": episode.transcripts,
+            }
+            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else 0.0

@@ -1,0 +1,186 @@
+"""`palimpsest audit`: recomputes from the store alone what became of every lease, and how old what was trained was.
+
+It trusts no counter: states are counted from entries, ages from the spans in the stored groups against the batch that
+they stand in, and every batch is checked to hold B different groups, each once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from learner.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What the store says. `problems` is empty where every promise held.
+
+    leased = trained + buffered + skipped + expired + running, over questions: `expired` are those that wait to be
+    issued again. Ages are of sampled tokens of trained groups, in learner steps.
+    """
+
+    run_id: str
+    num_steps: int
+    num_leased: int
+    num_trained: int
+    num_buffered: int
+    num_skipped: int
+    num_expired: int
+    num_running: int
+    num_lease_attempts: int
+    num_reissued: int
+    num_groups_lost: int
+    num_trajectories_trained: int
+    num_contexts_trained: int
+    num_tokens_trained: int
+    num_publications: int
+    staleness_bound: int
+    staleness_max: int
+    staleness_mean: float
+    problems: tuple[str, ...] = field(default=())
+
+
+def audit_run(run_dir: Path) -> Audit:
+    """Raises: DataError where there is no store."""
+    from learner.store import Store, store_path
+    from protocol.errors import DataError
+
+    path = store_path(run_dir)
+    if not path.is_file():
+        raise DataError(f"no run in {run_dir}: {path.name} is not there")
+    store = Store(path, read_only=True)
+    try:
+        return _audit(store)
+    finally:
+        store.close()
+
+
+def _audit(store: Store) -> Audit:
+    meta = store.meta()
+    batch_size, bound = int(meta["groups_per_batch"]), int(meta["staleness_bound"])
+    states = dict(store.query("SELECT state, count(*) FROM entries GROUP BY state"))
+    leased = sum(states.values())
+    problems = [*_check_batches(store, batch_size), *_check_entries(store)]
+    ages, age_problems = _ages(store, bound)
+    problems += age_problems
+    stored = {row[0] for row in store.query("SELECT cursor FROM groups")}
+    acknowledged = {
+        row[0] for row in store.query("SELECT DISTINCT cursor FROM leases WHERE outcome IN ('accepted', 'skipped')")
+    }
+    lost = acknowledged - stored
+    if lost:
+        problems.append(f"{len(lost)} acknowledged groups are not in the store: {sorted(lost)[:5]}")
+    trained = store.query(
+        "SELECT coalesce(sum(num_trajectories), 0), coalesce(sum(num_contexts), 0), coalesce(sum(num_trained_tokens), 0)"
+        " FROM groups JOIN batches USING (cursor)"
+    )[0]
+    num_ages = sum(ages.values())
+    attempts = store.query("SELECT count(*) FROM leases")[0][0]
+    return Audit(
+        run_id=meta["run_id"],
+        num_steps=store.num_batches(),
+        num_leased=leased,
+        num_trained=states.get("trained", 0),
+        num_buffered=states.get("buffered", 0),
+        num_skipped=states.get("skipped", 0),
+        num_expired=states.get("waiting", 0),
+        num_running=states.get("running", 0),
+        num_lease_attempts=attempts,
+        num_reissued=attempts - leased,
+        num_groups_lost=len(lost),
+        num_trajectories_trained=trained[0],
+        num_contexts_trained=trained[1],
+        num_tokens_trained=trained[2],
+        num_publications=len(store.publications()),
+        staleness_bound=bound,
+        staleness_max=max(ages, default=0),
+        staleness_mean=sum(age * count for age, count in ages.items()) / num_ages if num_ages else 0.0,
+        problems=tuple(problems),
+    )
+
+
+def _check_batches(store: Store, batch_size: int) -> list[str]:
+    problems = []
+    sizes = dict(store.query("SELECT step, count(DISTINCT cursor) FROM batches GROUP BY step"))
+    if sorted(sizes) != list(range(len(sizes))):
+        problems.append(f"the log of batches has a gap: steps {sorted(sizes)[:3]} … of {len(sizes)}")
+    problems += [f"batch {step} has {n} groups, not {batch_size}" for step, n in sizes.items() if n != batch_size]
+    early = store.query(
+        "SELECT count(*) FROM batches JOIN entries USING (cursor) WHERE entries.slot / ? != batches.step", batch_size
+    )[0][0]
+    if early:
+        problems.append(f"{early} groups were trained in another batch than their slot's")
+    return problems
+
+
+def _check_entries(store: Store) -> list[str]:
+    checks = {
+        "questions are trained but in no batch": "SELECT count(*) FROM entries WHERE state = 'trained' AND cursor NOT IN "
+        "(SELECT cursor FROM batches)",
+        "questions are in a batch but not trained": "SELECT count(*) FROM entries WHERE state != 'trained' AND cursor IN "
+        "(SELECT cursor FROM batches)",
+        "questions count as trained or buffered, but their group is not stored": "SELECT count(*) FROM entries WHERE "
+        "state IN ('trained', 'buffered') AND cursor NOT IN (SELECT cursor FROM groups)",
+        "slots are held by two questions": "SELECT count(*) FROM (SELECT slot FROM entries WHERE slot >= 0 "
+        "GROUP BY slot HAVING count(*) > 1)",
+    }
+    return [f"{count} {what}" for what, sql in checks.items() if (count := store.query(sql)[0][0])]
+
+
+def _ages(store: Store, bound: int) -> tuple[dict[int, int], list[str]]:
+    """({age: sampled tokens}, problems), from the stored spans. A publication that the store does not know is one."""
+    publications = store.publications()
+    ages: dict[int, int] = {}
+    unknown = 0
+    for step in range(store.num_batches()):
+        for cursor in store.batch(step):
+            for context in store.group(cursor).contexts():
+                for span in context.policy_versions:
+                    age = step - span.version
+                    ages[age] = ages.get(age, 0) + span.end - span.start
+                    unknown += publications.get(span.publication) != span.version
+    problems = [f"{unknown} spans name a publication that was never made"] if unknown else []
+    over = sum(count for age, count in ages.items() if age > bound)
+    if over:
+        problems.append(f"{over} trained tokens are older than the bound of {bound}")
+    if any(age < 0 for age in ages):
+        problems.append("tokens come from a version that did not exist yet")
+    return ages, problems
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def audit(ctx: click.Context, run: Path, as_json: bool) -> None:
+    """Check RUN (a run's folder) from its store. Exit status 1 where a promise was broken."""
+    import json
+
+    result = audit_run(run)
+    if as_json:
+        click.echo(json.dumps(asdict(result)))
+    else:
+        _print(result)
+    ctx.exit(1 if result.problems else 0)
+
+
+def _print(result: Audit) -> None:
+    click.echo(
+        f"audit of {result.run_id}: {result.num_steps} steps\n"
+        f"  leased {result.num_leased} = trained {result.num_trained} + buffered {result.num_buffered} + skipped "
+        f"{result.num_skipped} + expired {result.num_expired} + running {result.num_running}\n"
+        f"  lease attempts {result.num_lease_attempts}, of which issued again {result.num_reissued}; "
+        f"acknowledged groups lost {result.num_groups_lost}\n"
+        f"  age of trained tokens: mean {result.staleness_mean:.2f}, max {result.staleness_max}, "
+        f"bound {result.staleness_bound}\n"
+        f"  publications {result.num_publications}, trained: {result.num_trajectories_trained} trajectories, "
+        f"{result.num_contexts_trained} contexts, {result.num_tokens_trained} tokens"
+    )
+    for problem in result.problems:
+        click.echo(f"  PROBLEM: {problem}")
+    click.echo("audit: clean" if not result.problems else f"audit: {len(result.problems)} problems")

@@ -1,0 +1,96 @@
+"""`palimpsest up RUN.toml`: all roles of a run on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from learner.launch.plan import ProcessSpec
+    from protocol.config import Config
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the config.")
+@click.option("--dry-run", is_flag=True, help="Print what would start, and start nothing.")
+@click.option("--quiet", is_flag=True, help="No live view.")
+def up(run: Path, overrides: tuple[str, ...], dry_run: bool, quiet: bool) -> None:
+    """Start, supervise and restart the roles that RUN (a TOML file) names, until its last step.
+
+    Ctrl-C stops all of them; running it again resumes. Logs are in the run's folder under logs/, TensorBoard's files
+    under tensorboard/, checkpoints under checkpoints/.
+    """
+    import asyncio
+    import logging
+
+    from learner.launch.plan import plan, with_ports
+    from protocol.config import load_config, save_config
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    config = with_ports(load_config(run, overrides))
+    saved = config.run.dir / "config.json"
+    processes = plan(config, config_path=saved)
+    if dry_run:
+        for process in processes:
+            click.echo(f"{process.name}: {' '.join(process.argv)}")
+        return
+    check(config)
+    save_config(config, saved)
+    asyncio.run(run_all(config, processes, quiet=quiet))
+    click.echo(
+        f"up: {config.run.name} is at its last step, {config.learner.num_steps}; it is in {config.run.dir}/checkpoints"
+    )
+    click.echo(f"next: palimpsest audit {config.run.dir}; tensorboard --logdir {config.run.dir}/tensorboard")
+
+
+def check(config: Config) -> None:
+    """What can be known to be wrong before anything starts. Raises: DataError, SecurityError."""
+    from protocol.errors import DataError, SecurityError
+    from protocol.transport import is_loopback
+
+    for key, path in [("model.path", config.model.path), *config.retriever.indexes.items()]:
+        if not path.is_dir():
+            name = key if key == "model.path" else f"retriever.indexes.{key}"
+            raise DataError(f"{name}: no folder {path}")
+    if not (config.model.path / "tokenizer.json").is_file():
+        raise DataError(f"model.path: {config.model.path} has no tokenizer.json; save the model's fast tokenizer there")
+    for key in ("questions", "eval_questions"):
+        for path in getattr(config.task, key):
+            if not path.is_file():
+                raise DataError(f"task.{key}: no file {path}")
+    if not is_loopback(config.network.control_address) and config.network.keys is None:
+        raise SecurityError(
+            f"network.host {config.network.host} is beyond loopback and needs CURVE keys: run `palimpsest keys DIR` "
+            "and set network.keys to DIR"
+        )
+
+
+async def run_all(config: Config, processes: list[ProcessSpec], *, quiet: bool) -> None:
+    """Until the learner is done. Raises: UserError, RunFailed."""
+    import asyncio
+
+    from learner.launch.signals import stop_on_signals
+    from learner.launch.supervisor import Supervisor
+    from learner.launch.view import View
+    from learner.store import metrics_path
+
+    with stop_on_signals():
+        async with Supervisor(config.run.dir) as supervisor:
+            view = View(
+                title=config.run.name,
+                metrics=metrics_path(config.run.dir),
+                num_steps=config.learner.num_steps,
+                staleness_bound=config.learner.staleness_bound,
+                states=supervisor.states,
+                quiet=quiet,
+            )
+            await supervisor.start(processes)
+            viewing = asyncio.create_task(view.run())
+            try:
+                await supervisor.wait("learner")
+            finally:
+                viewing.cancel()
+                await asyncio.gather(viewing, return_exceptions=True)
