@@ -19,7 +19,10 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+
+import orjson
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -82,7 +85,7 @@ def save_model(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
 
 
-def serve(folder: str, connection) -> None:
+def serve(folder: str, connection: Connection) -> None:
     """The engine's process: says its URL, and serves until it is told to stop."""
     import uvloop
 
@@ -92,14 +95,13 @@ def serve(folder: str, connection) -> None:
         server = EngineServer(model_path=folder, max_running_requests=MAX_RUNNING)
         await server.start()
         connection.send(server.url)
-        while not connection.poll():
-            await asyncio.sleep(0.2)
+        await asyncio.to_thread(connection.recv)
         await server.stop()
 
     uvloop.run(main())
 
 
-def generate_load(url: str, connection) -> None:
+def generate_load(url: str, connection: Connection) -> None:
     """The clients' process: for each Load received, says the tokens/s that the engine gave it."""
     import uvloop
 
@@ -122,17 +124,17 @@ async def _client(index: int, reader: asyncio.StreamReader, writer: asyncio.Stre
     """HTTP by hand, so that the clients take as little as possible of the machine that they share."""
     num_tokens = 0
     for i in range(load.num_requests):
-        body = json.dumps(
+        body = orjson.dumps(
             {
                 "input_ids": [(index * 31 + i * 7 + k) % 98 for k in range(load.shape.num_prompt)],
                 "sampling_params": {"temperature": 1.0, "max_new_tokens": load.shape.num_new},
                 "return_logprob": True,
             }
-        ).encode()
+        )
         writer.write(b"POST /generate HTTP/1.1\r\nHost: engine\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
         length = int(head.split(b"content-length:")[1].split(b"\r\n")[0])
-        meta = json.loads(await reader.readexactly(length))["meta_info"]
+        meta = orjson.loads(await reader.readexactly(length))["meta_info"]
         assert len(meta["output_token_logprobs"]) == meta["completion_tokens"] == load.shape.num_new
         num_tokens += meta["completion_tokens"]
     return num_tokens
@@ -171,17 +173,17 @@ class BareLoop:
                 tokens = logprobs.exp().multinomial(1)
                 output.append(tokens)
                 output_logprobs.append(logprobs.gather(-1, tokens))
-            torch.cat(output, 1).tolist(), torch.cat(output_logprobs, 1).tolist()
+            torch.cat(output, 1).tolist()
+            torch.cat(output_logprobs, 1).tolist()
         return num_sequences * shape.num_new / (time.perf_counter() - start_s)
 
 
-def measure(bare: BareLoop, connection, load: Load, *, num_rounds: int) -> Result:
+def measure(bare: BareLoop, connection: Connection, load: Load, *, num_rounds: int) -> Result:
     """Rounds of both in turns; while one works, the other waits."""
     bare_rates: list[float] = []
     engine_rates: list[float] = []
-    num_batches = max(load.num_requests, 1)
     for _ in range(num_rounds):
-        rates = [bare.tokens_per_s(load.shape, num_sequences=load.num_in_flight) for _ in range(num_batches)]
+        rates = [bare.tokens_per_s(load.shape, num_sequences=load.num_in_flight) for _ in range(load.num_requests)]
         bare_rates.append(statistics.harmonic_mean(rates))
         connection.send(load)
         engine_rates.append(connection.recv())

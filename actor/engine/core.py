@@ -25,7 +25,7 @@ from actor.engine.request import Finish, FinishType, Sequence
 from actor.engine.scheduler import Scheduler, Step
 from protocol.errors import EngineRefused, WeightsError
 
-_NUM_TURNS_AFTER_FINISH = 3
+_NUM_TURNS_AFTER_FINISH = 6
 """Turns of the event loop after a step in which requests finished: enough to write the answers and to read and queue
 the requests that follow them, so that these join the next step together and not one after another."""
 

@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from actor.engine.kv_cache import ATTENTION_NAME, KVCache, pack, row_attention
@@ -139,6 +140,9 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise DataError(f"model folder {folder} has no tokenizer: save one there with save_pretrained()")
     try:
+        if (folder / "tokenizer.json").is_file():
+            # AutoTokenizer would put the decoder of the model's family in the place of the file's own.
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # Its errors share no base: whatever they are, the folder cannot be served.
         raise DataError(f"the tokenizer in {folder} cannot be loaded ({error}): save it again") from error

@@ -1,0 +1,166 @@
+"""What the engine reports is what a plain transformers forward pass gives, whatever happened on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.engine.conftest import Client, reference_logprobs, sampled_logprobs
+
+TOLERANCE = 1e-4
+
+
+def prompts(num: int, *, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(50) for _ in range(rng.randint(1, 60))] for _ in range(num)]
+
+
+def assert_parity(model_path: Path, prompt: list[int], answer: dict, *, temperature: float = 1.0) -> None:
+    expected = reference_logprobs(model_path, prompt, answer["output_ids"], temperature=temperature)
+    torch.testing.assert_close(sampled_logprobs(answer), expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+async def test_logprobs_of_a_mixed_batch(
+    serve: Callable, make_folder: Callable[..., Path], architecture: str, tied: bool
+) -> None:
+    """Prompts of many lengths with outputs of many lengths, more than there are rows, so that they join and leave."""
+    model_path = make_folder(seed=3, architecture=architecture, tied=tied)
+    client: Client = await serve(model_path, max_running_requests=5)
+    asked = prompts(16)
+    answers = await asyncio.gather(
+        *(client.generate(p, max_new_tokens=1 + 3 * i, temperature=0.7) for i, p in enumerate(asked))
+    )
+    for i, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
+        assert len(answer["output_ids"]) == 1 + 3 * i
+        assert_parity(model_path, prompt, answer, temperature=0.7)
+
+
+async def test_logprobs_follow_an_update(client: Client, folder: Path, new_weights: Path) -> None:
+    prompt = prompts(1)[0]
+    before = await client.generate(prompt, max_new_tokens=20)
+    assert_parity(folder, prompt, before)
+    assert before["meta_info"]["weight_version"] == "default"
+
+    reply = await client.post("/update_weights_from_disk", {"model_path": str(new_weights), "weight_version": "v1"})
+    assert (reply.status, reply.body["success"], reply.body["num_paused_requests"]) == (200, True, 0)
+    assert (await client.get("/model_info")).body["weight_version"] == "v1"
+    after = await client.generate(prompt, max_new_tokens=20)
+    assert_parity(new_weights, prompt, after)
+    assert after["meta_info"]["weight_versions"] == [{"version": "v1", "start": 0, "end": 20}]
+
+
+async def test_a_retracted_request_goes_on_under_the_new_weights(
+    client: Client, folder: Path, new_weights: Path
+) -> None:
+    """Tokens before the boundary match the old weights; those after it match the new weights on the whole prefix."""
+    asked = prompts(4, seed=1)
+    running = [asyncio.create_task(client.generate(p, max_new_tokens=400)) for p in asked]
+    await client.until_running(4)
+    assert (await client.post("/pause_generation", {"mode": "retract"})).status == 200
+    assert await client.num_running() == 0
+    update = {"model_path": str(new_weights), "weight_version": "v1", "flush_cache": False}
+    reply = await client.post("/update_weights_from_disk", update)
+    assert (reply.status, reply.body["num_paused_requests"]) == (200, 4)
+    assert not any(task.done() for task in running)
+    assert (await client.post("/continue_generation")).status == 200
+
+    for prompt, answer in zip(asked, await asyncio.gather(*running), strict=True):
+        old, new = answer["meta_info"]["weight_versions"]
+        boundary = old["end"]
+        assert (old, new) == (
+            {"version": "default", "start": 0, "end": boundary},
+            {"version": "v1", "start": boundary, "end": 400},
+        )
+        assert 0 < boundary < 400
+        assert answer["meta_info"]["num_retractions"] == 1
+        output, logprobs = answer["output_ids"], sampled_logprobs(answer)
+        under_old = reference_logprobs(folder, prompt, output)
+        under_new = reference_logprobs(new_weights, prompt, output)
+        torch.testing.assert_close(logprobs[:boundary], under_old[:boundary], atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(logprobs[boundary:], under_new[boundary:], atol=TOLERANCE, rtol=0)
+
+
+async def test_a_pause_in_place_keeps_the_cache(client: Client, folder: Path, new_weights: Path) -> None:
+    """Without an update nothing of the output changes; with one, the spans state the boundary."""
+    prompt = prompts(1, seed=2)[0]
+    alone = await client.generate(prompt, max_new_tokens=300, sampling_seed=5)
+    task = asyncio.create_task(client.generate(prompt, max_new_tokens=300, sampling_seed=5))
+    await client.until_running(1)
+    await client.post("/pause_generation", {"mode": "in_place"})
+    assert await client.num_running() == 1
+    await client.post("/continue_generation")
+    answer = await task
+    assert answer["output_ids"] == alone["output_ids"]
+    assert answer["meta_info"]["num_retractions"] == 0
+
+    task = asyncio.create_task(client.generate(prompt, max_new_tokens=300))
+    await client.until_running(1)
+    await client.post("/pause_generation", {"mode": "in_place"})
+    update = {"model_path": str(new_weights), "weight_version": "v1"}
+    refused = await client.post("/update_weights_from_disk", update)
+    assert refused.status == 400
+    assert "flush_cache" in refused.body["message"]
+    assert (await client.get("/model_info")).body["weight_version"] == "default"
+    assert (await client.post("/update_weights_from_disk", update | {"flush_cache": False})).status == 200
+    await client.post("/continue_generation")
+    spans = (await task)["meta_info"]["weight_versions"]
+    assert [span["version"] for span in spans] == ["default", "v1"]
+    assert spans[0]["end"] == spans[1]["start"]
+
+
+async def test_an_update_without_a_pause_waits_for_what_is_in_flight(
+    client: Client, folder: Path, new_weights: Path
+) -> None:
+    prompt = prompts(1)[0]
+    task = asyncio.create_task(client.generate(prompt, max_new_tokens=300))
+    await client.until_running(1)
+    update = asyncio.create_task(
+        client.post("/update_weights_from_disk", {"model_path": str(new_weights), "weight_version": "v1"})
+    )
+    old = await task
+    assert [span["version"] for span in old["meta_info"]["weight_versions"]] == ["default"]
+    assert_parity(folder, prompt, old)
+    assert (await update).status == 200
+    assert_parity(new_weights, prompt, await client.generate(prompt, max_new_tokens=10))
+
+
+async def test_a_refused_update_changes_nothing(
+    client: Client, folder: Path, new_weights: Path, tmp_path: Path
+) -> None:
+    good = load_file(new_weights / "model.safetensors")
+    some = "model.layers.1.mlp.up_proj.weight"
+    broken = {
+        "missing": {k: v for k, v in good.items() if k != some},
+        "unknown": good | {"model.layers.2.mlp.up_proj.weight": good[some].clone()},
+        "shape": good | {some: good[some][:-1].clone()},
+        "finite": good | {some: torch.full_like(good[some], torch.nan)},
+        "tied": good | {"lm_head.weight": good["model.embed_tokens.weight"] + 1},
+    }
+    for word, weights in broken.items():
+        bad = tmp_path / word
+        bad.mkdir()
+        save_file(weights, bad / "model.safetensors")
+        reply = await client.post("/update_weights_from_disk", {"model_path": str(bad), "weight_version": "bad"})
+        assert reply.status == 400
+        assert reply.body["success"] is False
+        assert word in reply.body["message"]
+    truncated = tmp_path / "truncated"
+    truncated.mkdir()
+    data = (new_weights / "model.safetensors").read_bytes()
+    (truncated / "model.safetensors").write_bytes(data[: len(data) // 2])
+    for bad in (truncated, tmp_path / "nowhere", tmp_path):
+        reply = await client.post("/update_weights_from_disk", {"model_path": str(bad)})
+        assert reply.status == 400
+        assert str(bad) in reply.body["message"]
+
+    assert (await client.get("/model_info")).body["weight_version"] == "default"
+    prompt = prompts(1)[0]
+    assert_parity(folder, prompt, await client.generate(prompt, max_new_tokens=10))

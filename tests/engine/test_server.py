@@ -1,0 +1,204 @@
+"""The server's manners: bad input, pauses, aborts, keys, folders and addresses."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from actor.engine.server import EngineServer
+from protocol.errors import ConfigError, DataError, SecurityError, UnreachableError
+from tests.engine.conftest import CONTEXT_LENGTH, VOCAB_SIZE, Client
+
+BAD_BODIES = [
+    ({}, ["input_ids"]),
+    ({"input_ids": []}, ["input_ids", "0"]),
+    ({"input_ids": [[1], []]}, ["input_ids[1]", "0"]),
+    ({"input_ids": [1, VOCAB_SIZE]}, ["input_ids", str(VOCAB_SIZE)]),
+    ({"input_ids": [1, -1]}, ["input_ids", "-1"]),
+    ({"input_ids": [1, "two"]}, ["input_ids", "two"]),
+    ({"input_ids": [1, 2.5]}, ["input_ids", "2.5"]),
+    ({"input_ids": [True]}, ["input_ids", "True"]),
+    ({"input_ids": [1, 2**80]}, ["input_ids"]),
+    ({"input_ids": [1] * CONTEXT_LENGTH}, ["input_ids", str(CONTEXT_LENGTH)]),
+    ({"input_ids": [1] * 12, "sampling_params": {"max_new_tokens": 501}}, ["max_new_tokens", "512", "513"]),
+    ({"input_ids": [1], "sampling_params": {"temprature": 1}}, ["sampling_params.temprature", "1"]),
+    ({"input_ids": [1], "sampling_params": {"temperature": -0.5}}, ["sampling_params.temperature", "0", "-0.5"]),
+    ({"input_ids": [1], "sampling_params": {"temperature": None}}, ["sampling_params.temperature", "None"]),
+    ({"input_ids": [1], "sampling_params": {"top_p": 0}}, ["sampling_params.top_p", "0"]),
+    ({"input_ids": [1], "sampling_params": {"top_k": 0}}, ["top_k", "0"]),
+    ({"input_ids": [1], "sampling_params": {"max_new_tokens": -1}}, ["sampling_params.max_new_tokens", "-1"]),
+    ({"input_ids": [1], "sampling_params": {"max_new_tokens": 2, "min_new_tokens": 3}}, ["min_new_tokens", "3"]),
+    ({"input_ids": [1], "sampling_params": {"repetition_penalty": 1.1}}, ["repetition_penalty", "1.1"]),
+    ({"input_ids": [1], "sampling_params": {"n": 2}}, ["sampling_params.n", "2"]),
+    ({"input_ids": [[1], [2]], "sampling_params": [{}]}, ["sampling_params", "2", "1"]),
+    ({"input_ids": [[1], [2]], "rid": ["a", "a"]}, ["rid", "a"]),
+    ({"input_ids": [1], "rid": 7}, ["rid", "7"]),
+    ({"input_ids": [1], "stream": True}, ["stream", "True"]),
+    ({"text": "w1"}, ["input_ids"]),
+    ({"input_ids": [1], "colour": "red"}, ["colour", "red"]),
+    ([1, 2], ["object"]),
+]
+
+
+async def test_bad_requests_are_refused_and_the_server_goes_on(client: Client) -> None:
+    for body, words in BAD_BODIES:
+        reply = await client.post("/generate", body)
+        assert reply.status == 400, body
+        for word in words:
+            assert word in reply.body["error"]["message"], body
+    for path, body in (
+        ("/pause_generation", {"mode": "sideways"}),
+        ("/abort_request", {}),
+        ("/update_weights_from_disk", {"weight_version": "v1"}),
+        ("/update_weights_from_disk", {"model_path": 3}),
+    ):
+        assert (await client.post(path, body)).status == 400, path
+    for raw in (b"{", b"\xff\xfe", b"null"):
+        async with client.http.post(client.url + "/generate", data=raw) as response:
+            assert response.status == 400
+            assert "error" in await response.json()
+    assert (await client.post("/nowhere")).status == 404
+    assert (await client.get("/generate")).status == 405
+    assert len((await client.generate([1], max_new_tokens=5))["output_ids"]) == 5
+    assert (await client.get("/health")).status == 200
+
+
+async def test_a_batch_is_answered_in_order(client: Client) -> None:
+    body = {
+        "input_ids": [[1, 2], [3], [4, 5, 6]],
+        "sampling_params": [{"max_new_tokens": n} for n in (9, 1, 4)],
+        "rid": "many",
+        "return_logprob": [True, False, True],
+        "extra_key": "salt",
+    }
+    answers = (await client.post("/generate", body)).body
+    assert [len(a["output_ids"]) for a in answers] == [9, 1, 4]
+    assert [a["meta_info"]["id"] for a in answers] == ["many_0", "many_1", "many_2"]
+    assert ["output_token_logprobs" in a["meta_info"] for a in answers] == [True, False, True]
+
+
+async def test_calls_wait_while_paused(client: Client) -> None:
+    await client.post("/pause_generation", {"mode": "retract"})
+    await client.post("/pause_generation", {"mode": "retract"})
+    waiting = [asyncio.create_task(client.generate([1], rid=f"r{i}", max_new_tokens=3)) for i in range(3)]
+    while (await client.get("/server_info")).body["internal_states"][0]["num_waiting_reqs"] < 3:
+        pass
+    assert await client.num_running() == 0
+    assert (await client.get("/health")).status == 200
+    assert (await client.get("/flush_cache")).status == 200
+    # A duplicate id is refused, and an abort reaches a call that waits.
+    assert (await client.post("/generate", {"input_ids": [1], "rid": "r0"})).status == 400
+    await client.post("/abort_request", {"rid": "r1"})
+    assert (await waiting[1])["meta_info"]["finish_reason"]["type"] == "abort"
+    await client.post("/continue_generation")
+    assert len((await waiting[0])["output_ids"]) == len((await waiting[2])["output_ids"]) == 3
+
+
+async def test_an_abort_answers_what_there_is(client: Client) -> None:
+    tasks = [asyncio.create_task(client.generate([1], rid=f"r{i}", max_new_tokens=500)) for i in range(4)]
+    await client.until_running(4)
+    assert (await client.get("/flush_cache")).status == 400
+    await client.post("/abort_request", {"rid": "r2"})
+    answer = await tasks[2]
+    num = len(answer["output_ids"])
+    assert 0 < num < 500
+    assert len(answer["meta_info"]["output_token_logprobs"]) == answer["meta_info"]["completion_tokens"] == num
+    assert answer["meta_info"]["finish_reason"]["type"] == "abort"
+    assert answer["meta_info"]["finish_reason"]["message"]
+    await client.post("/abort_request", {"abort_all": True})
+    assert {(await task)["meta_info"]["finish_reason"]["type"] for task in tasks} == {"abort"}
+    assert (await client.post("/abort_request", {"rid": "unknown"})).status == 200
+
+    task = asyncio.create_task(client.generate([1], max_new_tokens=500))
+    await client.until_running(1)
+    await client.post("/pause_generation")
+    assert (await task)["meta_info"]["finish_reason"]["type"] == "abort"
+
+
+async def test_an_update_can_abort_what_is_in_flight(client: Client, new_weights: Path) -> None:
+    task = asyncio.create_task(client.generate([1], max_new_tokens=500))
+    await client.until_running(1)
+    body = {"model_path": str(new_weights), "weight_version": "v1", "abort_all_requests": True}
+    assert (await client.post("/update_weights_from_disk", body)).status == 200
+    assert (await task)["meta_info"]["finish_reason"]["type"] == "abort"
+
+
+async def test_a_client_that_goes_away_gives_its_row_back(client: Client) -> None:
+    task = asyncio.create_task(client.generate([1], max_new_tokens=511))
+    await client.until_running(1)
+    await client.post("/pause_generation", {"mode": "in_place"})
+    task.cancel()
+    while await client.num_running():
+        pass
+    await client.post("/continue_generation")
+    assert len((await client.generate([1], max_new_tokens=2))["output_ids"]) == 2
+
+
+async def test_an_api_key_guards_everything_but_health(serve: Callable, folder: Path) -> None:
+    client: Client = await serve(folder, api_key="s3cret")
+    body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}}
+    assert (await client.get("/health")).status == 200
+    assert (await client.get("/model_info")).status == 401
+    assert (await client.post("/generate", body)).status == 401
+    for header, status in (("Bearer wrong", 401), ("Bearer s3cret", 200)):
+        async with client.http.post(client.url + "/generate", json=body, headers={"Authorization": header}) as response:
+            assert response.status == status
+
+
+async def test_info(client: Client, folder: Path) -> None:
+    info = (await client.get("/model_info")).body
+    assert (info["model_path"], info["is_generation"], info["weight_version"]) == (str(folder), True, "default")
+    assert info["model_type"] == "qwen2"
+    server = (await client.get("/server_info")).body
+    assert (server["status"], server["context_length"], server["vocab_size"]) == ("ready", CONTEXT_LENGTH, VOCAB_SIZE)
+    assert server["max_total_num_tokens"] == 128 * CONTEXT_LENGTH
+
+
+async def test_a_folder_that_cannot_be_served(folder: Path, tmp_path: Path) -> None:
+    for name, word in (
+        ("config.json", "config.json"),
+        ("model.safetensors", "safetensors"),
+        ("tokenizer", "tokenizer"),
+    ):
+        broken = tmp_path / name.split(".")[0]
+        shutil.copytree(folder, broken)
+        for file in broken.glob(f"{name}*"):
+            file.unlink()
+        server = EngineServer(model_path=broken)
+        with pytest.raises(DataError, match=word) as raised:
+            await server.start()
+        assert str(broken) in str(raised.value)
+    with pytest.raises(DataError, match="does not exist"):
+        await EngineServer(model_path=tmp_path / "nowhere").start()
+
+
+async def test_addresses_and_bounds(client: Client, folder: Path) -> None:
+    port = int(client.url.rpartition(":")[2])
+    with pytest.raises(UnreachableError, match=str(port)):
+        await EngineServer(model_path=folder, port=port).start()
+    with pytest.raises(SecurityError, match="api_key"):
+        EngineServer(model_path=folder, host="0.0.0.0")
+    with pytest.raises(ConfigError, match="max_running_requests must be >= 1, got 0"):
+        EngineServer(model_path=folder, max_running_requests=0)
+    assert (await client.get("/health")).status == 200
+
+
+async def test_stopping_frees_the_port_and_ends_calls(folder: Path) -> None:
+    server = EngineServer(model_path=folder)
+    await server.start()
+    async with aiohttp.ClientSession() as http:
+        client = Client(server.url, http)
+        task = asyncio.create_task(client.generate([1], max_new_tokens=500))
+        await client.until_running(1)
+        await client.post("/pause_generation", {"mode": "in_place"})
+        await server.stop()
+        with pytest.raises(aiohttp.ClientError):
+            await task
+    again = EngineServer(model_path=folder, port=int(server.url.rpartition(":")[2]))
+    await again.start()
+    await again.stop()
