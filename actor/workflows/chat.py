@@ -19,6 +19,7 @@ from importlib.resources import files
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 
+from actor.rewards.format import last_boxed
 from actor.workflows.rendering import (
     Action,
     Answer,
@@ -61,10 +62,14 @@ class ChatRendering:
         opened, closed = text.count("<tool_call>"), text.count("</tool_call>")
         if opened != closed:
             return Malformed(f"{opened} <tool_call> but {closed} </tool_call>")
+        thoughts, ended = text.count("<think>") + 1, text.count("</think>")  # the prompt opens the first one
+        fault = "" if thoughts == ended else f"{thoughts} <think> but {ended} </think>"
         if bodies := _CALL.findall(text):
-            return Searches(tuple(parse_call(body) for body in bodies))
+            calls = tuple(parse_call(body) for body in bodies)
+            broken = next((c.error for c in calls if isinstance(c, BadCall) and c.breaks_format), "")
+            return Searches(calls, fault or broken)
         answer = last_boxed(text)
-        return Malformed(r"neither a tool call nor \boxed{}") if answer is None else Answer(answer.strip())
+        return Malformed(r"neither a tool call nor \boxed{}") if answer is None else Answer(answer.strip(), fault)
 
     def observation(self, results: Sequence[Result]) -> str:
         responses = [self._response(result) for result in results]
@@ -109,9 +114,9 @@ def parse_call(body: str) -> Search | BadCall:
     try:
         call = json.loads(body)
     except (json.JSONDecodeError, RecursionError) as error:
-        return BadCall(f"the tool call is not valid JSON: {error}")
+        return BadCall(f"the tool call is not valid JSON: {error}", breaks_format=True)
     if not isinstance(call, dict) or not {"name", "arguments"} <= call.keys():
-        return BadCall("a tool call is a JSON object with `name` and `arguments`")
+        return BadCall("a tool call is a JSON object with `name` and `arguments`", breaks_format=True)
     if call["name"] != TOOL_NAME:
         return BadCall(f"there is no tool {call['name']!r:.80}; the only one is {TOOL_NAME}")
     arguments = call["arguments"]
@@ -129,20 +134,6 @@ def parse_call(body: str) -> Search | BadCall:
 def _is_unicode(text: str) -> bool:
     r"""False where JSON escapes left half of a character (`\ud800`), which cannot be sent."""
     return not any("\ud800" <= char <= "\udfff" for char in text)
-
-
-def last_boxed(text: str) -> str | None:
-    r"""What the last `\boxed{…}` holds, inner braces balanced; None where there is none or it is not closed."""
-    start = text.rfind(r"\boxed{")
-    if start < 0:
-        return None
-    start += len(r"\boxed{")
-    depth = 1
-    for position in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[start:position]
-    return None
 
 
 def plain(text: str) -> str:

@@ -8,12 +8,13 @@
 How a trajectory ends (trained in all cases but FAILED; the reward function decides what it is worth):
 
     COMPLETED     an action with an answer and no tool call
-    FORMAT_ERROR  neither; tool tags that do not pair; a memory that is missing or empty; a stop at a foreign token
+    FORMAT_ERROR  neither; tool tags that do not pair; a memory that is missing or empty; a stop at a foreign token;
+                  or an answer after an action, in any turn, that broke a format rule though it could be run
     OVER_BUDGET   the last turn's action is another search (it is not run); an action cut off at `action_tokens`;
                   no room in the context; a memory above its limit, where that is not truncated
     FAILED        an engine or the retriever failed
 
-A tool call that cannot be read is answered with an error in the observation; the trajectory goes on.
+A tool call that cannot be read is answered with an error in the observation, and the trajectory goes on.
 
 fidelity         paper                                     mended
 memory limit     generation stops at `action_tokens`,      the generation has room for `memory_tokens` and its tags;
@@ -114,6 +115,7 @@ class _Run:
         tokenizer = session.tokenizer
         self._stop = (tokenizer.token_id(self._rendering.end_token),)
         self._memories: list[str] = []
+        self._fault = ""
         self._counts: Counter[str] = Counter()
         self._memory_limit = self._config.action_tokens
         if workflow._mended:
@@ -159,13 +161,15 @@ class _Run:
         if generation.finish == "length":
             return _End(Status.OVER_BUDGET, f"an action of {len(generation.token_ids)} tokens did not end")
         match self._rendering.parse_action(generation.text):
-            case Answer(text):
-                return _End(Status.COMPLETED, answer=text)
             case Malformed(reason):
                 return _End(Status.FORMAT_ERROR, reason)
-            case Searches(calls) if is_last:
+            case Answer(text, fault):
+                self._fault = self._fault or fault
+                return _End(Status.FORMAT_ERROR if self._fault else Status.COMPLETED, self._fault, answer=text)
+            case Searches() if is_last:
                 return _End(Status.OVER_BUDGET, f"no answer in {self._config.max_turns} turns")
-            case Searches(calls):
+            case Searches(calls, fault):
+                self._fault = self._fault or fault
                 return await self._observe(calls) or await self._remember()
 
     async def _observe(self, calls: Sequence[Search | BadCall]) -> _End | None:

@@ -29,23 +29,33 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class BadCall:
-    """A tool call that could not be read; `error` is what the policy is told."""
+    """A tool call that could not be read; `error` is what the policy is told.
+
+    `breaks_format`: it is no tool call at all, rather than one with wrong arguments.
+    """
 
     error: str
+    breaks_format: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The policy's final answer: the trajectory ends."""
+    """The policy's final answer: the trajectory ends. `fault` as in `Searches`."""
 
     text: str
+    fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Searches:
-    """One or more tool calls, in the order written."""
+    """One or more tool calls, in the order written.
+
+    `fault`: a format rule that the action breaks, though it can be run. The trajectory goes on, and cannot end as
+    COMPLETED.
+    """
 
     calls: tuple[Search | BadCall, ...]
+    fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from protocol.types import Question, Status
 class Episode:
     """How one trajectory ended. Its tokens are in the session's contexts.
 
-    answer       the policy's final answer, as written; None unless `status` is COMPLETED
+    status       COMPLETED only where the format holds in every context
+    answer       the policy's final answer, as written; None where it gave none
     reason       why it ended otherwise, for people and metrics; empty where it completed
     transcripts  each context as text, special tokens included: what format rules are checked against
     memories     the memory that each context but the first began with

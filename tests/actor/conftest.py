@@ -29,6 +29,7 @@ class ScriptedEngine:
         self.url = ""
         self.weight_version = "run:1:0"
         self.hang = asyncio.Event()
+        self.hanging = asyncio.Event()
         self._replies: deque[tuple[int, object]] = deque()
 
     def reply(
@@ -68,6 +69,7 @@ class ScriptedEngine:
         self.requests.append(await request.json())
         status, body = self._replies.popleft()
         if status == 0:
+            self.hanging.set()
             await self.hang.wait()
             return web.Response(status=500)
         return web.json_response(body, status=status)

@@ -38,7 +38,7 @@ async def test_it_waits_for_an_engine_and_not_for_ever(engine) -> None:
         await waiting
     async with pool(wait_s=0.01) as p:
         p.set_engines([EngineInfo(engine.url, 1)])
-        with pytest.raises(EngineUnavailable, match="committed version 7 in 0.01 s; known: .* at 1"):
+        with pytest.raises(EngineUnavailable, match=r"committed version 7 in 0[.]01 s; known: .* at 1"):
             await p.generate([3], SAMPLING, min_version=7)
 
 

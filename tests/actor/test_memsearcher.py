@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from actor.engine_pool import EngineInfo, EnginePool
+from actor.rewards.format import check_chat
 from actor.sampling import SamplingParams
 from actor.session import Session
 from actor.sglang_client import Retry
@@ -94,6 +95,7 @@ async def test_a_chat_episode_is_token_exact(chat: Stage) -> None:
     episode, contexts = await chat.play()
 
     assert (episode.status, episode.answer) == (Status.COMPLETED, "peru")
+    assert check_chat(episode.transcripts[-1]).boxed == "peru"
     action, memory, answer = (request["input_ids"] for request in chat.engine.requests)
     said = chat.tokenizer.encode(r.write_action_search("hm", ["zuka founder"]))
     end = chat.tokenizer.eos_token_id
@@ -125,14 +127,15 @@ async def test_a_bad_call_is_an_observation_and_the_trajectory_goes_on(chat: Sta
     chat.say("t</think><tool_call>{</tool_call>" + call('{"query": "ok"}') + "<|im_end|>")
     chat.say(chat.rendering.write_memory("m"), chat.rendering.write_answer("t", "x"))
     episode, _ = await chat.play()
-    assert episode.status == Status.COMPLETED
+    assert (episode.status, episode.answer) == (Status.FORMAT_ERROR, "x")
+    assert "not valid JSON" in episode.reason
     assert "Error: the tool call is not valid JSON" in episode.transcripts[0]
     assert (episode.stats["num_bad_calls"], episode.stats["num_searches"]) == (1, 1)
     assert [list(r.queries) for r in retriever.requests] == [["ok"]]
 
 
 async def test_no_search_is_sent_where_all_calls_are_bad(chat: Stage, retriever) -> None:
-    chat.say("t</think><tool_call>{</tool_call><|im_end|>", chat.rendering.write_memory("m"))
+    chat.say(f"t</think>{call('{}')}<|im_end|>", chat.rendering.write_memory("m"))
     chat.say(chat.rendering.write_answer("t", "x"))
     assert (await chat.play())[0].status == Status.COMPLETED
     assert not retriever.requests

@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actor.workflows.chat import ChatRendering, last_boxed, parse_call
+from actor.workflows.chat import ChatRendering, parse_call
 from actor.workflows.rendering import Answer, BadCall, Malformed, Result, Search, Searches
 from actor.workflows.toy import ToyRendering, shuffled
 from protocol.types import Passage
 
 WORDS = st.lists(st.text(string.ascii_lowercase, min_size=1, max_size=6), min_size=1, max_size=5).map(" ".join)
-SENTENCE = st.text(string.ascii_letters + string.digits + ' "\'.,:é漢', min_size=1).map(str.strip).filter(bool)
+SENTENCE = st.text(string.ascii_letters + string.digits + " \"'.,:é漢", min_size=1).map(str.strip).filter(bool)
 PASSAGES = tuple(Passage(f"d{k}", f"Title {k}", f"text {k} .") for k in range(5))
 
 
@@ -95,7 +95,7 @@ def test_a_bad_call_is_told_what_is_wrong(body: str, word: str) -> None:
 
 
 def test_a_tool_call_wins_over_a_box_and_several_are_read_in_order() -> None:
-    text = r'\boxed{no}<tool_call>{"name":"wikipedia_search","arguments":{"query":"a","top_n":2}}</tool_call>'
+    text = r'</think>\boxed{no}<tool_call>{"name":"wikipedia_search","arguments":{"query":"a","top_n":2}}</tool_call>'
     text += "<tool_call>nonsense</tool_call>"
     action = ChatRendering().parse_action(text)
     assert isinstance(action, Searches)
@@ -103,9 +103,22 @@ def test_a_tool_call_wins_over_a_box_and_several_are_read_in_order() -> None:
     assert isinstance(action.calls[1], BadCall)
 
 
-def test_boxes_nest_and_the_last_one_counts() -> None:
-    assert last_boxed(r"\boxed{a} then \boxed{f\text{x}}") == r"f\text{x}"
-    assert last_boxed(r"\boxed{a} then \boxed{b") is None
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        (r"never ends its thought \boxed{x}", "</think>"),
+        (r"</think></think>\boxed{x}", "</think>"),
+        ("</think><tool_call>{</tool_call>", "JSON"),
+        ('</think><tool_call>{"name": "wikipedia_search"}</tool_call>', "arguments"),
+        ('</think><tool_call>{"name": "wikipedia_search", "arguments": {}}</tool_call>', ""),
+        (r"</think>\boxed{x}", ""),
+    ],
+)
+def test_a_broken_rule_is_noted_where_the_action_can_be_run(text: str, word: str) -> None:
+    action = ChatRendering().parse_action(text)
+    assert isinstance(action, Answer | Searches)
+    assert word in action.fault
+    assert bool(word) == bool(action.fault)
 
 
 def test_a_truncated_memory_is_taken_only_where_that_is_asked_for() -> None:

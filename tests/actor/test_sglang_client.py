@@ -21,7 +21,8 @@ async def test_a_completion_has_ids_logprobs_and_spans(engine) -> None:
     async with client(engine) as c:
         completion = await c.generate([3, 4], SAMPLING, rid="t")
     assert completion.token_ids.tolist() == [5, 6, 1]
-    np.testing.assert_array_equal(completion.logprobs, np.float32([0, -0.125, -0.25]))
+    assert completion.logprobs.dtype == np.float32
+    assert completion.logprobs.tolist() == [0, -0.125, -0.25]
     assert completion.spans == (Span(0, 2, "run:1:0"), Span(2, 3, "run:2:1"))
     assert completion.finish_reason.matched == 1
     assert (completion.prompt_tokens, completion.cached_tokens) == (2, 1)
@@ -61,7 +62,7 @@ async def test_a_refusal_is_not_retried_and_says_the_servers_words(engine) -> No
 
 async def test_nobody_listens() -> None:
     async with SGLangClient("http://127.0.0.1:9", retry=FAST) as c:
-        with pytest.raises(EngineUnavailable, match="127.0.0.1:9"):
+        with pytest.raises(EngineUnavailable, match=r"127\.0\.0\.1:9"):
             await c.health()
 
 
@@ -116,8 +117,7 @@ async def test_cancelling_a_generation_leaves_the_client_usable(engine) -> None:
     engine.reply([1])
     async with client(engine) as c:
         task = asyncio.create_task(c.generate([3], SAMPLING))
-        while not engine.requests:
-            await asyncio.sleep(0)
+        await engine.hanging.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -1,0 +1,141 @@
+"""The session on the embedded engine: what was recorded, fed again as one sequence, is reproduced."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from actor.engine.server import EngineServer
+from actor.engine_pool import EngineInfo, EnginePool
+from actor.sampling import SamplingParams
+from actor.session import Session
+from actor.sglang_client import SGLangClient
+from actor.tasks.toy.tokenizer import write_tokenizer
+from actor.tokenizer import Tokenizer
+from protocol.types import Context
+
+END = 1
+
+
+def save_model(folder: Path, seed: int) -> Path:
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=98,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+        eos_token_id=END,
+        pad_token_id=0,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return save_model(tmp_path_factory.mktemp("a"), 0), save_model(tmp_path_factory.mktemp("b"), 1)
+
+
+@pytest.fixture
+async def server(models: tuple[Path, Path]) -> AsyncIterator[EngineServer]:
+    server = EngineServer(model_path=models[0], seed=3)
+    await server.start()
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+async def client(server: EngineServer) -> AsyncIterator[SGLangClient]:
+    async with SGLangClient(server.url) as c:
+        yield c
+
+
+@pytest.fixture
+async def pool(server: EngineServer) -> AsyncIterator[EnginePool]:
+    async with EnginePool(run_id=None) as p:
+        p.set_engines([EngineInfo(server.url, 0)])
+        yield p
+
+
+def session(pool: EnginePool, folder: Path, **options) -> Session:
+    options = {"run_id": "run", "max_context_tokens": 200, "sampling": SamplingParams(temperature=0.7), **options}
+    return Session(pool=pool, tokenizer=Tokenizer.load(folder), **options)
+
+
+async def record(s: Session) -> Context:
+    s.open_context("<question> what is zuka founder ? <memory> none <think>")
+    await s.generate(24, [END])
+    s.append("<information> zuka founder kami . <memory>")
+    await s.generate(24, [END])
+    return s.close_context()
+
+
+def forward(folder: Path, context: Context, temperature: float) -> torch.Tensor:
+    """float32 [L-1, V]: log-probabilities of each next token, from one pass over the whole sequence."""
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor(context.token_ids[None].astype(np.int64))).logits[0, :-1]
+    return torch.log_softmax(logits / temperature, dim=-1)
+
+
+def mismatch(folder: Path, context: Context, positions: np.ndarray) -> float:
+    logprobs = forward(folder, context, 0.7).numpy()
+    again = logprobs[positions - 1, context.token_ids[positions]]
+    return float(np.abs(again - context.behavior_logprobs[positions]).max())
+
+
+async def test_recorded_logprobs_are_reproduced_before_and_after_an_update(models, client, pool) -> None:
+    for publication, folder in enumerate(models):
+        await client.update_weights_from_disk(str(folder), weight_version=f"run:{publication}:{publication}")
+        context = await record(session(pool, folder))
+        positions = np.flatnonzero(context.loss_mask)
+        assert len(positions) > 2
+        assert {span.publication for span in context.policy_versions} == {publication}
+        assert mismatch(folder, context, positions) < 1e-4
+
+
+async def test_greedy_tokens_are_reproduced(models, pool) -> None:
+    greedy = SamplingParams(temperature=0, allow_truncation=True)
+    context = await record(session(pool, models[0], run_id=None, sampling=greedy))
+    positions = np.flatnonzero(context.loss_mask)
+    best = forward(models[0], context, 1.0).argmax(dim=-1).numpy()
+    np.testing.assert_array_equal(best[positions - 1], context.token_ids[positions])
+
+
+async def until_running(url: str) -> None:
+    async with aiohttp.ClientSession() as http:
+        while True:
+            async with http.get(f"{url}/server_info") as response:
+                if (await response.json())["internal_states"][0]["num_running_reqs"]:
+                    return
+
+
+async def test_an_update_in_the_middle_splits_the_span_where_the_weights_changed(models, server, client, pool) -> None:
+    await client.update_weights_from_disk(str(models[0]), weight_version="run:0:0")
+    s = session(pool, models[0], max_context_tokens=500)
+    s.open_context([7, 8, 9])
+    generating = asyncio.create_task(s.generate(480, []))
+    await until_running(server.url)
+    await client.pause("retract")
+    await client.update_weights_from_disk(str(models[1]), weight_version="run:1:1")
+    await client.continue_()
+    await generating
+    context = s.close_context()
+    assert [span.publication for span in context.policy_versions] == [0, 1]
+    for span in context.policy_versions:
+        # With retract, tokens after the boundary match the new version exactly: their KV was made by it.
+        assert mismatch(models[span.publication], context, np.arange(span.start, span.end)) < 1e-4
