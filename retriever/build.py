@@ -162,6 +162,7 @@ def _staged(out: Path) -> Iterator[Path]:
     out = out.resolve()
     folder = out.with_name(f".{out.name}.partial-{os.getpid()}")
     replaced = out.with_name(f".{out.name}.replaced-{os.getpid()}")
+    shutil.rmtree(folder, ignore_errors=True)  # A killed build's, whose process id came round again.
     try:
         folder.mkdir(parents=True)
     except OSError as error:
