@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from protocol.errors import DataError
 
@@ -52,6 +53,7 @@ def load_policy(folder: Path, *, dtype: Literal["float32", "bfloat16"] = "float3
     _require(folder, ("config.json",), "config")
     _require(folder, _WEIGHTS, "weights")
     _require(folder, _VOCABULARIES, "tokenizer")
+    transformers_logging.disable_progress_bar()
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             folder,

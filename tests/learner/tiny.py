@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from protocol.types import Context, Question, Status, Trajectory, TrajectoryGroup, VersionSpan
@@ -38,6 +38,7 @@ def save_tiny_model(folder: Path, *, seed: int = 0) -> Path:
     tiny_model(seed=seed).save_pretrained(folder)
     vocabulary = {f"w{number}": number for number in range(VOCAB_SIZE)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
     return folder
 
@@ -55,7 +56,7 @@ def context(rng: np.random.Generator, *, length: int, versions: tuple[int, ...] 
             for a, b, version in zip(cuts[:-1], cuts[1:], versions, strict=True)
             if b > a
         ]
-    logprobs = np.where(mask, -rng.exponential(2.0, size=length) - 0.5, 0.0).astype(np.float32)
+    logprobs = np.where(mask, -rng.exponential(1.0, size=length) - 3.2, 0.0).astype(np.float32)
     ids = rng.integers(0, VOCAB_SIZE, size=length, dtype=np.int32)
     return Context(token_ids=ids, loss_mask=mask, behavior_logprobs=logprobs, policy_versions=tuple(spans))
 

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from learner.optimizer import apply_update, build_optimizer, learning_rate
+from protocol.config import OptimizerConfig
+
+
+def test_warm_up_then_linear_decay_to_a_fraction() -> None:
+    config = OptimizerConfig(learning_rate=1.0, schedule="linear", warmup_steps=4, final_fraction=0.1)
+    rates = [learning_rate(step, num_steps=104, config=config) for step in (0, 3, 4, 54, 104, 500)]
+    assert rates == pytest.approx([0.25, 1.0, 1.0, 0.55, 0.1, 0.1])
+    constant = OptimizerConfig(learning_rate=1.0, warmup_steps=2)
+    assert [learning_rate(step, num_steps=10, config=constant) for step in (0, 1, 9)] == [0.5, 1.0, 1.0]
+
+
+def test_one_update_by_hand() -> None:
+    """AdamW's first step is -rate * sign(g); matrices decay, biases do not; the gradient is clipped and cleared."""
+    model = nn.Linear(1, 1)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        model.bias.fill_(1.0)
+    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.5, eps=1e-12))
+    model.weight.grad, model.bias.grad = torch.tensor([[3.0]]), torch.tensor([-4.0])
+    assert apply_update(model, optimizer, rate=0.1, clip_norm=1.0) == pytest.approx(5.0)
+    assert float(model.weight.detach()) == pytest.approx(1.0 * (1 - 0.1 * 0.5) - 0.1)
+    assert float(model.bias.detach()) == pytest.approx(1.1)
+    assert optimizer.state[model.weight]["exp_avg"].item() == pytest.approx(0.1 * 0.6)
+    assert model.weight.grad is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
+    model = nn.Linear(1, 1)
+    before = [p.clone() for p in model.parameters()]
+    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=1.0))
+    model.weight.grad, model.bias.grad = torch.tensor([[bad]]), torch.tensor([1.0])
+    assert not math.isfinite(apply_update(model, optimizer, rate=1.0, clip_norm=1.0))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not optimizer.state

@@ -1,0 +1,311 @@
+"""The fast path against the slow reference: loss, gradient, and what must not change them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from learner.batching import Minibatch, flatten, make_micro_batches, make_minibatches
+from learner.policy import Policy
+from learner.trainer import Trainer
+from protocol.config import CorrectionConfig, LearnerConfig, LossConfig, OptimizerConfig
+from protocol.errors import MalformedMessage
+from protocol.types import Status, TrajectoryGroup
+from tests.learner.reference import accumulate_reference, frozen, reference_loss, trajectories_of
+from tests.learner.tiny import group, tiny_model
+
+TEMPERATURE = 0.7
+STEP = 5
+AGGREGATIONS = ("trajectory", "context", "token", "constant")
+CORRECTIONS = (
+    CorrectionConfig(kind="none"),
+    *(
+        CorrectionConfig(kind=kind, scope=scope, low=0.5, high=1.5)
+        for kind, scope in itertools.product(("truncate", "mask"), ("token", "context", "trajectory"))
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def config(
+    *,
+    aggregation: str = "trajectory",
+    correction: CorrectionConfig | None = None,
+    minibatches: int = 1,
+    budget: int = 64,
+    ablation: str = "none",
+    optimizer: OptimizerConfig | None = None,
+) -> LearnerConfig:
+    loss = LossConfig(
+        aggregation=aggregation,  # pyright: ignore[reportArgumentType]
+        constant=20.0,
+        minibatches=minibatches,
+        clip_low=0.1,
+        clip_high=0.15,
+        correction=correction or CorrectionConfig(kind="truncate", scope="token", high=1.5),
+    )
+    return LearnerConfig(
+        staleness_bound=2,
+        tokens_per_micro_batch=budget,
+        loss=loss,
+        ablation=ablation,  # pyright: ignore[reportArgumentType]
+        optimizer=optimizer or OptimizerConfig(learning_rate=1e-3),
+    )
+
+
+def trainer_of(model: PreTrainedModel, settings: LearnerConfig) -> Trainer:
+    return Trainer(policy=Policy(model=model, tokenizer_files=()), config=settings, temperature=TEMPERATURE)
+
+
+def uneven_groups() -> list[TrajectoryGroup]:
+    """Versions 2..5 at step 5 and bound 2: some tokens are too old; one trajectory failed; one group has one left."""
+    failed = (Status.COMPLETED, Status.FAILED, Status.FORMAT_ERROR, Status.COMPLETED)
+    return [
+        group(0, versions=(2, 3, 4), cursor=0),
+        group(1, versions=(4, 5), statuses=failed, rewards=(1.0, 9.0, 0.0, 0.25), cursor=1),
+        group(2, num_contexts=(2,), rewards=(1.0,), versions=(5,), cursor=2),
+    ]
+
+
+def gradient_of(model: PreTrainedModel) -> torch.Tensor:
+    return torch.cat(
+        [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().double() for p in model.parameters()]
+    )
+
+
+def fast_gradient(
+    model: PreTrainedModel, settings: LearnerConfig, groups: list[TrajectoryGroup]
+) -> tuple[torch.Tensor, float]:
+    model.zero_grad(set_to_none=True)
+    trainer = trainer_of(model, settings)
+    minibatches = trainer.prepare(groups, step=STEP)
+    fixed = trainer.proximal(minibatches)
+    watched = [trainer.accumulate(m, fixed=fixed[n] if fixed else None) for n, m in enumerate(minibatches)]
+    return gradient_of(model), sum(w.loss for w in watched)
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS, ids=lambda c: f"{c.kind}-{c.scope}")
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_loss_and_gradient_equal_the_reference(aggregation: str, correction: CorrectionConfig) -> None:
+    groups = uneven_groups()
+    settings = config(aggregation=aggregation, correction=correction)
+    model = tiny_model(dtype=torch.float64)
+    found, loss = fast_gradient(model, settings, groups)
+
+    model.zero_grad(set_to_none=True)
+    now = frozen(model, temperature=TEMPERATURE)
+    reference = reference_loss(trajectories_of(groups), step=STEP, current=now, proximal=now, config=settings)
+    accumulate_reference(model, reference, temperature=TEMPERATURE)
+
+    assert gradient_of(model).norm() > 1e-3
+    assert loss == pytest.approx(reference.loss, rel=1e-5, abs=1e-9)
+    assert distance(found, gradient_of(model)) < 1e-5
+
+
+@pytest.mark.parametrize("scope", ["token", "trajectory"])
+def test_several_minibatches_equal_a_reference_loop_with_a_fixed_proximal_policy(scope: str) -> None:
+    groups = uneven_groups()
+    optimizer = OptimizerConfig(learning_rate=0.02, eps=1e-2, weight_decay=0.1, clip_norm=0.5)
+    correction = CorrectionConfig(kind="truncate", scope=scope, high=1.5)  # pyright: ignore[reportArgumentType]
+    settings = config(minibatches=3, correction=correction, optimizer=optimizer)
+    model, plain = (tiny_model(dtype=torch.float64) for _ in range(2))
+    trainer = trainer_of(model, settings)
+    metrics = trainer.train_step(groups, step=STEP)
+    assert metrics.clip_fraction > 0.05
+
+    judge = trainer_of(plain, settings)
+    everything = trajectories_of(groups)
+    proximal = frozen(plain, temperature=TEMPERATURE, contexts=[c for t, _ in everything for c in t.contexts])
+    for part in np.array_split(np.arange(len(everything)), 3):
+        reference = reference_loss(
+            [everything[i] for i in part],
+            step=STEP,
+            current=frozen(plain, temperature=TEMPERATURE),
+            proximal=proximal,
+            config=settings,
+        )
+        accumulate_reference(plain, reference, temperature=TEMPERATURE)
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), optimizer.clip_norm)
+        judge.optimizer.step()
+        judge.optimizer.zero_grad()
+    for found, wanted in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["token", "context", "trajectory"])
+def test_the_gradient_is_the_same_for_any_split_into_micro_batches(scope: str) -> None:
+    correction = CorrectionConfig(kind="truncate", scope=scope, high=1.5)  # pyright: ignore[reportArgumentType]
+    model = tiny_model()
+    wanted, _ = fast_gradient(model, config(correction=correction, budget=100_000), uneven_groups())
+    for budget in (1, 33, 90, 300):
+        found, _ = fast_gradient(model, config(correction=correction, budget=budget), uneven_groups())
+        assert distance(found, wanted) < 1e-6
+
+
+def test_the_gradient_is_the_same_for_any_order_and_grouping_of_contexts() -> None:
+    """Random partitions that ignore trajectories and lengths, in random order."""
+    model = tiny_model()
+    settings = config(budget=100_000)
+    wanted, _ = fast_gradient(model, settings, uneven_groups())
+    trainer = trainer_of(model, settings)
+    groups = uneven_groups()
+    batch = flatten(groups, [np.zeros(len(each.trajectories)) for each in groups])
+    (whole,) = trainer.prepare(groups, step=STEP)
+    (one,) = whole.micro_batches
+    rng = np.random.default_rng(3)
+    for _ in range(3):
+        model.zero_grad(set_to_none=True)
+        owner = rng.integers(0, 5, size=batch.num_contexts)
+        parts = []
+        for number in rng.permutation(5):
+            chosen = np.sort(np.flatnonzero(owner[one.tokens.context] == number))
+            chosen = chosen[np.lexsort((one.tokens.position[chosen], one.tokens.context[chosen]))]
+            tokens, weight = one.tokens.select(chosen), one.weight[chosen]
+            parts += make_micro_batches(batch, tokens=tokens, weight=weight, tokens_per_micro_batch=10_000)
+        trainer.accumulate(Minibatch(tuple(parts), num_sampled=whole.num_sampled, num_over_age=whole.num_over_age))
+        assert distance(gradient_of(model), wanted) < 1e-6
+
+
+def test_failed_single_and_flat_groups_give_zero_and_not_nan() -> None:
+    model = tiny_model()
+    before = [p.clone() for p in model.parameters()]
+    flat = group(0, rewards=(0.3, 0.3, 0.3, 0.3))
+    single = group(1, num_contexts=(2,), rewards=(1.0,))
+    failed = group(2, statuses=(Status.FAILED,) * 4)
+    for groups in ([flat], [single], [failed], [flat, single, failed], []):
+        metrics = trainer_of(model, config()).train_step(groups, step=0)
+        assert metrics.grad_norm == 0.0
+        assert metrics.loss == 0.0
+        assert metrics.num_skipped_updates == 0
+        values = [getattr(metrics, f.name) for f in dataclasses.fields(metrics) if f.name != "staleness_counts"]
+        assert np.isfinite(values).all()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_fully_masked_tokens_give_zero_and_are_counted() -> None:
+    model = tiny_model()
+    metrics = trainer_of(model, config()).train_step([group(0, versions=(1,))], step=9)
+    assert (metrics.num_tokens, metrics.num_contexts, metrics.grad_norm, metrics.loss) == (0, 0, 0.0, 0.0)
+    assert metrics.num_over_age_tokens == sum(c.num_trained_tokens for c in group(0).contexts())
+
+
+def test_a_ratio_mask_that_drops_everything_gives_zero() -> None:
+    masked = CorrectionConfig(kind="mask", low=1e8, high=1e9)
+    metrics = trainer_of(tiny_model(), config(correction=masked)).train_step([group(0)], step=0)
+    assert metrics.grad_norm == 0.0
+    assert metrics.importance_zero_fraction == 1.0
+
+
+def test_a_trajectory_weighs_the_same_whatever_its_number_of_contexts() -> None:
+    """Rewards [1 with 3 contexts, 0 with 1 context]: the baseline is 0.5, and weights sum to 1/2 each."""
+    one = group(4, num_contexts=(3, 1), rewards=(1.0, 0.0))
+    trainer = trainer_of(tiny_model(), config())
+    (minibatch,) = trainer.prepare([one], step=0)
+    total = {0: 0.0, 1: 0.0}
+    for micro_batch in minibatch.micro_batches:
+        for owner, advantage, weight in zip(
+            micro_batch.tokens.trajectory, micro_batch.tokens.advantage, micro_batch.weight, strict=True
+        ):
+            total[int(owner)] += float(weight)
+            assert advantage == pytest.approx((0.5 if owner == 0 else -0.5) / (np.std([1, 0], ddof=1) + 1e-6))
+    assert total == pytest.approx({0: 0.5, 1: 0.5})
+
+
+def test_masks_do_not_shift_weight() -> None:
+    """Ageing some tokens out leaves the weight of the others what it was."""
+    groups = [group(0, versions=(2, 5))]
+    advantages = [[1.0, -1.0, 1.0, -1.0]]
+    for aggregation in AGGREGATIONS:
+        weights = []
+        for oldest in (0, 3):
+            (minibatch,) = make_minibatches(
+                flatten(groups, advantages),
+                num_minibatches=1,
+                tokens_per_micro_batch=10_000,
+                aggregation=aggregation,
+                constant=7.0,
+                oldest_version=oldest,
+                newest_version=5,
+            )
+            (micro_batch,) = minibatch.micro_batches
+            keys = zip(micro_batch.tokens.context, micro_batch.tokens.position, strict=True)
+            weights.append(dict(zip(keys, micro_batch.weight, strict=True)))
+        everything, young = weights
+        assert 0 < len(young) < len(everything)
+        assert all(everything[key] == weight for key, weight in young.items())
+
+
+def test_the_ablation_trains_only_last_contexts() -> None:
+    model = tiny_model()
+    found, _ = fast_gradient(model, config(ablation="last-context"), [group(0, versions=(5,))])
+    cut = group(0, versions=(5,))
+    last = tuple(dataclasses.replace(t, contexts=t.contexts[-1:]) for t in cut.trajectories)
+    wanted, _ = fast_gradient(model, config(), [dataclasses.replace(cut, trajectories=last)])
+    assert torch.equal(found, wanted)
+    everything, _ = fast_gradient(model, config(), [cut])
+    assert distance(found, everything) > 0.1
+
+
+def test_a_non_finite_gradient_skips_the_update_and_is_counted() -> None:
+    model = tiny_model()
+    trainer = trainer_of(model, config())
+    with torch.no_grad():
+        next(model.parameters())[0, 0] = float("nan")
+    before = [p.clone() for p in model.parameters()]
+    metrics = trainer.train_step([group(0, versions=(5,))], step=5)
+    assert (metrics.num_skipped_updates, trainer.num_skipped_updates) == (1, 1)
+    for found, wanted in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_metrics_say_what_was_trained() -> None:
+    groups = uneven_groups()
+    metrics = trainer_of(tiny_model(), config()).train_step(groups, step=STEP)
+    tokens = [v for g in groups for t in g.trajectories if t.status is not Status.FAILED
+              for c in t.contexts for v in c.versions_by_token() if v >= 0]  # fmt: skip
+    trained = [v for v in tokens if v >= STEP - 2]
+    assert metrics.num_tokens == len(trained)
+    assert metrics.num_over_age_tokens == len(tokens) - len(trained)
+    assert metrics.staleness_counts == tuple(np.bincount(STEP - np.array(trained)))
+    assert metrics.staleness_max == 2
+    assert metrics.staleness_mean == pytest.approx(np.mean(STEP - np.array(trained)))
+    assert (metrics.num_groups, metrics.num_failed_trajectories, metrics.num_trajectories) == (3, 1, 8)
+    assert 0 <= metrics.padding_fraction < 0.5
+    assert metrics.entropy > 0
+    assert metrics.step_s >= metrics.forward_s + metrics.backward_s
+    assert metrics.importance_weight_mean <= 1.5
+
+
+def test_tokens_from_the_future_are_refused() -> None:
+    with pytest.raises(MalformedMessage, match="<= the learner's step 3, got 4"):
+        trainer_of(tiny_model(), config()).train_step([group(0, versions=(4,))], step=3)
+
+
+def test_training_raises_the_probability_of_what_was_rewarded() -> None:
+    model = tiny_model()
+    groups = [group(0, versions=(0,))]
+    trainer = trainer_of(model, config(optimizer=OptimizerConfig(learning_rate=1e-3)))
+    best, worst = groups[0].trajectories[0].contexts[0], groups[0].trajectories[1].contexts[0]
+
+    def score() -> float:
+        logprobs = frozen(model, temperature=1.0)
+        return float(logprobs(best)[best.loss_mask].mean() - logprobs(worst)[worst.loss_mask].mean())
+
+    before = score()
+    for _ in range(5):
+        trainer.train_step(groups, step=0)
+    assert score() > before
