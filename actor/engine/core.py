@@ -23,7 +23,7 @@ from actor.engine.admission import Limits, admit
 from actor.engine.api import GenerateBody, PauseMode, UpdateBody
 from actor.engine.request import Finish, FinishType, Sequence
 from actor.engine.scheduler import Scheduler, Step
-from protocol.errors import EngineRefused, WeightsError
+from protocol.errors import EngineRefused, EngineUnavailable, WeightsError
 
 _NUM_TURNS_AFTER_FINISH = 6
 """Turns of the event loop after a step in which requests finished: enough to write the answers and to read and queue
@@ -53,9 +53,10 @@ class Engine:
         self._work = asyncio.Event()
         self._settled = asyncio.Event()
         self._updating = asyncio.Lock()
+        self._failure: Exception | None = None
 
     async def run(self) -> None:
-        """Make steps while there is work. Ends with the error of a step; requests in flight then get it too."""
+        """Make steps while there is work. Ends with the error of a step; requests in flight are then aborted."""
         try:
             while True:
                 self._work.clear()
@@ -67,16 +68,16 @@ class Engine:
                     self._settled.set()
                     await self._work.wait()
         except Exception as error:
-            for future in self._pending.values():
-                if not future.done():
-                    future.set_exception(error)
+            self._failure = error
+            self._abort(list(self.scheduler.in_flight()), "the engine has failed")
             raise
 
     async def generate(self, body: GenerateBody) -> list[Sequence]:
         """Run a request to its end. Where the caller is cancelled, so is the request.
 
-        Raises: EngineRefused where the request is wrong.
+        Raises: EngineRefused where the request is wrong, EngineUnavailable where the engine has failed.
         """
+        self.check_alive()
         sequences = admit(body, limits=self._limits, random_source=self._random, in_flight=self._sequences.__contains__)
         loop = asyncio.get_running_loop()
         futures = []
@@ -99,6 +100,15 @@ class Engine:
                 self._sequences.pop(sequence.rid, None)
                 self._pending.pop(sequence.rid, None)
         return sequences
+
+    def check_alive(self) -> None:
+        """Raises: EngineUnavailable where a step has failed: the process is then about to end with its error."""
+        if self._failure is not None:
+            raise EngineUnavailable(f"the engine has failed: {self._failure!r}")
+
+    def close(self) -> None:
+        """End what is in flight, so that clients have their partial answers before the sockets close."""
+        self._abort(list(self.scheduler.in_flight()), "the engine stops")
 
     def text(self, sequence: Sequence) -> str:
         """The output as text, without the stop token or string that ended it unless `no_stop_trim`."""
@@ -145,6 +155,7 @@ class Engine:
         Raises: EngineRefused where the folder's weights are not those of the served model, or a flush is asked for
             while requests keep their KV; nothing has changed then.
         """
+        self.check_alive()
         async with self._updating:
             try:
                 commit = await asyncio.to_thread(self._runner.prepare_weights, Path(body.model_path))

@@ -13,7 +13,7 @@ from actor.engine.admission import is_batch
 from actor.engine.answer import Answer, answer
 from actor.engine.api import AbortBody, ContinueBody, GenerateBody, PauseBody, UpdateBody, parse
 from actor.engine.core import Engine
-from protocol.errors import EngineRefused
+from protocol.errors import EngineRefused, EngineUnavailable
 
 _MAX_BODY_BYTES = 64 * 2**20
 
@@ -54,6 +54,7 @@ class _Routes:
         self._facts = facts
 
     async def health(self, _: web.Request) -> web.Response:
+        self._engine.check_alive()
         return web.Response()
 
     async def model_info(self, _: web.Request) -> web.Response:
@@ -146,6 +147,8 @@ def _guard(api_key: str | None) -> Middleware:
             return await handler(request)
         except EngineRefused as error:
             return _error(str(error), status=400)
+        except EngineUnavailable as error:
+            return _error(str(error), status=503)
         except web.HTTPException as error:
             return _error(f"{request.method} {request.path}: {error.reason}", status=error.status)
 

@@ -4,23 +4,31 @@ One row a sequence, rows dense from 0, so a step reads plain slices: nothing is 
 join, and one row is copied when one leaves from the middle. A step's tokens are packed into one row of input,
 those that decode first, then the prompts one after another, so that only attention knows about sequences:
 
+Decoding rows attend to the first L positions, L being that of the longest: a batch of very unequal lengths pays for it.
+
     packed   d0 d1 d2 | p p p p p | p p p        cache rows 0 1 2 | 3 | 4
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from protocol.errors import ConfigError
+
 ATTENTION_NAME = "palimpsest_rows"
 
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """float [layers, rows, kv_heads, length, head_dim] each. Pages are committed by the system when first written."""
+    """float [layers, rows, kv_heads, length, head_dim] each.
+
+    The system commits a page when it is first written, so what is used grows with the longest sequence of each row.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -29,9 +37,17 @@ class KVCache:
     def allocate(
         cls, *, num_layers: int, num_rows: int, num_kv_heads: int, length: int, head_dim: int, dtype: torch.dtype
     ) -> KVCache:
+        """Raises: ConfigError where the machine does not give the memory."""
         # Zeros, not empty: masked positions are multiplied by 0, and 0 * nan of stale memory would be nan.
         shape = (num_layers, num_rows, num_kv_heads, length, head_dim)
-        return cls(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
+        try:
+            return cls(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
+        except RuntimeError as error:
+            num_bytes = 2 * math.prod(shape) * dtype.itemsize
+            raise ConfigError(
+                f"engine.max_running_requests {num_rows} x engine.context_length {length} needs {num_bytes} bytes of "
+                f"key-value cache, which this machine does not give: lower one of them"
+            ) from error
 
     def move(self, moves: tuple[tuple[int, int], ...], *, length: int) -> None:
         """Copy the first `length` positions of each (source row, target row); the two sets are disjoint."""

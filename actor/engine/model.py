@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from actor.engine.kv_cache import ATTENTION_NAME, KVCache, pack, row_attention
 from actor.engine.sampler import sample
@@ -159,6 +160,7 @@ def _load_model(folder: Path) -> PreTrainedModel:
             raise DataError(
                 f"the model in {folder} has {other[0]} layers: the embedded engine serves full attention only"
             )
+        disable_progress_bar()
         AttentionInterface.register(ATTENTION_NAME, row_attention)
         model = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=torch.float32, local_files_only=True, attn_implementation=ATTENTION_NAME

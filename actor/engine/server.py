@@ -62,6 +62,7 @@ class EngineServer:
         self._torch_threads = torch_threads
         self._seed = seed
         self._app_runner: web.AppRunner | None = None
+        self._engine: Engine | None = None
         self._loop_task: asyncio.Task[None] | None = None
 
     @property
@@ -86,6 +87,7 @@ class EngineServer:
             listener.close()
             await self.stop()
             raise
+        self._engine = engine
         self._loop_task = asyncio.create_task(engine.run(), name="engine")
 
     async def wait(self) -> None:
@@ -95,12 +97,14 @@ class EngineServer:
                 await asyncio.shield(self._loop_task)
 
     async def stop(self) -> None:
-        """Stop serving; requests in flight lose their connection. Idempotent."""
+        """Stop serving; requests in flight are answered as aborted. Idempotent."""
         if self._loop_task is not None:
             self._loop_task.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await self._loop_task
             self._loop_task = None
+        if self._engine is not None:
+            self._engine.close()
         if self._app_runner is not None:
             await self._app_runner.cleanup()
             self._app_runner = None

@@ -164,3 +164,23 @@ async def test_a_refused_update_changes_nothing(
     assert (await client.get("/model_info")).body["weight_version"] == "default"
     prompt = prompts(1)[0]
     assert_parity(folder, prompt, await client.generate(prompt, max_new_tokens=10))
+
+
+async def test_output_that_is_not_finite_aborts_and_leaves_no_trace(
+    client: Client, folder: Path, new_weights: Path, tmp_path: Path
+) -> None:
+    """Weights that overflow give an abort, and neither they nor their cache harm what comes after."""
+    weights = load_file(new_weights / "model.safetensors")
+    for name in weights:
+        if "v_proj" in name:
+            weights[name] = torch.full_like(weights[name], 3e38)
+    save_file(weights, tmp_path / "model.safetensors")
+    assert (await client.post("/update_weights_from_disk", {"model_path": str(tmp_path)})).status == 200
+    asked = prompts(6)
+    for answer in await asyncio.gather(*(client.generate(p, max_new_tokens=10) for p in asked)):
+        assert answer["meta_info"]["finish_reason"]["type"] == "abort"
+        assert "finite" in answer["meta_info"]["finish_reason"]["message"]
+    assert (await client.post("/update_weights_from_disk", {"model_path": str(folder)})).status == 200
+    answers = await asyncio.gather(*(client.generate(p, max_new_tokens=70) for p in asked))
+    for prompt, answer in zip(asked, answers, strict=True):
+        assert_parity(folder, prompt, answer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,29 +14,30 @@ from actor.engine.request import Sampling, Sequence
 from actor.engine.sampler import sample, uniforms
 from tests.engine.conftest import Client, reference_logprobs, sampled_logprobs
 
+PLAIN = Sampling(
+    temperature=1.0,
+    greedy=False,
+    top_p=1.0,
+    top_k=None,
+    max_new_tokens=10,
+    min_new_tokens=0,
+    stop_token_ids=frozenset(),
+    stop_strings=(),
+    skip_special_tokens=True,
+    no_stop_trim=False,
+    seed=0,
+)
 
-def sequence(*, seed: int = 0, output: int = 0, **changes: object) -> Sequence:
-    values: dict = {
-        "temperature": 1.0,
-        "greedy": False,
-        "top_p": 1.0,
-        "top_k": None,
-        "max_new_tokens": 10,
-        "min_new_tokens": 0,
-        "stop_token_ids": frozenset(),
-        "stop_strings": (),
-        "skip_special_tokens": True,
-        "no_stop_trim": False,
-        "seed": seed,
-    }
-    return Sequence("rid", [1], Sampling(**(values | changes)), True, output_ids=[0] * output)
+
+def sequence(sampling: Sampling, *, num_output: int = 0) -> Sequence:
+    return Sequence("rid", [1], sampling, True, output_ids=[0] * num_output)
 
 
 def test_draws_follow_the_distribution() -> None:
     """40,000 seeds: every token within 4.5 standard deviations of its expected count."""
     num = 40_000
     probs = torch.tensor([0.5, 0.25, 0.0, 0.125, 0.125])
-    token_ids, _ = sample(probs.log().expand(num, -1), [sequence(seed=seed) for seed in range(num)])
+    token_ids, _ = sample(probs.log().expand(num, -1), [sequence(replace(PLAIN, seed=seed)) for seed in range(num)])
     counts = np.bincount(token_ids, minlength=5)
     expected = probs.numpy() * num
     assert counts[2] == 0
@@ -54,8 +56,12 @@ def test_uniforms_are_independent_over_seeds_and_positions() -> None:
 def test_top_k_and_top_p_limit_the_draw_and_not_the_logprob() -> None:
     probs = torch.tensor([0.1, 0.4, 0.2, 0.3])
     full = probs.log()
-    for changes, allowed in (({"top_k": 2}, {1, 3}), ({"top_p": 0.6}, {1, 3}), ({"top_p": 0.3}, {1})):
-        sequences = [sequence(seed=seed, **changes) for seed in range(300)]
+    for limited, allowed in (
+        (replace(PLAIN, top_k=2), {1, 3}),
+        (replace(PLAIN, top_p=0.6), {1, 3}),
+        (replace(PLAIN, top_p=0.3), {1}),
+    ):
+        sequences = [sequence(replace(limited, seed=seed)) for seed in range(300)]
         token_ids, logprobs = sample(full.expand(300, -1), sequences)
         assert set(token_ids) == allowed
         torch.testing.assert_close(torch.tensor(logprobs), full[token_ids])
@@ -63,9 +69,9 @@ def test_top_k_and_top_p_limit_the_draw_and_not_the_logprob() -> None:
 
 def test_min_new_tokens_keeps_stop_tokens_out() -> None:
     probs = torch.tensor([0.98, 0.01, 0.01])
-    stop = {"stop_token_ids": frozenset({0}), "min_new_tokens": 2}
-    early, _ = sample(probs.log().expand(200, -1), [sequence(seed=s, output=1, **stop) for s in range(200)])
-    late, _ = sample(probs.log().expand(200, -1), [sequence(seed=s, output=2, **stop) for s in range(200)])
+    seeded = [replace(PLAIN, seed=s, stop_token_ids=frozenset({0}), min_new_tokens=2) for s in range(200)]
+    early, _ = sample(probs.log().expand(200, -1), [sequence(s, num_output=1) for s in seeded])
+    late, _ = sample(probs.log().expand(200, -1), [sequence(s, num_output=2) for s in seeded])
     assert 0 not in early
     assert 0 in late
 

@@ -197,8 +197,27 @@ async def test_stopping_frees_the_port_and_ends_calls(folder: Path) -> None:
         await client.until_running(1)
         await client.post("/pause_generation", {"mode": "in_place"})
         await server.stop()
-        with pytest.raises(aiohttp.ClientError):
-            await task
+        assert (await task)["meta_info"]["finish_reason"]["type"] == "abort"
     again = EngineServer(model_path=folder, port=int(server.url.rpartition(":")[2]))
     await again.start()
     await again.stop()
+
+
+async def test_a_failed_step_ends_the_engine_and_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from actor.engine.model import ModelRunner
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no more")
+
+    server = EngineServer(model_path=folder)
+    await server.start()
+    monkeypatch.setattr(ModelRunner, "run", fail)
+    async with aiohttp.ClientSession() as http:
+        client = Client(server.url, http)
+        answer = await client.generate([1], max_new_tokens=5)
+        assert answer["meta_info"]["finish_reason"] == {"type": "abort", "message": "the engine has failed"}
+        with pytest.raises(MemoryError, match="no more"):
+            await server.wait()
+        assert (await client.get("/health")).status == 503
+        assert (await client.post("/generate", {"input_ids": [1]})).status == 503
+    await server.stop()
