@@ -36,6 +36,7 @@ def actor(config: Path, name: str, overrides: tuple[str, ...]) -> None:
 @click.option("--questions", default=512, show_default=True, help="How many evaluation questions.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--concurrency", default=128, show_default=True, help="Trajectories at once.")
+@click.option("--version", type=click.IntRange(0), help="Wait until the engines serve this version.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the summary as JSON here.")
 @click.option("--trajectories", type=click.Path(path_type=Path, dir_okay=False), help="Write each one as JSONL here.")
 @_SET
@@ -45,6 +46,7 @@ def evaluate(
     questions: int,
     temperature: float,
     concurrency: int,
+    version: int | None,
     out: Path | None,
     trajectories: Path | None,
     overrides: tuple[str, ...],
@@ -63,6 +65,7 @@ def evaluate(
         num_questions=questions,
         temperature=temperature,
         concurrency=concurrency,
+        version=version,
         trajectories=trajectories,
     )
     summary = json.dumps(asyncio.run(run_evaluation(load_config(config, overrides), plan)), indent=2)

@@ -10,16 +10,18 @@ from dataclasses import dataclass
 import click
 
 from actor.engine_pool import EngineInfo, EnginePool
-from actor.rewards.reward import reward_named
 from actor.rollout import Episodes, GroupRollout
 from actor.runner import Runner
 from actor.sampling import SamplingParams
-from actor.search import SearchClient
+from actor.search import SearchClient, Searcher
 from actor.sglang_client import Timeouts
-from actor.tasks.task import open_task
+from actor.tasks.build import training_task
+from actor.tasks.task import Task
 from actor.tokenizer import Tokenizer
-from actor.workflows.build import build_workflow
-from protocol.config import Config
+from actor.workflows.chat import ChatRendering
+from actor.workflows.memsearcher import MemSearcher
+from actor.workflows.toy import ToyRendering
+from protocol.config import Config, WorkflowConfig
 from protocol.messages import EngineFields
 from protocol.transport import Transport
 
@@ -34,7 +36,13 @@ class Parts:
 
 
 async def open_parts(
-    config: Config, stack: AsyncExitStack, *, sampling: SamplingParams, run_id: str | None, max_trajectories: int
+    config: Config,
+    task: Task,
+    stack: AsyncExitStack,
+    *,
+    sampling: SamplingParams,
+    run_id: str | None,
+    max_trajectories: int,
 ) -> Parts:
     """Opens tokenizer, sockets and pool; `stack` closes them. Raises: UserError."""
     tokenizer = Tokenizer.load(config.model.path)
@@ -55,8 +63,8 @@ async def open_parts(
         )
     )
     episodes = Episodes(
-        workflow=build_workflow(config.workflow, search=search),
-        reward=reward_named(config.task.reward),
+        workflow=_workflow(config.workflow, search),
+        reward=task.reward,
         pool=pool,
         tokenizer=tokenizer,
         sampling=sampling,
@@ -67,13 +75,19 @@ async def open_parts(
     return Parts(transport, pool, episodes)
 
 
+def _workflow(config: WorkflowConfig, search: Searcher) -> MemSearcher:
+    chat = config.rendering == "chat"
+    rendering = ChatRendering(fidelity=config.fidelity, top_n=config.top_n) if chat else ToyRendering()
+    return MemSearcher(config=config, rendering=rendering, search=search)
+
+
 async def run_actor(config: Config, *, name: str) -> None:
     """Until the run is over. Raises: UserError (bad config, task files, tokenizer, keys)."""
-    task = open_task(config.task, split="train", seed=config.run.seed)
+    task = training_task(config.task, seed=config.run.seed)
     async with AsyncExitStack() as stack:
         sampling = SamplingParams(temperature=config.sampling.temperature)
         limit = config.actor.max_trajectories
-        parts = await open_parts(config, stack, sampling=sampling, run_id=config.run.name, max_trajectories=limit)
+        parts = await open_parts(config, task, stack, sampling=sampling, run_id=config.run.name, max_trajectories=limit)
 
         def on_engines(engines: Sequence[EngineFields]) -> None:
             parts.pool.set_engines([EngineInfo(url=engine.url, version=engine.version) for engine in engines])

@@ -76,8 +76,8 @@ def _audit(store: Store) -> Audit:
     if lost:
         problems.append(f"{len(lost)} acknowledged groups are not in the store: {sorted(lost)[:5]}")
     trained = store.query(
-        "SELECT coalesce(sum(num_trajectories), 0), coalesce(sum(num_contexts), 0), coalesce(sum(num_trained_tokens), 0)"
-        " FROM groups JOIN batches USING (cursor)"
+        "SELECT coalesce(sum(num_trajectories), 0), coalesce(sum(num_contexts), 0), "
+        "coalesce(sum(num_trained_tokens), 0) FROM groups JOIN batches USING (cursor)"
     )[0]
     num_ages = sum(ages.values())
     attempts = store.query("SELECT count(*) FROM leases")[0][0]
@@ -119,17 +119,17 @@ def _check_batches(store: Store, batch_size: int) -> list[str]:
 
 
 def _check_entries(store: Store) -> list[str]:
+    in_batches = "cursor IN (SELECT cursor FROM batches)"
+    in_groups = "cursor IN (SELECT cursor FROM groups)"
+    shared = "SELECT slot FROM entries GROUP BY slot HAVING count(*) > 1"
     checks = {
-        "questions are trained but in no batch": "SELECT count(*) FROM entries WHERE state = 'trained' AND cursor NOT IN "
-        "(SELECT cursor FROM batches)",
-        "questions are in a batch but not trained": "SELECT count(*) FROM entries WHERE state != 'trained' AND cursor IN "
-        "(SELECT cursor FROM batches)",
-        "questions count as trained or buffered, but their group is not stored": "SELECT count(*) FROM entries WHERE "
-        "state IN ('trained', 'buffered') AND cursor NOT IN (SELECT cursor FROM groups)",
-        "slots are held by two questions": "SELECT count(*) FROM (SELECT slot FROM entries WHERE slot >= 0 "
-        "GROUP BY slot HAVING count(*) > 1)",
+        "questions are trained but in no batch": f"state = 'trained' AND NOT {in_batches}",
+        "questions are in a batch but not trained": f"state != 'trained' AND {in_batches}",
+        "questions have no stored group": f"state IN ('trained', 'buffered') AND NOT {in_groups}",
+        "questions share a slot": f"slot >= 0 AND slot IN ({shared})",
     }
-    return [f"{count} {what}" for what, sql in checks.items() if (count := store.query(sql)[0][0])]
+    counts = {what: store.query(f"SELECT count(*) FROM entries WHERE {where}")[0][0] for what, where in checks.items()}
+    return [f"{count} {what}" for what, count in counts.items() if count]
 
 
 def _ages(store: Store, bound: int) -> tuple[dict[int, int], list[str]]:

@@ -16,39 +16,44 @@ from actor.engine_pool import EngineInfo
 from actor.process import open_parts
 from actor.sampling import SamplingParams
 from actor.sglang_client import SGLangClient
-from actor.tasks.task import open_task
+from actor.tasks.build import evaluation_task
 from actor.workflows.workflow import Episode
 from protocol.config import Config
-from protocol.errors import ConfigError, EngineError, UnreachableError
-from protocol.types import Question, Status, Trajectory
+from protocol.errors import ConfigError, EngineError, EngineUnavailable, UnknownVersion, UnreachableError
+from protocol.types import PolicyTag, Question, Status, Trajectory
+
+_WAIT_S = 60.0
+_POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationPlan:
-    """`engines`: urls, else those that the config starts; `temperature` 0 is greedy."""
+    """`engines`: urls, else those that the config starts; `temperature` 0 is greedy; `version`: wait for it."""
 
     engines: tuple[str, ...]
     num_questions: int
     temperature: float
     concurrency: int
+    version: int | None = None
     trajectories: Path | None = None
 
 
 async def run_evaluation(config: Config, plan: EvaluationPlan) -> dict[str, float | int | str]:
     """Raises: UserError (no engine, an engine that does not answer, task files)."""
-    task = open_task(config.task, split="eval", seed=config.run.seed)
+    task = evaluation_task(config.task, seed=config.run.seed)
     urls = plan.engines or (
         *(f"http://{config.network.host}:{port}" for port in config.engine.ports),
         *config.engine.urls,
     )
     if not urls:
         raise ConfigError("no engine to evaluate: give --engine URL, or engine.ports or engine.urls in the config")
-    version = await _served_version(urls, api_key=config.network.api_key())
-    questions = [task.question(i) for i in range(min(plan.num_questions, task.num_questions))]
+    version = await _served_version(urls, api_key=config.network.api_key(), wanted=plan.version)
+    num_questions = min(plan.num_questions, task.num_questions or plan.num_questions)
+    questions = [task.question(cursor) for cursor in range(num_questions)]
     sampling = SamplingParams(temperature=plan.temperature, allow_truncation=True)
     started = time.perf_counter()
     async with AsyncExitStack() as stack:
-        parts = await open_parts(config, stack, sampling=sampling, run_id=None, max_trajectories=plan.concurrency)
+        parts = await open_parts(config, task, stack, sampling=sampling, run_id=None, max_trajectories=plan.concurrency)
         parts.pool.set_engines([EngineInfo(url=url, version=0) for url in urls])
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(parts.episodes.run(question, rid=question.id)) for question in questions]
@@ -80,18 +85,34 @@ def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float | int]:
     }
 
 
-async def _served_version(urls: Sequence[str], *, api_key: str | None) -> str:
-    """What the engines serve. Raises: UnreachableError."""
-    versions = set()
+async def _served_version(urls: Sequence[str], *, api_key: str | None, wanted: int | None) -> str:
+    """What the engines serve, once it is `wanted` where that is given. Raises: UnreachableError."""
+    served = set()
     for url in urls:
         async with SGLangClient(url, api_key=api_key) as client:
             try:
-                versions.add((await client.model_info()).weight_version or "default")
-            except EngineError as error:
-                raise UnreachableError(
-                    f"engine {url} does not answer: {error}; start it, or correct --engine"
-                ) from error
-    return ", ".join(sorted(versions))
+                async with asyncio.timeout(_WAIT_S if wanted is not None else None):
+                    served.add(await _version_of(client, wanted))
+            except (EngineError, TimeoutError) as error:
+                what = (
+                    f"does not serve version {wanted} after {_WAIT_S:g} s" if wanted is not None else "does not answer"
+                )
+                raise UnreachableError(f"engine {url} {what}: {error}; start it, or correct --engine") from error
+    return ", ".join(sorted(served))
+
+
+async def _version_of(client: SGLangClient, wanted: int | None) -> str:
+    while True:
+        try:
+            text = (await client.model_info()).weight_version or "default"
+            if wanted is None or PolicyTag.parse(text).version == wanted:
+                return text
+        except UnknownVersion:
+            pass
+        except EngineUnavailable:
+            if wanted is None:
+                raise
+        await asyncio.sleep(_POLL_S)
 
 
 def _write(path: Path, questions: Sequence[Question], results: Sequence[tuple[Trajectory, Episode]]) -> None:

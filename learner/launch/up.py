@@ -70,27 +70,11 @@ def check(config: Config) -> None:
 
 async def run_all(config: Config, processes: list[ProcessSpec], *, quiet: bool) -> None:
     """Until the learner is done. Raises: UserError, RunFailed."""
-    import asyncio
-
     from learner.launch.signals import stop_on_signals
     from learner.launch.supervisor import Supervisor
-    from learner.launch.view import View
-    from learner.store import metrics_path
+    from learner.launch.view import show_while, view_of
 
     with stop_on_signals():
         async with Supervisor(config.run.dir) as supervisor:
-            view = View(
-                title=config.run.name,
-                metrics=metrics_path(config.run.dir),
-                num_steps=config.learner.num_steps,
-                staleness_bound=config.learner.staleness_bound,
-                states=supervisor.states,
-                quiet=quiet,
-            )
             await supervisor.start(processes)
-            viewing = asyncio.create_task(view.run())
-            try:
-                await supervisor.wait("learner")
-            finally:
-                viewing.cancel()
-                await asyncio.gather(viewing, return_exceptions=True)
+            await show_while(view_of(config, supervisor.states, quiet=quiet), supervisor.wait("learner"))

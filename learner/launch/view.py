@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -13,6 +13,9 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from learner.store import metrics_path
+from protocol.config import Config
 
 _BARS = "▁▂▃▄▅▆▇█"
 _REFRESH_S = 0.5
@@ -111,6 +114,27 @@ class View:
                 )
                 self._console.print(f"step {number + 1}/{self._num_steps}  {facts}", highlight=False, soft_wrap=True)
                 self._printed = number
+
+
+def view_of(config: Config, states: Callable[[], States], *, quiet: bool) -> View:
+    return View(
+        title=config.run.name,
+        metrics=metrics_path(config.run.dir),
+        num_steps=config.learner.num_steps,
+        staleness_bound=config.learner.staleness_bound,
+        states=states,
+        quiet=quiet,
+    )
+
+
+async def show_while(view: View, waiting: Awaitable[None]) -> None:
+    """Shows `view` until `waiting` ends; raises what it raises."""
+    viewing = asyncio.create_task(view.run())
+    try:
+        await waiting
+    finally:
+        viewing.cancel()
+        await asyncio.gather(viewing, return_exceptions=True)
 
 
 def rows(step: Step, *, bound: int) -> list[tuple[str, str]]:
