@@ -21,6 +21,9 @@ from actor.sglang_client import Retry, SGLangClient, Timeouts, open_http
 from protocol.errors import EngineUnavailable, UnknownVersion
 from protocol.types import PolicyTag
 
+# With Retry's delays about 38 s: an engine that was killed is started again, and joins anew, in less.
+_NUM_ATTEMPTS = 12
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
@@ -57,7 +60,7 @@ class EnginePool:
         self._run_id = run_id
         self._api_key = api_key
         self._timeouts = timeouts or Timeouts()
-        self._retry = retry or Retry(num_attempts=6)
+        self._retry = retry or Retry(num_attempts=_NUM_ATTEMPTS)
         self._wait_s = wait_s
         self._engines: dict[str, EngineInfo] = {}
         self._clients: dict[str, SGLangClient] = {}

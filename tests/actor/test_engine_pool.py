@@ -97,3 +97,17 @@ async def test_a_refusal_is_final(start_engine) -> None:
         with pytest.raises(EngineRefused, match="too long"):
             await p.generate([3], SAMPLING, min_version=0)
     assert not b.requests
+
+
+async def test_an_engine_that_left_is_not_asked_again(start_engine) -> None:
+    a, b = sorted([await start_engine(), await start_engine()], key=lambda e: e.url)
+    a.fail(500, "dying")
+    b.reply([1])
+    async with pool() as p:
+        p.set_engines([EngineInfo(a.url, 0)])
+        waiting = asyncio.create_task(p.generate([3], SAMPLING, min_version=0, prefer=a.url))
+        while p.num_retries == 0:  # noqa: ASYNC110 - the pool has nothing to wait on
+            await asyncio.sleep(0)
+        p.set_engines([EngineInfo(b.url, 0)])
+        assert (await waiting).engine == b.url
+    assert len(a.requests) == 1

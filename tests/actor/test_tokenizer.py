@@ -35,3 +35,16 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path, toy_folder: Path, files: d
         (tmp_path / name).write_text((toy_folder / name).read_text() if text is None else text)
     with pytest.raises(DataError, match=word):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["toy_tokenizer", "chat_tokenizer"])
+def test_it_agrees_with_transformers(request: pytest.FixtureRequest, name: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    ours: Tokenizer = request.getfixturevalue(name)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=ours._fast, eos_token=ours.eos_token)
+    text = f"what is zuka founder ? <memory> none <think> the answer, and é 漢{ours.eos_token}"
+    ids = ours.encode(text)
+    assert ids == theirs.encode(text, add_special_tokens=False)
+    assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
+    assert ours.eos_token_id == theirs.eos_token_id
