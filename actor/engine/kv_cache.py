@@ -187,16 +187,21 @@ def _prefill(
     assert batch.unpad_index is not None
     num_prompts, longest = batch.pad_index.shape
     first = batch.num_decode
-    padded_key = key[:, batch.pad_index].transpose(0, 1)
-    padded_value = value[:, batch.pad_index].transpose(0, 1)
+    padded_query, padded_key, padded_value = (
+        tokens.transpose(0, 1)
+        .index_select(0, batch.pad_index.flatten())
+        .unflatten(0, (num_prompts, longest))
+        .transpose(1, 2)
+        for tokens in (query, key, value)
+    )
     keys[first : first + num_prompts, :, :longest] = padded_key
     values[first : first + num_prompts, :, :longest] = padded_value
     out = scaled_dot_product_attention(
-        query[:, batch.pad_index].transpose(0, 1),
+        padded_query,
         padded_key,
         padded_value,
         is_causal=True,
         scale=scaling,
         enable_gqa=query.shape[0] != key.shape[0],
     )
-    return out.transpose(1, 2).flatten(0, 1)[batch.unpad_index]
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, batch.unpad_index)

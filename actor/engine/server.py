@@ -92,9 +92,11 @@ class EngineServer:
 
     async def wait(self) -> None:
         """Return when the server is stopped. Raises what ended the engine's loop, if a step failed."""
-        if self._loop_task is not None:
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.shield(self._loop_task)
+        task = self._loop_task
+        if task is not None:
+            await asyncio.wait([task])
+            if not task.cancelled():
+                task.result()
 
     async def stop(self) -> None:
         """Stop serving; requests in flight are answered as aborted. Idempotent."""
