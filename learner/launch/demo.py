@@ -82,7 +82,7 @@ def demo(
     options = Options(
         seed=seed,
         num_steps=steps,
-        run_dir=run_dir or _free_run_dir(),
+        run_dir=(run_dir or _free_run_dir()).resolve(),
         num_actors=actors,
         num_eval_questions=eval_questions,
         quiet=quiet,
