@@ -1,0 +1,83 @@
+"""MemSearcher's format (arXiv 2511.02805): the boxed answer, and which rendered chats are well formed.
+
+Rules on a chat rendered with ChatML markers. A response is what stands between `<|im_start|>assistant` and
+`<|im_end|>`; one without its end token is no response.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import orjson
+
+_RESPONSE = re.compile(r"<\|im_start\|>assistant\n(.*?)<\|im_end\|>", re.DOTALL)
+_TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_BOX = "\\boxed{"
+
+
+@dataclass(frozen=True, slots=True)
+class FormatCheck:
+    """`reason` says what is wrong, and is None for a valid text; `boxed` is the answer of a valid one."""
+
+    reason: str | None
+    boxed: str | None = None
+
+    @property
+    def valid(self) -> bool:
+        return self.reason is None
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last `\boxed{…}`, braces balanced; None where there is none or it is not closed."""
+    start = text.rfind(_BOX)
+    if start < 0:
+        return None
+    depth = 0
+    for at in range(start + len(_BOX) - 1, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[at], 0)
+        if depth == 0:
+            return text[start + len(_BOX) : at]
+    return None
+
+
+def check_chat(text: str) -> FormatCheck:
+    """Checks a whole context, as rendered, by the paper's rules.
+
+    Thought and tool JSON are checked in the first response only and the box in the last only, as in the original.
+    Deviation: a box that is never closed counts as missing (the original calls it valid, then crashes reading it).
+    """
+    responses = _RESPONSE.findall(text)
+    if not responses:
+        return FormatCheck("no assistant response found")
+    reason = _fault_of_first(responses[0])
+    if reason is not None:
+        return FormatCheck(reason)
+    boxed = last_boxed(responses[-1])
+    if boxed is None:
+        return FormatCheck("the last response is missing \\boxed")
+    return FormatCheck(None, boxed)
+
+
+def _fault_of_first(response: str) -> str | None:
+    for tag, name in (("think", "think"), ("tool_call", "tool_call")):
+        opened, closed = response.count(f"<{tag}>"), response.count(f"</{tag}>")
+        if opened != closed:
+            return f"<{tag}> and </{tag}> are not paired: {name}={opened}, {name}_end={closed}"
+    if "<think>" not in response:
+        return "missing <think> tag"
+    for call in _TOOL_CALL.findall(response):
+        fault = _fault_of_call(call)
+        if fault is not None:
+            return fault
+    return None
+
+
+def _fault_of_call(text: str) -> str | None:
+    try:
+        call = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return f"tool_call is not a valid json: {text}"
+    if not isinstance(call, dict) or not {"name", "arguments"} <= call.keys():
+        return "tool_call is missing name or arguments field"
+    return None

@@ -1,0 +1,46 @@
+"""How answers are compared: one normaliser, for rewards and for evaluation alike.
+
+Normalisation and scores are SQuAD's (Rajpurkar et al., 2016, v1.1 script); the rule for yes, no and noanswer is
+HotpotQA's (Yang et al., 2018).
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_MUST_MATCH = frozenset({"yes", "no", "noanswer"})
+
+
+def normalise(text: str) -> str:
+    """Lowercases, strips ASCII punctuation, drops a/an/the, squeezes white space: in this order."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answers: Iterable[str]) -> float:
+    """1.0 where the normalised prediction is one of the normalised answers, else 0.0."""
+    normalised = normalise(prediction)
+    return float(any(normalised == normalise(answer) for answer in answers))
+
+
+def contains_match(prediction: str, answers: Iterable[str]) -> float:
+    """1.0 where a normalised answer occurs in the normalised prediction (Search-R1's lenient EM), else 0.0."""
+    normalised = normalise(prediction)
+    return float(any(normalise(answer) in normalised for answer in answers))
+
+
+def f1(prediction: str, answers: Iterable[str]) -> float:
+    """The largest token F1 over the answers; 0.0 where one side is yes, no or noanswer and the other is not it."""
+    return max((_token_f1(normalise(prediction), normalise(answer)) for answer in answers), default=0.0)
+
+
+def _token_f1(prediction: str, answer: str) -> float:
+    if prediction != answer and _MUST_MATCH & {prediction, answer}:
+        return 0.0
+    predicted, wanted = prediction.split(), answer.split()
+    shared = sum((Counter(predicted) & Counter(wanted)).values())
+    return 2 * shared / (len(predicted) + len(wanted)) if shared else 0.0

@@ -1,0 +1,89 @@
+"""Question-answer JSONL: one object a line with `id`, `question` and `answers`; other fields are ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
+
+from actor.rewards.reward import Reward
+from protocol.errors import DataError
+from protocol.types import Question
+
+_Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+class _Row(BaseModel):
+    id: _Text
+    question: _Text
+    answers: list[_Text] = Field(min_length=1)
+    hops: int | None = None
+    dataset: str | None = None
+
+
+class QuestionAnswering:
+    """Implements `Task`. Every epoch has each question once, in an order of its own, or in file order (`seed` None)."""
+
+    def __init__(self, questions: Sequence[Question], *, reward: Reward, seed: int | None) -> None:
+        """Raises: DataError where there is no question or two have one id."""
+        if not questions:
+            raise DataError("a question-answer task needs at least one question, got none; check the files' content")
+        seen: set[str] = set()
+        for question in questions:
+            if question.id in seen:
+                raise DataError(f"question id {question.id!r} occurs twice; ids must be unique over all files")
+            seen.add(question.id)
+        self._questions = tuple(questions)
+        self._reward = reward
+        self._seed = seed
+
+    @property
+    def num_questions(self) -> int:
+        return len(self._questions)
+
+    @property
+    def reward(self) -> Reward:
+        return self._reward
+
+    def question(self, cursor: int) -> Question:
+        epoch, place = divmod(cursor, len(self._questions))
+        if self._seed is not None:
+            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._questions))
+            place = int(order[place])
+        return self._questions[place]
+
+
+def read_questions(paths: Sequence[Path]) -> list[Question]:
+    """Reads the files one after another. `hops` and `dataset` become metadata where they are given.
+
+    Raises: DataError that names file, line and field of the first row that cannot be used.
+    """
+    questions: list[Question] = []
+    for path in paths:
+        try:
+            lines = path.read_bytes().splitlines()
+        except OSError as error:
+            raise DataError(
+                f"cannot read questions from {path}: {error.strerror}; check the task's list of files"
+            ) from None
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                questions.append(_parse(line, where=f"{path}:{number}"))
+    return questions
+
+
+def _parse(line: bytes, *, where: str) -> Question:
+    try:
+        row = _Row.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        named = f"field {field!r}: " if field else ""
+        raise DataError(
+            f"{where}: {named}{first['msg']}; a row needs id, question and a non-empty list of answers"
+        ) from None
+    metadata = {name: str(value) for name, value in (("hops", row.hops), ("dataset", row.dataset)) if value is not None}
+    return Question(id=row.id, text=row.question, answers=tuple(row.answers), metadata=metadata)

@@ -1,0 +1,40 @@
+"""Writes what a run on the toy starts from: tokenizer, demonstrations, and one corpus a world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("prepare-toy")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write to.")
+@click.option(
+    "--world", "worlds", type=click.IntRange(min=0), multiple=True, required=True, help="A training world's seed."
+)
+@click.option("--eval-world", "eval_worlds", type=click.IntRange(min=0), multiple=True, help="An unseen world's seed.")
+@click.option("--episodes", type=click.IntRange(min=1), default=4000, show_default=True, help="Demonstrations.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def main(out: Path, worlds: tuple[int, ...], eval_worlds: tuple[int, ...], episodes: int, seed: int) -> None:
+    """Write tokenizer/, demonstrations.safetensors and corpora/world-SEED.jsonl under --out.
+
+    Demonstrations are played in the training worlds only.
+    """
+    from actor.tasks.toy.demonstrations import write_demonstrations
+    from actor.tasks.toy.task import write_corpus
+    from actor.tasks.toy.tokenizer import write_tokenizer
+    from actor.tasks.toy.world import make_world
+    from actor.workflows.toy import ToyRendering
+
+    training = [make_world(world) for world in worlds]
+    for world in [*training, *map(make_world, eval_worlds)]:
+        write_corpus(out / "corpora" / f"{world.collection}.jsonl", world)
+    write_tokenizer(out / "tokenizer")
+    share = write_demonstrations(
+        out / "demonstrations.safetensors", training, rendering=ToyRendering(), num_episodes=episodes, seed=seed
+    )
+    click.echo(f"{episodes} demonstrations, {share:.0%} answered right, in {out}")
+
+
+if __name__ == "__main__":
+    main()
