@@ -140,6 +140,7 @@ class RetrieverConfig(Section):
     port: Port = 0
     max_batch: Positive = 64
     threads: Positive = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class AdvantageConfig(Section):

@@ -132,24 +132,34 @@ def retriever(
     """
     import asyncio
 
+    from functools import partial
+
+    from protocol.process import start_role
     from retriever.encoders.base import Compute
     from retriever.open import open_collections
     from retriever.service import ServiceLimits
 
-    collections = open_collections(
+    start_role("retriever")
+    open_all = partial(
+        open_collections,
         indexes,
         encoder=encoder,
         ef_search=ef_search,
         compute=Compute(device=device, dtype=dtype, num_threads=threads),
     )
     limits = ServiceLimits(max_batch=max_batch, max_pending=max_pending)
-    asyncio.run(_serve(collections, address=address, keys=keys, limits=limits, cache_size=cache_size))
+    asyncio.run(_serve(open_all, address=address, keys=keys, limits=limits, cache_size=cache_size))
 
 
 async def _serve(
-    collections: Sequence[Collection], *, address: str, keys: Path | None, limits: ServiceLimits, cache_size: int
+    open_all: Callable[[], Sequence[Collection]],
+    *,
+    address: str,
+    keys: Path | None,
+    limits: ServiceLimits,
+    cache_size: int,
 ) -> None:
-    """Until SIGTERM or Ctrl-C."""
+    """Until SIGTERM or Ctrl-C. The address is taken first: clients that come early wait while the indexes load."""
     import asyncio
     import signal
 
@@ -160,6 +170,7 @@ async def _serve(
     transport = Transport(keys=keys)
     try:
         router = transport.router(address)
+        collections = open_all()
         searcher = Searcher(collections, cache_size=cache_size)
         service = RetrieverService(router=router, searcher=searcher, limits=limits)
         serving = asyncio.create_task(service.run(), name="retriever-service")

@@ -96,7 +96,7 @@ def demo(
 
 
 async def _run(options: Options) -> None:
-    from learner.launch.demo_report import finish
+    from learner.launch.demo_report import finish, relative
     from learner.launch.plan import plan
     from learner.launch.signals import stop_on_signals
     from learner.launch.stopwatch import Stopwatch
@@ -104,7 +104,7 @@ async def _run(options: Options) -> None:
     from learner.launch.view import show_while, view_of
     from protocol.config import save_config
 
-    _say(f"demo: seed {options.seed}, {options.num_steps} steps, in {options.run_dir}")
+    _say(f"demo: seed {options.seed}, {options.num_steps} steps, in {relative(options.run_dir)}")
     with stop_on_signals():
         async with Supervisor(options.run_dir) as supervisor:
             clock = Stopwatch(options.run_dir / "seconds.json")

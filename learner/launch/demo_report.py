@@ -12,6 +12,11 @@ from learner.store import metrics_path
 from protocol.config import Config
 
 
+def relative(path: Path) -> Path:
+    """As a person would type it from here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def finish(
     config: Config, *, seed: int, num_steps: int, before: Path, after: Path, seconds: Mapping[str, float]
 ) -> str:
@@ -51,7 +56,7 @@ def finish(
         ],
     }
     (run_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    return _text(report, rewards, run_dir)
+    return _text(report, rewards, relative(run_dir))
 
 
 def _text(report: Mapping[str, object], rewards: list[float], run_dir: Path) -> str:

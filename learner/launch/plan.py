@@ -68,7 +68,7 @@ def retriever_address(config: Config) -> str:
 def _retriever(config: Config) -> ProcessSpec:
     indexes = [f"{name}={folder}" for name, folder in config.retriever.indexes.items()]
     options = ["--address", retriever_address(config), "--threads", str(config.retriever.threads)]
-    options += ["--max-batch", str(config.retriever.max_batch)]
+    options += ["--max-batch", str(config.retriever.max_batch), "--dtype", config.retriever.dtype]
     if config.network.keys is not None:
         options += ["--keys", str(config.network.keys)]
     return ProcessSpec("retriever", "retriever", _command("retriever", *indexes, *options))
