@@ -48,6 +48,8 @@ def _problem(group: TrajectoryGroup, *, rules: Rules, publications: Mapping[int,
     if len(group.trajectories) != rules.group_size:
         return f"a group has {rules.group_size} trajectories, got {len(group.trajectories)}"
     for context in group.contexts():
+        if len(context) and context.loss_mask[0]:
+            return "the first token of a context cannot be sampled: there is nothing that it was sampled after"
         if len(context) and int(context.token_ids.max()) >= rules.vocab_size:
             return f"token ids must be below the vocabulary's {rules.vocab_size}, got {int(context.token_ids.max())}"
         for span in context.policy_versions:

@@ -131,7 +131,6 @@ def retriever(
     folder's where none is given); the first is the default.
     """
     import asyncio
-
     from functools import partial
 
     from protocol.process import start_role

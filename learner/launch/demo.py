@@ -228,6 +228,7 @@ def _config(options: Options) -> Config:
             "groups_per_batch": 16,
             "group_size": 8,
             "staleness_bound": 2,
+            "tokens_per_micro_batch": 4096,
             "ablation": options.ablation,
             "advantage": {"eps": 1e-4},
             "loss": {"aggregation": "token"},
