@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from actor.engine.kv_cache import ATTENTION_NAME, KVCache, pack, row_attention
 from actor.engine.sampler import sample
 from actor.engine.scheduler import Step
-from actor.engine.weights import apply_weights, match_weights, read_weights, weight_files
+from actor.engine.weights import apply_weights, match_weights, read_weights
 from protocol.errors import DataError, WeightsError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -153,7 +153,7 @@ def _load_model(folder: Path) -> PreTrainedModel:
     if not (folder / "config.json").is_file():
         raise DataError(f"model folder {folder} has no config.json: save the model there with save_pretrained()")
     try:
-        weight_files(folder)
+        weights = read_weights(folder)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         layer_types: list[str] = getattr(config, "layer_types", None) or ["full_attention"]
         if other := sorted(set(layer_types) - {"full_attention"}):
@@ -165,7 +165,7 @@ def _load_model(folder: Path) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=torch.float32, local_files_only=True, attn_implementation=ATTENTION_NAME
         )
-        match_weights(model, read_weights(folder))
+        match_weights(model, weights)
     except (WeightsError, ValueError, OSError, RuntimeError) as error:
         raise DataError(
             f"the model in {folder} cannot be loaded ({error}): save it again with save_pretrained()"

@@ -69,7 +69,7 @@ def _drawable(probs: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     for row, sequence in enumerate(sequences):
         params = sequence.sampling
         if len(sequence.output_ids) < params.min_new_tokens and params.stop_token_ids:
-            forbidden = [token for token in params.stop_token_ids if token < probs.shape[-1]]
+            forbidden = [token for token in params.stop_token_ids if 0 <= token < probs.shape[-1]]
             probs[row, forbidden] = 0.0
     limited = [row for row, s in enumerate(sequences) if s.sampling.top_p < 1.0 or s.sampling.top_k is not None]
     if not limited:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,9 +121,10 @@ class Client:
         return (await self.get("/server_info")).body["internal_states"][0]["num_running_reqs"]
 
     async def until_running(self, num: int) -> None:
-        """Poll until `num` requests run."""
-        while await self.num_running() < num:
-            pass
+        """Poll until `num` requests run. They share the test's event loop, so each poll is a few steps of the engine."""
+        async with asyncio.timeout(20):
+            while await self.num_running() < num:
+                pass
 
 
 @pytest.fixture

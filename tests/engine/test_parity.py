@@ -88,6 +88,33 @@ async def test_a_retracted_request_goes_on_under_the_new_weights(
         torch.testing.assert_close(logprobs[boundary:], under_new[boundary:], atol=TOLERANCE, rtol=0)
 
 
+async def test_every_span_is_exact_under_many_updates(serve: Callable, folder: Path, new_weights: Path) -> None:
+    """Requests queue for few rows while versions come in turns; each token is of the version that its span states."""
+    client: Client = await serve(folder, max_running_requests=6)
+    paths = {"default": folder} | {f"v{k}": new_weights if k % 2 == 0 else folder for k in range(8)}
+    asked = prompts(20, seed=4)
+    running = [asyncio.create_task(client.generate(p, max_new_tokens=200)) for p in asked]
+    for k in range(8):
+        await client.until_running(1)
+        await client.post("/pause_generation", {"mode": "retract"})
+        update = {"model_path": str(paths[f"v{k}"]), "weight_version": f"v{k}"}
+        assert (await client.post("/update_weights_from_disk", update)).status == 200
+        await client.post("/continue_generation")
+    num_spans = 0
+    for prompt, answer in zip(asked, await asyncio.gather(*running), strict=True):
+        under = {path: reference_logprobs(path, prompt, answer["output_ids"]) for path in (folder, new_weights)}
+        logprobs = sampled_logprobs(answer)
+        spans = answer["meta_info"]["weight_versions"]
+        assert [span["start"] for span in spans] == [0, *(span["end"] for span in spans[:-1])]
+        assert spans[-1]["end"] == 200
+        for span in spans:
+            tokens = slice(span["start"], span["end"])
+            expected = under[paths[span["version"]]][tokens]
+            torch.testing.assert_close(logprobs[tokens], expected, atol=TOLERANCE, rtol=0)
+        num_spans += len(spans)
+    assert num_spans > len(asked)
+
+
 async def test_a_pause_in_place_keeps_the_cache(client: Client, folder: Path, new_weights: Path) -> None:
     """Without an update nothing of the output changes; with one, the spans state the boundary."""
     prompt = prompts(1, seed=2)[0]

@@ -37,6 +37,7 @@ BAD_BODIES = [
     ({"input_ids": [1], "sampling_params": {"n": 2}}, ["sampling_params.n", "2"]),
     ({"input_ids": [[1], [2]], "sampling_params": [{}]}, ["sampling_params", "2", "1"]),
     ({"input_ids": [[1], [2]], "rid": ["a", "a"]}, ["rid", "a"]),
+    ({"input_ids": [1], "sampling_params": {"max_new_tokens": 600}}, ["max_new_tokens", "512", "600"]),
     ({"input_ids": [1], "rid": 7}, ["rid", "7"]),
     ({"input_ids": [1], "stream": True}, ["stream", "True"]),
     ({"text": "w1"}, ["input_ids"]),
@@ -64,7 +65,9 @@ async def test_bad_requests_are_refused_and_the_server_goes_on(client: Client) -
             assert "error" in await response.json()
     assert (await client.post("/nowhere")).status == 404
     assert (await client.get("/generate")).status == 405
-    assert len((await client.generate([1], max_new_tokens=5))["output_ids"]) == 5
+    # Odd, but no error: stop tokens that cannot be, and any integer for a seed.
+    odd = {"stop_token_ids": [-1000, 10**12], "min_new_tokens": 3, "sampling_seed": -(2**70), "max_new_tokens": 5}
+    assert len((await client.generate([1], **odd))["output_ids"]) == 5
     assert (await client.get("/health")).status == 200
 
 
@@ -172,6 +175,14 @@ async def test_a_folder_that_cannot_be_served(folder: Path, tmp_path: Path) -> N
         server = EngineServer(model_path=broken)
         with pytest.raises(DataError, match=word) as raised:
             await server.start()
+        assert str(broken) in str(raised.value)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        broken = tmp_path / f"truncated-{name}"
+        shutil.copytree(folder, broken)
+        data = (broken / name).read_bytes()
+        (broken / name).write_bytes(data[: len(data) // 2])
+        with pytest.raises(DataError) as raised:
+            await EngineServer(model_path=broken).start()
         assert str(broken) in str(raised.value)
     with pytest.raises(DataError, match="does not exist"):
         await EngineServer(model_path=tmp_path / "nowhere").start()
