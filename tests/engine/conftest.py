@@ -121,7 +121,7 @@ class Client:
         return (await self.get("/server_info")).body["internal_states"][0]["num_running_reqs"]
 
     async def until_running(self, num: int) -> None:
-        """Poll until `num` requests run. They share the test's event loop, so each poll is a few steps of the engine."""
+        """Poll until `num` requests run. The engine shares the event loop, so a poll lasts a few steps of it."""
         async with asyncio.timeout(20):
             while await self.num_running() < num:
                 pass

@@ -81,7 +81,11 @@ def test_bounds_order_and_rows(script: list[tuple]) -> None:
             case "step":
                 step()
             case "retract":
-                assert scheduler.retract() == sum(s.num_retractions > 0 for s in list(scheduler.waiting)[:MAX_RUNNING])
+                alive = [s for s in scheduler.running if s.finish is None]
+                queued = list(scheduler.waiting)
+                assert scheduler.retract() == len(alive)
+                assert list(scheduler.waiting) == alive + queued
+                assert not scheduler.running
             case "pause":
                 scheduler.pause()
             case "resume":
