@@ -23,7 +23,7 @@ def actor(config: Path, name: str, overrides: tuple[str, ...]) -> None:
     import asyncio
 
     from actor.process import run_actor
-    from protocol.config import load_config
+    from protocol.config_file import load_config
     from protocol.process import start_role
 
     start_role(name)
@@ -56,7 +56,7 @@ def evaluate(
     import json
 
     from actor.evaluation.evaluate import EvaluationPlan, run_evaluation
-    from protocol.config import load_config
+    from protocol.config_file import load_config
     from protocol.process import start_role
 
     start_role("eval")

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from protocol.errors import EngineError, EngineRefused, EngineUnavailable, UnknownVersion
-from protocol.messages import describe
 from protocol.types import PolicyTag
+from protocol.wire import describe
 
 
 class Span(NamedTuple):

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from protocol.codec import encode_group
 from protocol.errors import ProtocolError
 from protocol.messages import (
-    Buffer,
     Drain,
     EngineFields,
     Goodbye,
@@ -28,11 +27,10 @@ from protocol.messages import (
     Lease,
     Status,
     SubmitReply,
-    decode,
-    encode,
 )
 from protocol.transport import Dealer
 from protocol.types import TrajectoryGroup
+from protocol.wire import Buffer, decode, encode
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from actor.completion import Completion, parse_completion
 from actor.sampling import SamplingParams
 from protocol.errors import EngineError, EngineRefused, EngineUnavailable, UnknownVersion
-from protocol.messages import describe
+from protocol.wire import describe
 
 PauseMode = Literal["abort", "retract", "in_place"]
 # A completion of 10^5 tokens with log-probs is about 5 MB of JSON; anything much larger is not an answer.

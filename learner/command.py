@@ -17,7 +17,7 @@ def learner(config: Path, overrides: tuple[str, ...]) -> None:
     from the newest checkpoint and the recorded batches.
     """
     from learner.loop import run_learner
-    from protocol.config import load_config
+    from protocol.config_file import load_config
     from protocol.process import start_role
 
     start_role("learner")

@@ -24,20 +24,17 @@ from learner.store import Store
 from protocol.codec import decode_group
 from protocol.errors import ProtocolError
 from protocol.messages import (
-    Buffer,
     Drain,
     Goodbye,
     Heartbeat,
     Lease,
-    Message,
     Status,
     SubmitGroup,
     SubmitReply,
-    decode,
-    encode,
 )
 from protocol.transport import Router
 from protocol.types import TrajectoryGroup
+from protocol.wire import Buffer, Message, decode, encode
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ takes the lowest open slot, and only while
 
     slot < (eta + 1 + s) * B        s: the lowest step committed on the engines that serve
 
-so its tokens have a version >= s >= batch - eta, whatever the timing. Batches are
-trained in slot order. A group that is skipped gives its slot back and a later question takes it; a lease that expires is
-issued again for the same question and slot.
+so its tokens have a version >= s >= batch - eta, whatever the timing. Batches are trained in slot order. A group that
+is skipped gives its slot back and a later question takes it; a lease that expires is issued again for the same question
+and slot.
 
     open slot --grant--> running --accept--> buffered --finish--> trained
                          |    ^                |

@@ -3,8 +3,8 @@
     publish(version, bytes) ─► publication id (durable) ─► Announcement on PUB
     EngineReport ─► registry, EngineReply(newest)     ManifestRequest ─► Manifest     ChunkRequest ─► Chunk
 
-A snapshot is the bytes of a safetensors file. The last two publications can be fetched, so that an agent which has begun one
-can finish it.
+A snapshot is the bytes of a safetensors file. The last two publications can be fetched, so that an agent which has
+begun one can finish it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,11 @@ from protocol.messages import (
     ErrorReply,
     Manifest,
     ManifestRequest,
-    Message,
     TensorFields,
-    decode,
-    encode,
 )
 from protocol.transport import Publisher as PubSocket
 from protocol.transport import Router
+from protocol.wire import Message, decode, encode
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from learner.ledger import Entry, LeaseRecord, State
 from protocol.codec import decode_group
 from protocol.errors import DataError, StoreError
-from protocol.messages import Buffer, SubmitGroup, decode, expect
+from protocol.messages import SubmitGroup
 from protocol.types import TrajectoryGroup
+from protocol.wire import Buffer, decode, expect
 
 SCHEMA_VERSION = 1
 

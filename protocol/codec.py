@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol.errors import MalformedMessage
-from protocol.messages import Buffer, QuestionFields, SubmitGroup, encode
+from protocol.messages import QuestionFields, SubmitGroup
 from protocol.types import Context, Edge, Question, Status, Trajectory, TrajectoryGroup, VersionSpan
+from protocol.wire import Buffer, encode
 
 _COLUMNS = (("token_ids", "<i4"), ("loss_mask", "u1"), ("behavior_logprobs", "<f4"), ("spans", "<i4"))
 

@@ -8,8 +8,9 @@ from itertools import count
 from typing import TypeVar
 
 from protocol.errors import ProtocolError, RemoteError
-from protocol.messages import Buffer, ErrorReply, Message, decode, encode, expect
+from protocol.messages import ErrorReply
 from protocol.transport import Dealer
+from protocol.wire import Buffer, Message, decode, encode, expect
 
 M = TypeVar("M", bound=Message)
 

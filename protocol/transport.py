@@ -22,7 +22,7 @@ import zmq.auth
 from zmq.auth.asyncio import AsyncioAuthenticator
 
 from protocol.errors import DataError, SecurityError, UnreachableError
-from protocol.messages import MAX_FRAME_BYTES, Buffer
+from protocol.wire import MAX_FRAME_BYTES, Buffer
 
 # Messages queued towards one peer before sending waits (DEALER) or drops (ROUTER, PUB): bounds memory, not throughput.
 _HIGH_WATER_MARK = 1_000

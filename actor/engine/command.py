@@ -26,7 +26,7 @@ def engine(config: Path, name: str, host: str, port: int, attach: str | None, ov
     """
     import asyncio
 
-    from protocol.config import load_config
+    from protocol.config_file import load_config
     from protocol.process import start_role
 
     start_role(name)

@@ -102,7 +102,7 @@ async def _run(options: Options) -> None:
     from learner.launch.stopwatch import Stopwatch
     from learner.launch.supervisor import Supervisor
     from learner.launch.view import show_while, view_of
-    from protocol.config import save_config
+    from protocol.config_file import save_config
 
     _say(f"demo: seed {options.seed}, {options.num_steps} steps, in {relative(options.run_dir)}")
     with stop_on_signals():
@@ -197,7 +197,7 @@ async def _step(supervisor: Supervisor, name: str, module: str, *arguments: str)
 def _config(options: Options) -> Config:
     """TOY.md's recipe. The saved config is taken again on a resume, so that ports stay."""
     from learner.launch.plan import with_ports
-    from protocol.config import load_config, parse_config
+    from protocol.config_file import load_config, parse_config
 
     saved = options.run_dir / "config.json"
     if saved.is_file():

@@ -27,7 +27,7 @@ def up(run: Path, overrides: tuple[str, ...], dry_run: bool, quiet: bool) -> Non
     import logging
 
     from learner.launch.plan import plan, with_ports
-    from protocol.config import load_config, save_config
+    from protocol.config_file import load_config, save_config
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     config = with_ports(load_config(run, overrides))

@@ -16,8 +16,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from actor.search import SearchClient
 from actor.tasks.toy.tokenizer import write_tokenizer
 from actor.tokenizer import Tokenizer
-from protocol.messages import ErrorReply, PassageFields, SearchReply, SearchRequest, decode, encode, expect
+from protocol.messages import ErrorReply, PassageFields, SearchReply, SearchRequest
 from protocol.transport import Transport
+from protocol.wire import decode, encode, expect
 
 
 class ScriptedEngine:

@@ -10,9 +10,10 @@ import msgpack
 import pytest
 
 from protocol.errors import RemoteError
-from protocol.messages import ErrorReply, Heartbeat, SearchReply, SearchRequest, decode, encode
+from protocol.messages import ErrorReply, Heartbeat, SearchReply, SearchRequest
 from protocol.rpc import RequestClient
 from protocol.transport import Dealer, Transport
+from protocol.wire import decode, encode
 from retriever.service import RetrieverService, ServiceLimits
 
 TIMEOUT_S = 20.0

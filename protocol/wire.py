@@ -1,0 +1,95 @@
+"""A message on the wire: a header frame (msgpack map of the protocol version, the kind and the fields) and zero or more
+raw payload frames.
+
+Headers are validated strictly: an unknown key, a missing key or a value of another type is a `MalformedMessage`. No
+pickle anywhere. What is said is in `protocol.messages`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, TypeVar
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from protocol.errors import IncompatibleVersion, MalformedMessage, MessageTooLarge
+
+PROTOCOL_VERSION = 1
+MAX_HEADER_BYTES = 4 << 20
+MAX_FRAME_BYTES = 256 << 20
+MAX_FRAMES = 8
+
+Buffer = bytes | memoryview
+
+
+class Message(BaseModel):
+    """A header. Subclasses set `kind`, by which they are found; fields are strict and no other keys are accepted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    kind: ClassVar[str] = ""
+    kinds: ClassVar[dict[str, type[Message]]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: object) -> None:
+        Message.kinds[cls.kind] = cls
+
+
+M = TypeVar("M", bound=Message)
+
+
+def encode(message: Message) -> bytes:
+    """The header frame of `message`."""
+    header = {"v": PROTOCOL_VERSION, "kind": message.kind, **message.model_dump()}
+    packed = msgpack.packb(header, use_bin_type=True)
+    assert packed is not None
+    return packed
+
+
+def decode(frames: Sequence[Buffer]) -> tuple[Message, Sequence[Buffer]]:
+    """The message in `frames` and its payload frames (not copied).
+
+    Raises: MessageTooLarge, IncompatibleVersion, MalformedMessage (truncated, foreign, not of the schema).
+    """
+    if not 1 <= len(frames) <= MAX_FRAMES:
+        raise MalformedMessage(f"a message has 1 to {MAX_FRAMES} frames, got {len(frames)}")
+    header = frames[0]
+    if len(header) > MAX_HEADER_BYTES:
+        raise MessageTooLarge(f"a header has at most {MAX_HEADER_BYTES} bytes, got {len(header)}")
+    for frame in frames[1:]:
+        if len(frame) > MAX_FRAME_BYTES:
+            raise MessageTooLarge(f"a frame has at most {MAX_FRAME_BYTES} bytes, got {len(frame)}")
+    try:
+        fields = msgpack.unpackb(header, raw=False, strict_map_key=True)
+    except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
+        raise MalformedMessage(f"header is not msgpack: {error}") from error
+    if not isinstance(fields, dict):
+        raise MalformedMessage(f"header must be a map, got {type(fields).__name__}")
+    version = fields.pop("v", None)
+    if version != PROTOCOL_VERSION or isinstance(version, bool):
+        raise IncompatibleVersion(f"protocol version must be {PROTOCOL_VERSION}, got {version!r:.40}")
+    kind = fields.pop("kind", None)
+    cls = Message.kinds.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise MalformedMessage(f"unknown message kind {kind!r:.80}")
+    try:
+        return cls.model_validate(fields), frames[1:]
+    except ValidationError as error:
+        raise MalformedMessage(f"{kind}: {describe(error)}") from error
+
+
+def expect(message: Message, cls: type[M]) -> M:
+    """`message` as a `cls`. Raises: MalformedMessage where it is another kind."""
+    if not isinstance(message, cls):
+        raise MalformedMessage(f"expected {cls.kind}, got {message.kind}")
+    return message
+
+
+def describe(error: ValidationError, limit: int = 3) -> str:
+    """The first problems of a pydantic error in one line: `path: what (got value)`."""
+    parts = []
+    for problem in error.errors()[:limit]:
+        path = ".".join(str(part) for part in problem["loc"])
+        parts.append(f"{path}: {problem['msg']} (got {problem['input']!r:.60})")
+    rest = error.error_count() - limit
+    return "; ".join(parts) + (f"; and {rest} more" if rest > 0 else "")
