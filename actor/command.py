@@ -20,14 +20,12 @@ def actor(config: Path, name: str, overrides: tuple[str, ...]) -> None:
     CONFIG is the run's TOML or saved config.json; on another node, give the learner's addresses with --set
     network.host=… and the keys with --set network.keys=DIR. Actors may join and leave at any time.
     """
-    import asyncio
-
     from actor.process import run_actor
     from protocol.config_file import load_config
-    from protocol.process import start_role
+    from protocol.process import run_async, start_role
 
     start_role(name)
-    asyncio.run(run_actor(load_config(config, overrides), name=name))
+    run_async(run_actor(load_config(config, overrides), name=name))
 
 
 @click.command("eval")
@@ -52,12 +50,11 @@ def evaluate(
     overrides: tuple[str, ...],
 ) -> None:
     """Run the workflow on the task's evaluation questions and report accuracy and token cost."""
-    import asyncio
     import json
 
     from actor.evaluation.evaluate import EvaluationPlan, run_evaluation
     from protocol.config_file import load_config
-    from protocol.process import start_role
+    from protocol.process import run_async, start_role
 
     start_role("eval")
     plan = EvaluationPlan(
@@ -68,7 +65,7 @@ def evaluate(
         version=version,
         trajectories=trajectories,
     )
-    summary = json.dumps(asyncio.run(run_evaluation(load_config(config, overrides), plan)), indent=2)
+    summary = json.dumps(run_async(run_evaluation(load_config(config, overrides), plan)), indent=2)
     if out is not None:
         out.write_text(summary + "\n")
     click.echo(summary)

@@ -7,6 +7,7 @@ Lease ─► task.question(cursor) ─► G × [ slot ─► Session + workflow.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from actor.engine_pool import Generator
 from actor.rewards.reward import Reward
@@ -59,7 +60,7 @@ class Episodes:
         session = Session(
             pool=self._pool,
             tokenizer=self._tokenizer,
-            sampling=self._sampling,
+            sampling=replace(self._sampling, seed=self._sampling.derived_seed(rid)),
             run_id=self._run_id,
             min_version=min_version,
             max_context_tokens=self._max_context_tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from hashlib import blake2b
 
 from protocol.errors import ConfigError
 
@@ -46,6 +47,12 @@ class SamplingParams:
     def truncates(self) -> bool:
         """Whether some tokens of the vocabulary cannot be sampled."""
         return self.temperature == 0 or self.top_p < 1 or self.top_k != -1 or self.min_p > 0
+
+    def derived_seed(self, name: str | int) -> int | None:
+        """A seed in [0, 2^31) for something of that name under this one (a trajectory, its n-th generation)."""
+        if self.seed is None:
+            return None
+        return int.from_bytes(blake2b(f"{self.seed}:{name}".encode(), digest_size=4).digest(), "big") >> 1
 
     def to_wire(self) -> dict[str, float | int | list[int]]:
         """The `sampling_params` of /generate. Only what differs from SGLang's defaults is optional."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from typing import Literal
 
 import numpy as np
@@ -134,7 +133,7 @@ class Session:
             self._sampling,
             max_new_tokens=min(max_new_tokens, self.room),
             stop_token_ids=tuple(stop_token_ids),
-            seed=_derive(self._sampling.seed, self.num_generations),
+            seed=self._sampling.derived_seed(self.num_generations),
         )
         completion = await self._pool.generate(
             context.ids, sampling, min_version=self._min_version, prefer=self._engine, rid=self._rid
@@ -216,10 +215,3 @@ class _OpenContext:
             turn=self.turn,
             edge=self.edge,
         )
-
-
-def _derive(seed: int | None, index: int) -> int | None:
-    """The seed of a trajectory's `index`-th generation: in [0, 2^31)."""
-    if seed is None:
-        return None
-    return int.from_bytes(blake2b(f"{seed}:{index}".encode(), digest_size=4).digest(), "big") >> 1

@@ -7,7 +7,11 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Coroutine
 from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def start_role(title: str) -> None:
@@ -22,6 +26,17 @@ def start_role(title: str) -> None:
     setproctitle.setproctitle(f"palimpsest {title}")
     signal.signal(signal.SIGTERM, _stop)
     _die_with_launcher()
+
+
+def run_async(coroutine: Coroutine[object, object, T]) -> T:
+    """asyncio.run on uvloop, where there is one."""
+    if sys.platform == "win32":
+        import asyncio
+
+        return asyncio.run(coroutine)
+    import uvloop
+
+    return uvloop.run(coroutine)
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:

@@ -7,6 +7,7 @@ pickle anywhere. What is said is in `protocol.messages`.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import ClassVar, TypeVar
 
@@ -19,8 +20,13 @@ PROTOCOL_VERSION = 1
 MAX_HEADER_BYTES = 4 << 20
 MAX_FRAME_BYTES = 256 << 20
 MAX_FRAMES = 8
+_MAX_PROBLEMS = 1_000
 
 Buffer = bytes | memoryview
+
+_QUOTES = reprlib.Repr()
+_QUOTES.maxlevel = 3
+_QUOTES.maxstring = 60
 
 
 class Message(BaseModel):
@@ -67,11 +73,11 @@ def decode(frames: Sequence[Buffer]) -> tuple[Message, Sequence[Buffer]]:
         raise MalformedMessage(f"header must be a map, got {type(fields).__name__}")
     version = fields.pop("v", None)
     if version != PROTOCOL_VERSION or isinstance(version, bool):
-        raise IncompatibleVersion(f"protocol version must be {PROTOCOL_VERSION}, got {version!r:.40}")
+        raise IncompatibleVersion(f"protocol version must be {PROTOCOL_VERSION}, got {quote(version)}")
     kind = fields.pop("kind", None)
     cls = Message.kinds.get(kind) if isinstance(kind, str) else None
     if cls is None:
-        raise MalformedMessage(f"unknown message kind {kind!r:.80}")
+        raise MalformedMessage(f"unknown message kind {quote(kind)}")
     try:
         return cls.model_validate(fields), frames[1:]
     except ValidationError as error:
@@ -85,11 +91,18 @@ def expect(message: Message, cls: type[M]) -> M:
     return message
 
 
+def quote(value: object) -> str:
+    """A short repr of what a peer sent: however long and however deeply nested that is."""
+    return f"{_QUOTES.repr(value):.80}"
+
+
 def describe(error: ValidationError, limit: int = 3) -> str:
     """The first problems of a pydantic error in one line: `path: what (got value)`."""
+    if error.error_count() > _MAX_PROBLEMS:  # spelling out a million takes seconds
+        return f"{error.error_count()} problems"
     parts = []
     for problem in error.errors()[:limit]:
         path = ".".join(str(part) for part in problem["loc"])
-        parts.append(f"{path}: {problem['msg']} (got {problem['input']!r:.60})")
+        parts.append(f"{path}: {problem['msg']} (got {quote(problem['input'])})")
     rest = error.error_count() - limit
     return "; ".join(parts) + (f"; and {rest} more" if rest > 0 else "")

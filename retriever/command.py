@@ -130,10 +130,9 @@ def retriever(
     INDEX is a folder made by `palimpsest index`, or NAME=FOLDER. A client asks for a collection by its name (the
     folder's where none is given); the first is the default.
     """
-    import asyncio
     from functools import partial
 
-    from protocol.process import start_role
+    from protocol.process import run_async, start_role
     from retriever.encoders.base import Compute
     from retriever.open import open_collections
     from retriever.service import ServiceLimits
@@ -147,7 +146,7 @@ def retriever(
         compute=Compute(device=device, dtype=dtype, num_threads=threads),
     )
     limits = ServiceLimits(max_batch=max_batch, max_pending=max_pending)
-    asyncio.run(_serve(open_all, address=address, keys=keys, limits=limits, cache_size=cache_size))
+    run_async(_serve(open_all, address=address, keys=keys, limits=limits, cache_size=cache_size))
 
 
 async def _serve(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from protocol.config import Config
 
 
@@ -24,13 +26,11 @@ def engine(config: Path, name: str, host: str, port: int, attach: str | None, ov
     CONFIG is the run's TOML or saved config.json. The engine serves leases once it has committed a first publication.
     With --attach, the weight files are written to a folder that the server must be able to read (same machine).
     """
-    import asyncio
-
     from protocol.config_file import load_config
-    from protocol.process import start_role
+    from protocol.process import run_async, start_role
 
     start_role(name)
-    asyncio.run(_run(load_config(config, overrides), name=name, host=host, port=port, attach=attach))
+    run_async(_run(load_config(config, overrides), name=name, host=host, port=port, attach=attach))
 
 
 async def _run(config: Config, *, name: str, host: str, port: int, attach: str | None) -> None:
@@ -93,7 +93,7 @@ async def _keep_current(config: Config, *, name: str, url: str) -> None:
         transport.close()
 
 
-async def _first_to_end(*coroutines) -> None:
+async def _first_to_end(*coroutines: Coroutine[object, object, None]) -> None:
     """Runs them until one ends; its error is raised, the others are cancelled."""
     import asyncio
 

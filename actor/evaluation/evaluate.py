@@ -50,7 +50,7 @@ async def run_evaluation(config: Config, plan: EvaluationPlan) -> dict[str, floa
     version = await _served_version(urls, api_key=config.network.api_key(), wanted=plan.version)
     num_questions = min(plan.num_questions, task.num_questions or plan.num_questions)
     questions = [task.question(cursor) for cursor in range(num_questions)]
-    sampling = SamplingParams(temperature=plan.temperature, allow_truncation=True)
+    sampling = SamplingParams(temperature=plan.temperature, seed=config.run.seed, allow_truncation=True)
     started = time.perf_counter()
     async with AsyncExitStack() as stack:
         parts = await open_parts(config, task, stack, sampling=sampling, run_id=None, max_trajectories=plan.concurrency)
