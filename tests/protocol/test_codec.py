@@ -46,6 +46,12 @@ def header_of(frames: Sequence[Buffer]) -> dict:
     return msgpack.unpackb(frames[0])
 
 
+def pack(value: object) -> bytes:
+    packed = msgpack.packb(value)
+    assert packed is not None
+    return packed
+
+
 def receive(frames: Sequence[Buffer]) -> TrajectoryGroup:
     message, payload = decode(frames)
     return decode_group(expect(message, SubmitGroup), payload)
@@ -132,7 +138,7 @@ _json_like = st.recursive(
 @given(_json_like)
 def test_any_msgpack_value_is_refused(value: object) -> None:
     try:
-        frame = msgpack.packb(value)
+        frame = pack(value)
     except UnicodeEncodeError:
         return
     with pytest.raises(ProtocolError):
@@ -154,7 +160,7 @@ def test_a_changed_field_is_taken_or_refused(message: Message, data: st.DataObje
     key = data.draw(st.sampled_from(sorted(header)))
     header[key] = data.draw(_json_like)
     try:
-        frame = msgpack.packb(header)
+        frame = pack(header)
     except UnicodeEncodeError:
         return
     receive_or_refuse([frame])
@@ -166,12 +172,12 @@ def test_missing_and_extra_keys_are_refused(message: Message, extra: str, data: 
     header = msgpack.unpackb(encode(message))
     if extra not in header:
         with pytest.raises(MalformedMessage, match="Extra inputs"):
-            decode([msgpack.packb({**header, extra: 1})])
+            decode([pack({**header, extra: 1})])
     required = [name for name, field in type(message).model_fields.items() if field.is_required()]
     if required:
         del header[data.draw(st.sampled_from(required))]
         with pytest.raises(MalformedMessage):
-            decode([msgpack.packb(header)])
+            decode([pack(header)])
 
 
 @many
@@ -224,7 +230,7 @@ def test_lying_headers_are_taken_or_refused(group: TrajectoryGroup, data: st.Dat
         values.append(values[-1] if values else 0)
     elif values:
         values.pop()
-    receive_or_refuse([msgpack.packb(header), *frames[1:]])
+    receive_or_refuse([pack(header), *frames[1:]])
 
 
 def _flip(frame: bytes, data: st.DataObject) -> bytes:
@@ -256,7 +262,7 @@ def _flip(frame: bytes, data: st.DataObject) -> bytes:
 def test_headers_that_lie(changes: dict, says: str) -> None:
     frames = encode_group(one_group(), lease_id=1)
     with pytest.raises(MalformedMessage, match=says):
-        receive([msgpack.packb({**header_of(frames), **changes}), *frames[1:]])
+        receive([pack({**header_of(frames), **changes}), *frames[1:]])
 
 
 @pytest.mark.parametrize(
@@ -308,13 +314,13 @@ def test_limits() -> None:
 @pytest.mark.parametrize("version", [None, 0, 2, "1", True, [1]])
 def test_another_protocol_version(version: object) -> None:
     with pytest.raises(IncompatibleVersion, match="protocol version must be 1"):
-        decode([msgpack.packb({"v": version, "kind": "drain"})])
+        decode([pack({"v": version, "kind": "drain"})])
 
 
 @pytest.mark.parametrize("kind", [None, "", "message", "Drain", 7, ["drain"], {"kind": "drain"}])
 def test_unknown_kinds(kind: object) -> None:
     with pytest.raises(MalformedMessage, match="unknown message kind"):
-        decode([msgpack.packb({"v": 1, "kind": kind})])
+        decode([pack({"v": 1, "kind": kind})])
 
 
 def test_another_kind_than_expected() -> None:
@@ -370,7 +376,7 @@ def test_huge_declared_lengths_are_refused(declared: bytes) -> None:
 def test_a_million_errors_cost_little(key: str, values: object) -> None:
     """A header of 4 MB with every value wrong must not hold up the coordinator."""
     header = {**header_of(encode_group(one_group(), lease_id=1)), key: values}
-    frame = msgpack.packb(header)
+    frame = pack(header)
     started = time.process_time()
     with pytest.raises(MalformedMessage) as refused:
         decode([frame])
