@@ -1,0 +1,79 @@
+"""A byte-level BPE tokenizer with Qwen2's chat tokens, trained on the corpus and on the texts of the workflow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from actor.workflows.chat import ChatRendering
+
+PAD, END = "<|endoftext|>", "<|im_end|>"
+CONTROL = (PAD, "<|im_start|>", END)
+TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+NUM_BYTES = 256
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen2 cuts text into words before merging."""
+_PROMPT_COPIES = 500
+"""The prompt stands in every context: its words are counted so often that each becomes one token or two."""
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, top_n: int) -> Tokenizer:
+    """Control tokens have the first ids, then bytes, then merges, then the tags, which are ordinary text as in Qwen3."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(TAGS),
+        special_tokens=list(CONTROL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_all_texts(texts, top_n=top_n), trainer)
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
+    return tokenizer
+
+
+def word_ids(tokenizer: Tokenizer) -> range:
+    """The ids of merges: what texts are made of, without control tokens, single bytes and tags."""
+    return range(len(CONTROL) + NUM_BYTES, tokenizer.get_vocab_size() - len(TAGS))
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, which `AutoTokenizer.from_pretrained(folder)` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": PAD,
+        "eos_token": END,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 4096,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _all_texts(texts: Iterable[str], *, top_n: int) -> Iterator[str]:
+    yield from texts
+    rendering = ChatRendering(top_n=top_n)
+    pieces = [
+        rendering.prompt("", ""),
+        rendering.write_action_search("", [""]),
+        rendering.observation([]),
+        rendering.write_memory(""),
+        rendering.write_answer("", ""),
+    ]
+    for piece in pieces:
+        # Control tokens are no words: their borders must not be learned as such.
+        for token in (*CONTROL, *TAGS):
+            piece = piece.replace(token, "\n")
+        yield from [piece] * _PROMPT_COPIES

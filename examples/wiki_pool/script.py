@@ -1,0 +1,118 @@
+r"""A demonstrator that knows which passages hold the answer, and writes only what can be read in its context.
+
+    memory empty   look up the titles that the question names (if none, the question itself)
+    observation    memory = the old lines and, for each wanted passage, `Title: the sentence that leads on`
+    memory         look up the wanted titles that memory or question name … until none is left: \boxed{answer}
+
+Where that does not lead to the answer (a passage is not found, a name or the answer is spelled differently), the
+script raises `OffScript`, and the episode is no demonstration.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from actor.workflows.rendering import Rendering
+from protocol.errors import PalimpsestError
+
+MAX_LINE_CHARS = 320
+_STATE = re.compile(r"<question>\n(.*?)\n</question>\n<memory>\n(.*?)\n?</memory>", re.DOTALL)
+_PASSAGE = re.compile(r"^\[\d+\] (.*)$", re.MULTILINE)
+_SENTENCE_END = re.compile(r"(?<=[a-z0-9)\"]{2}[.!?]) +(?=[A-Z\"])")
+_UNTITLED = re.compile(r" \([^()]*\)$")
+_FREE_ANSWERS = ("yes", "no")
+
+
+class OffScript(PalimpsestError):
+    """The script has no next step that could be learned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A question with the titles of the passages that answer it, in the order in which one leads to the next."""
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    titles: tuple[str, ...]
+
+
+class GoldScript:
+    """Implements `Script` for one episode. `max_calls`: searches at once."""
+
+    def __init__(self, *, example: Example, rendering: Rendering, max_calls: int) -> None:
+        self._example = example
+        self._rendering = rendering
+        self._max_calls = max_calls
+        self._wanted: tuple[str, ...] = ()
+
+    def write(self, context: str) -> str:
+        question, memory = _STATE.findall(context)[0]
+        if context.endswith("<think>"):
+            return self._act(question, memory.strip())
+        return self._rendering.write_memory(self._remember(context, memory.strip()))
+
+    def _act(self, question: str, memory: str) -> str:
+        known = {line.partition(": ")[0] for line in memory.splitlines()}
+        missing = [title for title in self._example.titles if title not in known]
+        state = f"I know about {' and '.join(sorted(known))}." if known else "The memory is empty."
+        if not missing:
+            return self._rendering.write_answer(f"{state} Nothing is missing.", self._answer(question, memory))
+        spelled = {title: spelling(title, f"{question}\n{memory}") for title in missing}
+        calls = {title: query for title, query in spelled.items() if query}
+        if not calls and memory:
+            raise OffScript(f"nothing names {missing[0]!r}")
+        self._wanted = tuple(calls)[: self._max_calls] or tuple(missing)
+        queries = [calls[title] for title in self._wanted] if calls else [question]
+        thought = f"{state} I look up {' and '.join(queries) if calls else 'the question'}."
+        if '"' in thought or "\\" in thought:
+            raise OffScript("a query needs escapes")
+        return self._rendering.write_action_search(thought, queries)
+
+    def _remember(self, context: str, memory: str) -> str:
+        found = [line for line in _PASSAGE.findall(context)]
+        lines = memory.splitlines()
+        for title in self._wanted:
+            passage = next((line for line in found if line.startswith(f"{title}: ")), None)
+            if passage is not None:
+                lines.append(f"{title}: {self._sentence(passage.removeprefix(f'{title}: '), title)}")
+        if len(lines) == len(memory.splitlines()):
+            raise OffScript(f"none of {self._wanted} was found")
+        return "\n".join(lines)
+
+    def _sentence(self, text: str, title: str) -> str:
+        """The sentence that answers, else the one that names another passage, else the first."""
+        others = [other for other in self._example.titles if other != title]
+        sentences = [sentence.strip() for sentence in _SENTENCE_END.split(text) if sentence.strip()]
+        if not sentences:
+            raise OffScript("a passage was cut to nothing")
+
+        def worth(sentence: str) -> tuple[bool, bool]:
+            return _contains_any(sentence, self._example.answers), any(spelling(other, sentence) for other in others)
+
+        best = max(sentences, key=worth)
+        if len(best) > MAX_LINE_CHARS:
+            raise OffScript("a sentence is too long")
+        return best
+
+    def _answer(self, question: str, memory: str) -> str:
+        for answer in self._example.answers:
+            if answer.lower() in _FREE_ANSWERS:
+                return answer
+            if seen := spelling(answer, f"{memory}\n{question}"):
+                return seen
+        raise OffScript("the answer cannot be read in memory or question")
+
+
+def spelling(name: str, text: str) -> str | None:
+    """`name` as `text` writes it, whatever the case, else without what stands in brackets at its end."""
+    for form in (name, _UNTITLED.sub("", name)):
+        if match := re.search(rf"(?<!\w){re.escape(form)}(?!\w)", text, re.IGNORECASE):
+            return match[0]
+    return None
+
+
+def _contains_any(text: str, names: Sequence[str]) -> bool:
+    return any(spelling(name, text) is not None for name in names)
