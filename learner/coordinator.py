@@ -155,7 +155,9 @@ class Coordinator:
             case SubmitGroup():
                 await self._on_group(peer, message, payload, frames)
             case Goodbye():
-                self._forget(message.actor)
+                known = self._actors.get(message.actor)
+                if known is None or known.incarnation == message.incarnation:
+                    self._forget(message.actor)
             case _:
                 raise ProtocolError(f"{message.kind} has no business at the coordinator")
         await self._grant()
@@ -188,6 +190,8 @@ class Coordinator:
         outcome: Outcome
         if entry is None or message.run_id != self._rules.run_id:
             outcome, reason = "refused", f"question {message.cursor} of run {message.run_id} was never leased here"
+        elif not self._was_leased(message):
+            outcome, reason = "refused", f"lease {message.lease_id} was never given for question {message.cursor}"
         elif entry.state not in (State.RUNNING, State.WAITING):
             outcome, reason = "duplicate", ""
             if self._ledger.leases.pop(message.lease_id, None) is not None:
@@ -198,6 +202,13 @@ class Coordinator:
             self.num_refused += 1
             log.warning("refused group %d: %s", message.cursor, reason)
         await self._send(peer, SubmitReply(lease_id=message.lease_id, outcome=outcome, reason=reason))
+
+    def _was_leased(self, message: SubmitGroup) -> bool:
+        """False where the lease is another question's, or nobody's yet. One that has expired counts as leased."""
+        lease = self._ledger.leases.get(message.lease_id)
+        if lease is None:
+            return message.lease_id < self._ledger.next_lease_id
+        return lease.cursor == message.cursor
 
     def _decide(self, message: SubmitGroup, payload: Sequence[Buffer], frames: Sequence[Buffer]) -> tuple[Outcome, str]:
         """(outcome, reason) for the group of an open question; durable when it returns."""

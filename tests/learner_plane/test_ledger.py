@@ -230,9 +230,8 @@ def test_synchronous_mode_leases_one_batch() -> None:
     assert len(first) == 2
     assert all(accept(ledger, lease) for lease in first)
     assert grant_all(ledger, 0) == []
-    batch = ledger.ready_batch()
-    assert batch == [0, 1]
-    ledger.finish(batch)
+    assert ledger.ready_batch() == [0, 1]
+    ledger.finish([0, 1])
     assert grant_all(ledger, 0) == []
     assert len(grant_all(ledger, 1)) == 2
 
