@@ -31,7 +31,7 @@ from learner.ledger import Ledger
 from learner.plane import Plane
 from learner.policy import Policy, load_policy
 from learner.step_metrics import StepMetrics
-from learner.store import Identity, Store, store_path
+from learner.store import Identity, Store, finished_path, store_path
 from learner.trainer import Trainer
 from protocol.config import Config
 from protocol.types import TrajectoryGroup
@@ -147,7 +147,7 @@ class Loop:
             log.warning("not every engine has committed version %d", self._step)
         time.sleep(_DRAIN_S)
         summary = {"step": self._step, "num_skipped_updates": self._trainer.num_skipped_updates}
-        (self._config.run.dir / "finished.json").write_text(json.dumps(summary) + "\n")
+        finished_path(self._config.run.dir).write_text(json.dumps(summary) + "\n")
 
 
 def snapshot_bytes(policy: Policy) -> bytes:

@@ -51,6 +51,11 @@ def metrics_path(run_dir: Path) -> Path:
     return run_dir / "metrics.jsonl"
 
 
+def finished_path(run_dir: Path) -> Path:
+    """Written by the learner after its last step."""
+    return run_dir / "finished.json"
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """What must be the same for a run to be resumed."""

@@ -46,7 +46,7 @@ def cli() -> None:
 def main() -> None:
     """Exit status: 0 done, 1 a defect or a failed run, 2 bad input (one sentence), 130 Ctrl-C."""
     try:
-        cli(standalone_mode=False)
+        status = cli(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -60,6 +60,7 @@ def main() -> None:
             raise
         click.echo(f"error: {message}", err=True)
         sys.exit(2)
+    sys.exit(status if isinstance(status, int) else 0)  # what ctx.exit() was given
 
 
 def _user_error(error: BaseException) -> str | None:

@@ -10,7 +10,7 @@ Every stage leaves its result in the run's folder, so a demo that was stopped go
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,19 +21,25 @@ if TYPE_CHECKING:
     from protocol.config import Config
 
 _NUM_TRAINING_WORLDS = 4
+_OPTIONS = "demo.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What makes a demo the same one, so that it can be resumed."""
+
+    seed: int
+    num_steps: int
+    num_actors: int
+    num_eval_questions: int
+    ablation: str
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line asked for."""
-
-    seed: int
-    num_steps: int
+    wanted: Wanted
     run_dir: Path
-    num_actors: int
-    num_eval_questions: int
     quiet: bool
-    ablation: str
 
     @property
     def data(self) -> Path:
@@ -45,11 +51,11 @@ class Options:
 
     @property
     def worlds(self) -> tuple[int, ...]:
-        return tuple(10 * self.seed + i for i in range(1, _NUM_TRAINING_WORLDS + 1))
+        return tuple(10 * self.wanted.seed + i for i in range(1, _NUM_TRAINING_WORLDS + 1))
 
     @property
     def eval_world(self) -> int:
-        return 10 * self.seed + 9
+        return 10 * self.wanted.seed + 9
 
     @property
     def all_worlds(self) -> tuple[int, ...]:
@@ -79,23 +85,19 @@ def demo(
     import logging
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    options = Options(
-        seed=seed,
-        num_steps=steps,
-        run_dir=(run_dir or _free_run_dir()).resolve(),
-        num_actors=actors,
-        num_eval_questions=eval_questions,
-        quiet=quiet,
-        ablation=ablation or "none",
-    )
-    if (options.run_dir / "report.json").is_file():
-        from protocol.errors import DataError
-
-        raise DataError(f"--run-dir {options.run_dir} holds a finished demo: give another, or see its report.json")
-    asyncio.run(_run(options))
+    wanted = Wanted(seed, steps, actors, eval_questions, ablation or "none")
+    folder = _claimed(run_dir, wanted) if run_dir is not None else _next_run_dir(wanted)
+    options = Options(wanted, run_dir=folder.resolve(), quiet=quiet)
+    try:
+        asyncio.run(_run(options))
+    except KeyboardInterrupt:
+        _say("demo: stopped; the same command goes on where it was")
+        raise
 
 
 async def _run(options: Options) -> None:
+    import json
+
     from learner.launch.demo_report import finish, relative
     from learner.launch.plan import plan
     from learner.launch.signals import stop_on_signals
@@ -104,9 +106,10 @@ async def _run(options: Options) -> None:
     from learner.launch.view import show_while, view_of
     from protocol.config_file import save_config
 
-    _say(f"demo: seed {options.seed}, {options.num_steps} steps, in {relative(options.run_dir)}")
+    _say(f"demo: seed {options.wanted.seed}, {options.wanted.num_steps} steps, in {relative(options.run_dir)}")
     with stop_on_signals():
         async with Supervisor(options.run_dir) as supervisor:
+            (options.run_dir / _OPTIONS).write_text(json.dumps(asdict(options.wanted)) + "\n")
             clock = Stopwatch(options.run_dir / "seconds.json")
             with clock.lap("warm_start_s"):
                 await _prepare(options, supervisor)
@@ -124,9 +127,14 @@ async def _run(options: Options) -> None:
                 await show_while(view, supervisor.wait("learner"))
             after = options.run_dir / "eval-after.json"
             with clock.lap("eval_s"):
-                await _evaluate(options, supervisor, saved, after, version=options.num_steps)
+                await _evaluate(options, supervisor, saved, after, version=options.wanted.num_steps)
     report = finish(
-        config, seed=options.seed, num_steps=options.num_steps, before=before, after=after, seconds=clock.seconds
+        config,
+        seed=options.wanted.seed,
+        num_steps=options.wanted.num_steps,
+        before=before,
+        after=after,
+        seconds=clock.seconds,
     )
     _say(report)
 
@@ -139,7 +147,7 @@ async def _prepare(options: Options, supervisor: Supervisor) -> None:
     if not (data / "demonstrations.safetensors").is_file():
         worlds = [argument for world in options.worlds for argument in ("--world", str(world))]
         worlds += ["--eval-world", str(options.eval_world)]
-        seed = str(options.seed)
+        seed = str(options.wanted.seed)
         await _step(supervisor, "data", "actor.tasks.toy.command", "--out", str(data), "--seed", seed, *worlds)
     jobs = [_warm_start(options, supervisor)] if not options.model.is_dir() else []
     await asyncio.gather(_index(options, supervisor), *jobs)
@@ -155,7 +163,7 @@ async def _index(options: Options, supervisor: Supervisor) -> None:
 
 async def _warm_start(options: Options, supervisor: Supervisor) -> None:
     _say("demo: warm start (about a minute): copying, then scripted demonstrations that err on purpose …")
-    arguments = ["--data", str(options.data), "--out", str(options.model), "--seed", str(options.seed)]
+    arguments = ["--data", str(options.data), "--out", str(options.model), "--seed", str(options.wanted.seed)]
     await _step(supervisor, "warm-start", "learner.launch.warm_start", *arguments)
 
 
@@ -166,7 +174,7 @@ async def _evaluate(options: Options, supervisor: Supervisor, config: Path, out:
 
     if out.is_file():
         return
-    _say(f"demo: evaluating version {version} on {options.num_eval_questions} questions of an unseen world …")
+    _say(f"demo: evaluating version {version} on {options.wanted.num_eval_questions} questions of an unseen world …")
     parts = {"sampled": "1.0", "greedy": "0.0"}
     files = {name: out.with_name(f"{out.stem}-{name}.json") for name in parts}
     await asyncio.gather(
@@ -177,7 +185,7 @@ async def _evaluate(options: Options, supervisor: Supervisor, config: Path, out:
                 "learner.launch",
                 "eval",
                 str(config),
-                *("--questions", str(options.num_eval_questions), "--temperature", temperature),
+                *("--questions", str(options.wanted.num_eval_questions), "--temperature", temperature),
                 *("--version", str(version), "--out", str(files[name])),
             )
             for name, temperature in parts.items()
@@ -204,7 +212,7 @@ def _config(options: Options) -> Config:
         return load_config(saved)
     indexes = {f"world-{world}": str(options.data / "indexes" / f"world-{world}") for world in options.all_worlds}
     tree: dict[str, object] = {
-        "run": {"name": f"demo-seed-{options.seed}", "dir": str(options.run_dir), "seed": options.seed},
+        "run": {"name": f"demo-seed-{options.wanted.seed}", "dir": str(options.run_dir), "seed": options.wanted.seed},
         "model": {"path": str(options.model)},
         "task": {
             "kind": "toy",
@@ -220,16 +228,16 @@ def _config(options: Options) -> Config:
             "context_tokens": 160,
             "top_n": 3,
         },
-        "actor": {"count": options.num_actors, "max_trajectories": max(8, 128 // options.num_actors)},
+        "actor": {"count": options.wanted.num_actors, "max_trajectories": max(8, 128 // options.wanted.num_actors)},
         "engine": {"count": 1, "max_running_requests": 128},
         "retriever": {"indexes": indexes},
         "learner": {
-            "num_steps": options.num_steps,
+            "num_steps": options.wanted.num_steps,
             "groups_per_batch": 16,
             "group_size": 8,
             "staleness_bound": 2,
             "tokens_per_micro_batch": 4096,
-            "ablation": options.ablation,
+            "ablation": options.wanted.ablation,
             "advantage": {"eps": 1e-4},
             "loss": {"aggregation": "token"},
             "optimizer": {
@@ -246,12 +254,34 @@ def _config(options: Options) -> Config:
     return with_ports(parse_config(tree, source="the demo's config"))
 
 
-def _free_run_dir() -> Path:
-    """The first runs/demo-N without a report: one that was stopped is resumed."""
+def _next_run_dir(wanted: Wanted) -> Path:
+    """The first runs/demo-N that is free, or holds a demo with the same options that was stopped."""
     number = 1
-    while (Path("runs") / f"demo-{number}" / "report.json").is_file():
+    while (folder := Path("runs") / f"demo-{number}").exists() and not _is_resumable(folder, wanted):
         number += 1
-    return Path("runs") / f"demo-{number}"
+    return folder
+
+
+def _claimed(folder: Path, wanted: Wanted) -> Path:
+    """Raises: DataError where `folder` holds a finished demo, or one with other options."""
+    from protocol.errors import DataError
+
+    if (folder / "report.json").is_file():
+        raise DataError(f"--run-dir {folder} holds a finished demo: give another, or see its report.json")
+    if (folder / _OPTIONS).is_file() and not _is_resumable(folder, wanted):
+        raise DataError(f"--run-dir {folder} holds a demo with other options (see {_OPTIONS} there): give another")
+    return folder
+
+
+def _is_resumable(folder: Path, wanted: Wanted) -> bool:
+    import json
+
+    options = folder / _OPTIONS
+    return (
+        options.is_file()
+        and not (folder / "report.json").is_file()
+        and json.loads(options.read_text()) == asdict(wanted)
+    )
 
 
 def _say(text: str) -> None:

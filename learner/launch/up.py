@@ -38,12 +38,29 @@ def up(run: Path, overrides: tuple[str, ...], dry_run: bool, quiet: bool) -> Non
             click.echo(f"{process.name}: {' '.join(process.argv)}")
         return
     check(config)
+    if is_finished(config):
+        click.echo(f"up: {config.run.name} was at its last step, {config.learner.num_steps}, before")
+        return
     save_config(config, saved)
-    asyncio.run(run_all(config, processes, quiet=quiet))
+    try:
+        asyncio.run(run_all(config, processes, quiet=quiet))
+    except KeyboardInterrupt:
+        click.echo("up: stopped; the same command goes on where it was")
+        raise
     click.echo(
         f"up: {config.run.name} is at its last step, {config.learner.num_steps}; it is in {config.run.dir}/checkpoints"
     )
     click.echo(f"next: palimpsest audit {config.run.dir}; tensorboard --logdir {config.run.dir}/tensorboard")
+
+
+def is_finished(config: Config) -> bool:
+    """Whether a learner has already trained this run to `learner.num_steps`."""
+    import json
+
+    from learner.store import finished_path
+
+    path = finished_path(config.run.dir)
+    return path.is_file() and json.loads(path.read_text())["step"] >= config.learner.num_steps
 
 
 def check(config: Config) -> None:
