@@ -73,9 +73,10 @@ def create_keys(folder: Path) -> None:
 def is_loopback(address: str) -> bool:
     """True for ipc://, inproc:// and tcp:// or http:// on a loopback host."""
     parts = urlsplit(address)
-    if parts.scheme in ("ipc", "inproc"):
-        return True
-    host = parts.hostname or ""
+    return parts.scheme in ("ipc", "inproc") or is_loopback_host(parts.hostname or "")
+
+
+def is_loopback_host(host: str) -> bool:
     if host == "localhost":
         return True
     try:

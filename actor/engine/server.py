@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import ipaddress
 import socket
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from actor.engine.core import Engine
 from actor.engine.http import ServerFacts, build_app
 from actor.engine.scheduler import Scheduler
 from protocol.errors import ConfigError, SecurityError, UnreachableError
+from protocol.transport import is_loopback_host
 
 _MAX_PREFILL_TOKENS = 16_384
 _BACKLOG = 1024
@@ -50,7 +50,7 @@ class EngineServer:
         }.items():
             if value is not None and value < 1:
                 raise ConfigError(f"engine.{name} must be >= 1, got {value}")
-        if api_key is None and not _is_loopback(host):
+        if api_key is None and not is_loopback_host(host):
             raise SecurityError(f"engine.api_key is needed to listen beyond loopback, got none for host {host}")
         self._model_path = Path(model_path)
         self._host = host
@@ -167,12 +167,3 @@ class EngineServer:
             max_total_tokens=max_total_tokens,
         )
         return engine, facts
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
