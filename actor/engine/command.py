@@ -24,7 +24,7 @@ def engine(config: Path, name: str, host: str, port: int, attach: str | None, ov
     """Serve the policy over SGLang's HTTP API and keep its weights current.
 
     CONFIG is the run's TOML or saved config.json. The engine serves leases once it has committed a first publication.
-    With --attach, the weight files are written to a folder that the server must be able to read (same machine).
+    Weight files are written under the run's folder; with --attach, the server must be able to read them there.
     """
     from protocol.config_file import load_config
     from protocol.process import run_async, start_role
@@ -58,8 +58,11 @@ async def _run(config: Config, *, name: str, host: str, port: int, attach: str |
 
 
 async def _keep_current(config: Config, *, name: str, url: str) -> None:
-    """The weight agent, until cancelled. Raises: UnreachableError where there is no engine at `url`."""
-    import tempfile
+    """The weight agent, until cancelled; its weight files are in the run's folder.
+
+    Raises: UnreachableError where there is no engine at `url`.
+    """
+    import shutil
 
     from actor.sglang_client import SGLangClient
     from actor.weight_agent import WeightAgent
@@ -67,30 +70,32 @@ async def _keep_current(config: Config, *, name: str, url: str) -> None:
     from protocol.rpc import RequestClient
     from protocol.transport import Transport
 
+    folder = config.run.dir / "engines" / name
+    shutil.rmtree(folder, ignore_errors=True)
     transport = Transport(keys=config.network.keys)
     try:
-        with tempfile.TemporaryDirectory(prefix=f"palimpsest-{name}-") as folder:
-            async with (
-                SGLangClient(url, api_key=config.network.api_key()) as client,
-                RequestClient(transport.dealer(config.network.weights_address)) as requests,
-            ):
-                try:
-                    await client.model_info()
-                except EngineError as error:
-                    raise UnreachableError(
-                        f"engine {name} cannot be used: {error}; start it, or correct its address"
-                    ) from error
-                agent = WeightAgent(
-                    name=name,
-                    engine=client,
-                    requests=requests,
-                    announcements=transport.subscriber(config.network.announce_address),
-                    base_model=config.model.path,
-                    folder=Path(folder),
-                )
-                await agent.run()
+        async with (
+            SGLangClient(url, api_key=config.network.api_key()) as client,
+            RequestClient(transport.dealer(config.network.weights_address)) as requests,
+        ):
+            try:
+                await client.model_info()
+            except EngineError as error:
+                raise UnreachableError(
+                    f"engine {name} cannot be used: {error}; start it, or correct its address"
+                ) from error
+            agent = WeightAgent(
+                name=name,
+                engine=client,
+                requests=requests,
+                announcements=transport.subscriber(config.network.announce_address),
+                base_model=config.model.path,
+                folder=folder,
+            )
+            await agent.run()
     finally:
         transport.close()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 async def _first_to_end(*coroutines: Coroutine[object, object, None]) -> None:
