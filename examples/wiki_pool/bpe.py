@@ -23,7 +23,7 @@ _PROMPT_COPIES = 500
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, top_n: int) -> Tokenizer:
-    """Control tokens have the first ids, then bytes, then merges, then the tags, which are ordinary text as in Qwen3."""
+    """Control tokens have the first ids, then bytes and merges; tags come last and are ordinary text, as in Qwen3."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -8,10 +8,10 @@ from typing import cast
 
 import numpy as np
 import torch
+from bpe import END, PAD, word_ids, write_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from bpe import END, PAD, word_ids, write_tokenizer
 from learner.induction import induction_pretrain, wire_induction
 from learner.sft import Demonstrations, OnProgress, supervised_finetune
 from protocol.config import OptimizerConfig
@@ -61,7 +61,8 @@ def pretrain(
     copying_steps: int,
     language_steps: int,
     seed: int,
-    on_progress: OnProgress,
+    on_copying: OnProgress,
+    on_language: OnProgress,
 ) -> None:
     """Copying first, on random words, then language on the passages; saves a model folder."""
     model = build_model(tokenizer, seed=seed)
@@ -73,7 +74,7 @@ def pretrain(
         repeated_steps=0,
         optimizer=OPTIMIZER,
         seed=seed,
-        on_progress=on_progress,
+        on_progress=on_copying,
     )
     supervised_finetune(
         model,
@@ -82,7 +83,7 @@ def pretrain(
         batch_size=16,
         optimizer=OPTIMIZER,
         seed=seed,
-        on_progress=on_progress,
+        on_progress=on_language,
     )
     save_model(model, tokenizer, out)
 

@@ -63,7 +63,7 @@ class GoldScript:
         spelled = {title: spelling(title, f"{question}\n{memory}") for title in missing}
         calls = {title: query for title, query in spelled.items() if query}
         if not calls and memory:
-            raise OffScript(f"nothing names {missing[0]!r}")
+            raise OffScript("nothing names the next title")
         self._wanted = tuple(calls)[: self._max_calls] or tuple(missing)
         queries = [calls[title] for title in self._wanted] if calls else [question]
         thought = f"{state} I look up {' and '.join(queries) if calls else 'the question'}."
@@ -72,14 +72,14 @@ class GoldScript:
         return self._rendering.write_action_search(thought, queries)
 
     def _remember(self, context: str, memory: str) -> str:
-        found = [line for line in _PASSAGE.findall(context)]
+        found: list[str] = _PASSAGE.findall(context)
         lines = memory.splitlines()
         for title in self._wanted:
             passage = next((line for line in found if line.startswith(f"{title}: ")), None)
             if passage is not None:
                 lines.append(f"{title}: {self._sentence(passage.removeprefix(f'{title}: '), title)}")
         if len(lines) == len(memory.splitlines()):
-            raise OffScript(f"none of {self._wanted} was found")
+            raise OffScript("no wanted passage was found")
         return "\n".join(lines)
 
     def _sentence(self, text: str, title: str) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from script import Example, GoldScript, OffScript
+
 from actor.demonstrations import ScriptedGenerator
 from actor.sampling import SamplingParams
 from actor.search import Searcher
@@ -15,7 +17,6 @@ from actor.session import Session
 from actor.tokenizer import Tokenizer
 from actor.workflows.chat import ChatRendering
 from actor.workflows.memsearcher import MemSearcher
-from script import Example, GoldScript, OffScript
 from protocol.config import WorkflowConfig
 from protocol.errors import DataError
 from protocol.types import Context, Passage, Question, Status
@@ -84,11 +85,13 @@ async def record(
             try:
                 episode = await workflow.run(Question(example.id, example.question, example.answers), session)
             except OffScript as error:
-                traces.refused[str(error).split("'")[0].strip()] += 1
+                traces.refused[str(error)] += 1
                 continue
             tokens = b"".join(context.token_ids.tobytes() for context in session.contexts)
             if episode.status is not Status.COMPLETED or len(session.contexts) < 2:
                 traces.refused[episode.status.value] += 1
+            elif episode.stats["num_truncated_memories"] > 0:
+                traces.refused["a memory above its limit"] += 1
             elif tokens not in seen:
                 seen.add(tokens)
                 traces.contexts += session.contexts

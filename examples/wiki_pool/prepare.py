@@ -1,0 +1,286 @@
+"""Everything that run.toml needs, from a corpus and questions: index, tokenizer, demonstrations, a first policy.
+
+    corpus, questions ─► index ─► tokenizer ─► demonstrations ─► base: copying, then language
+        ─► rounds/1: imitation, measured ─► … until enough trajectories are well formed ─► model
+
+Each stage leaves its result in --out and is skipped where that is there: a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+RUN_TOML = Path(__file__).resolve().parent / "run.toml"
+DEFAULT_OUT = RUN_TOML.parents[2] / "runs" / "wiki_pool"
+TARGET_SHARE = 0.8
+VECTORS = "minilm_passages_fp16.npz"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line asked for."""
+
+    data: Path
+    out: Path
+    encoder: str
+    vocab_size: int
+    copying_steps: int
+    language_steps: int
+    imitation_steps: int
+    max_rounds: int
+    num_eval_questions: int
+    threads: int
+    seed: int
+
+    @property
+    def corpus(self) -> Path:
+        packed = self.data / "corpus.jsonl.gz"
+        return packed if packed.is_file() else self.data / "corpus.jsonl"
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What `--set` must say for a run on this --out."""
+        if self.out.resolve() == DEFAULT_OUT:
+            return ()
+        return (
+            f"run.dir={self.out / 'run'}",
+            f"model.path={self.out / 'model'}",
+            f"task.questions={json.dumps([str(self.out / 'questions_train.jsonl')])}",
+            f"task.eval_questions={json.dumps([str(self.out / 'questions_dev.jsonl')])}",
+            f"retriever.indexes.wiki_pool={self.out / 'index'}",
+        )
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--data", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the corpus.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_OUT, help="Folder to fill.")
+@click.option("--encoder", default="minilm", help="As of `palimpsest index`.")
+@click.option("--vocab-size", type=click.IntRange(512), default=8192, help="Tokens of the tokenizer.")
+@click.option("--copying-steps", type=click.IntRange(1), default=150, help="On random words.")
+@click.option("--language-steps", type=click.IntRange(1), default=150, help="On 16 passages each.")
+@click.option("--imitation-steps", type=click.IntRange(1), default=200, help="On 8 contexts each, every round.")
+@click.option("--max-rounds", type=click.IntRange(1), default=4, help="Of imitation, at most.")
+@click.option("--eval-questions", type=click.IntRange(1), default=128, help="To measure a round on.")
+@click.option("--threads", type=click.IntRange(1), default=min(2, os.cpu_count() or 1), help="Of torch.")
+@click.option("--seed", type=click.IntRange(0), default=0)
+def main(
+    data: Path,
+    out: Path,
+    encoder: str,
+    vocab_size: int,
+    copying_steps: int,
+    language_steps: int,
+    imitation_steps: int,
+    max_rounds: int,
+    eval_questions: int,
+    threads: int,
+    seed: int,
+) -> None:
+    """Prepare a run on real questions: DATA has corpus.jsonl(.gz), questions_train.jsonl and questions_dev.jsonl."""
+    options = Options(
+        data=data,
+        out=out.resolve(),
+        encoder=encoder,
+        vocab_size=vocab_size,
+        copying_steps=copying_steps,
+        language_steps=language_steps,
+        imitation_steps=imitation_steps,
+        max_rounds=max_rounds,
+        num_eval_questions=eval_questions,
+        threads=threads,
+        seed=seed,
+    )
+    from protocol.errors import UserError
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        _run_stages(options)
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)
+
+
+def _run_stages(options: Options) -> None:
+    started_s = time.monotonic()
+    for name, made, stage in [
+        ("questions", "questions_dev.jsonl", copy_questions),
+        ("index", "index", build_index),
+        ("tokenizer", "tokenizer", make_tokenizer),
+        ("traces", "demonstrations.safetensors", record_traces),
+        ("base", "base", train_base),
+        ("model", "model", train_policy),
+    ]:
+        if (options.out / made).exists():
+            click.echo(f"{name}: there already, {options.out / made}")
+            continue
+        click.echo(f"{name} …")
+        stage(options)
+    click.echo(f"prepared in {time.monotonic() - started_s:.0f} s. Next:")
+    sets = "".join(f" --set '{override}'" for override in options.overrides)
+    click.echo(f"  palimpsest up {os.path.relpath(RUN_TOML)}{sets}")
+
+
+def copy_questions(options: Options) -> None:
+    from protocol.errors import DataError
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in ("questions_train.jsonl", "questions_dev.jsonl"):
+        if not (options.data / name).is_file():
+            raise DataError(f"--data {options.data} has no {name}; README.md says where the questions come from")
+        shutil.copyfile(options.data / name, options.out / name)
+
+
+def build_index(options: Options) -> None:
+    vectors = options.data / VECTORS
+    given = ["--vectors", str(vectors)] if options.encoder == "minilm" and vectors.is_file() else []
+    arguments = [str(options.corpus), "--out", str(options.out / "index"), "--encoder", options.encoder, *given]
+    threads = ["--threads", str(options.threads)]
+    subprocess.run([sys.executable, "-m", "learner.launch", "index", *arguments, *threads], check=True)
+
+
+def make_tokenizer(options: Options) -> None:
+    from bpe import train_tokenizer, write_tokenizer
+
+    from protocol.config_file import load_config
+
+    top_n = load_config(RUN_TOML).workflow.top_n
+    tokenizer = train_tokenizer(_passages(options.corpus), vocab_size=options.vocab_size, top_n=top_n)
+    aside = options.out / ".writing-tokenizer"
+    write_tokenizer(tokenizer, aside)
+    aside.rename(options.out / "tokenizer")
+
+
+def record_traces(options: Options) -> None:
+    from pace import Pace
+    from traces import LocalSearch, read_examples, record
+
+    from actor.demonstrations import save_demonstrations
+    from actor.tokenizer import Tokenizer
+    from protocol.config_file import load_config
+    from retriever.encoders.base import Compute
+    from retriever.open import open_collections
+    from retriever.search import Searcher
+
+    tokenizer = Tokenizer.load(options.out / "tokenizer")
+    collections = open_collections([str(options.out / "index")], compute=Compute(num_threads=options.threads))
+    traces = asyncio.run(
+        record(
+            read_examples(options.out / "questions_train.jsonl"),
+            search=LocalSearch(Searcher(collections)),
+            tokenizer=tokenizer,
+            config=load_config(RUN_TOML).workflow,
+            on_progress=Pace("traces"),
+        )
+    )
+    click.echo(f"  {traces.num_episodes} episodes of {len(traces.contexts)} contexts; left out:")
+    for reason, count in traces.refused.most_common():
+        click.echo(f"    {count:4d} {reason}")
+    save_demonstrations(options.out / "demonstrations.safetensors", traces.contexts)
+
+
+def train_base(options: Options) -> None:
+    from fit import pretrain
+    from pace import Pace
+    from tokenizers import Tokenizer
+
+    _set_up_torch(options.threads)
+    pretrain(
+        options.out / "base",
+        tokenizer=Tokenizer.from_file(str(options.out / "tokenizer" / "tokenizer.json")),
+        texts=_passages(options.corpus),
+        copying_steps=options.copying_steps,
+        language_steps=options.language_steps,
+        seed=options.seed,
+        on_copying=Pace("copying").of_steps(options.copying_steps),
+        on_language=Pace("language").of_steps(options.language_steps),
+    )
+
+
+def train_policy(options: Options) -> None:
+    """Imitation in rounds, each measured, until enough trajectories are well formed. Raises: DataError."""
+    from protocol.errors import DataError
+
+    previous, share = options.out / "base", 0.0
+    for number in range(1, options.max_rounds + 1):
+        folder = options.out / "rounds" / str(number)
+        share = _imitation_round(options, number, start=previous, folder=folder)
+        previous = folder / "model"
+        if share >= TARGET_SHARE:
+            aside = options.out / ".writing-model"
+            shutil.copytree(previous, aside, dirs_exist_ok=True)
+            aside.rename(options.out / "model")
+            return
+    raise DataError(
+        f"after {options.max_rounds} rounds {share:.0%} of the trajectories are well formed, {TARGET_SHARE:.0%} are "
+        f"wanted; read {previous.parent / 'trajectories.jsonl'}, then give more --max-rounds or --imitation-steps"
+    )
+
+
+def _imitation_round(options: Options, number: int, *, start: Path, folder: Path) -> float:
+    """Trains and measures what is not there yet; the share of well-formed trajectories."""
+    from fit import imitate
+    from measure import measure, read_measured
+    from pace import Pace
+    from tokenizers import Tokenizer
+
+    from protocol.config_file import load_config
+
+    _set_up_torch(options.threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "model").is_dir():
+        imitate(
+            start,
+            folder / "model",
+            tokenizer=Tokenizer.from_file(str(options.out / "tokenizer" / "tokenizer.json")),
+            demonstrations=options.out / "demonstrations.safetensors",
+            steps=options.imitation_steps,
+            seed=options.seed + number,
+            on_progress=Pace(f"imitation, round {number}").of_steps(options.imitation_steps),
+        )
+    if not (folder / "summary.json").is_file():
+        click.echo(f"  measuring {options.num_eval_questions} trajectories …")
+        config = load_config(RUN_TOML, (*options.overrides, f"model.path={folder / 'model'}"))
+        asyncio.run(measure(config, num_questions=options.num_eval_questions, folder=folder, threads=options.threads))
+    measured = read_measured(folder / "trajectories.jsonl")
+    click.echo(f"  round {number}: {measured}")
+    return measured.share
+
+
+def _passages(corpus: Path) -> list[str]:
+    """`title: text`, as an observation shows it. Raises: DataError."""
+    from actor.workflows.chat import plain
+    from protocol.errors import DataError
+
+    try:
+        with (gzip.open if corpus.suffix == ".gz" else open)(corpus, "rt", encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        return [plain(f"{row.get('title', '')}: {row['text']}") for row in rows]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"cannot read the corpus {corpus}: {error!r}; README.md says where it comes from") from error
+
+
+def _set_up_torch(threads: int) -> None:
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    torch.set_num_threads(threads)
+    transformers_logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()
