@@ -110,6 +110,9 @@ def _check_batches(store: Store, batch_size: int) -> list[str]:
     if sorted(sizes) != list(range(len(sizes))):
         problems.append(f"the log of batches has a gap: steps {sorted(sizes)[:3]} … of {len(sizes)}")
     problems += [f"batch {step} has {n} groups, not {batch_size}" for step, n in sizes.items() if n != batch_size]
+    absent = store.query("SELECT count(*) FROM batches WHERE cursor NOT IN (SELECT cursor FROM groups)")[0][0]
+    if absent:
+        problems.append(f"{absent} groups were trained that are not in the store")
     early = store.query(
         "SELECT count(*) FROM batches JOIN entries USING (cursor) WHERE entries.slot / ? != batches.step", batch_size
     )[0][0]
@@ -137,8 +140,9 @@ def _ages(store: Store, bound: int) -> tuple[dict[int, int], list[str]]:
     publications = store.publications()
     ages: dict[int, int] = {}
     unknown = 0
+    stored = {row[0] for row in store.query("SELECT cursor FROM groups")}
     for step in range(store.num_batches()):
-        for cursor in store.batch(step):
+        for cursor in stored.intersection(store.batch(step)):
             for context in store.group(cursor).contexts():
                 for span in context.policy_versions:
                     age = step - span.version

@@ -16,9 +16,12 @@ def learner(config: Path, overrides: tuple[str, ...]) -> None:
     CONFIG is the run's TOML, or the config.json that `palimpsest up` saved in the run's folder. Run again, it resumes
     from the newest checkpoint and the recorded batches.
     """
-    from learner.loop import run_learner
     from protocol.config_file import load_config
     from protocol.process import start_role
 
     start_role("learner")
-    run_learner(load_config(config, overrides))
+    loaded = load_config(config, overrides)
+
+    from learner.loop import run_learner  # torch comes with it: a bad config is told before
+
+    run_learner(loaded)

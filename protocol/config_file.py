@@ -24,24 +24,30 @@ _PATH_KEYS = {
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a .toml or .json config; relative paths in it are taken from its folder, those in `overrides` from here.
+    """Reads a .toml or .json config; relative paths in it are taken from its folder, those in `overrides` (and the
+    default of run.dir) from here. All paths of the result are absolute, so that what is saved reads the same anywhere.
 
     `overrides` are `section.key=value` with a TOML value (a bare word counts as a string).
     Raises: ConfigError (names the key), DataError (no such file, not TOML).
     """
     try:
-        text = path.read_text()
+        text = path.read_bytes()
     except OSError as error:
         raise DataError(f"config {path} cannot be read: {error.strerror}") from error
     try:
-        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text.decode())
     except ValueError as error:
         raise DataError(f"config {path} is not valid {path.suffix.lstrip('.') or 'TOML'}: {error}") from error
+    if not isinstance(tree, dict):
+        raise DataError(f"config {path} must hold a table of sections, got {type(tree).__name__}")
     for key in _PATH_KEYS:
         _resolve(tree, key, path.resolve().parent)
     for override in overrides:
         _apply(tree, override)
-    return parse_config(tree, source=str(path))
+    for key in _PATH_KEYS:
+        _resolve(tree, key, Path.cwd())
+    config = parse_config(tree, source=str(path))
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": config.run.dir.absolute()})})
 
 
 def parse_config(tree: dict[str, object], *, source: str) -> Config:

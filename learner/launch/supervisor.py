@@ -14,6 +14,7 @@ import asyncio
 import json
 import logging
 import os
+import shutil
 import signal
 import time
 from collections import deque
@@ -27,6 +28,7 @@ from protocol.errors import PalimpsestError, UserError
 log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 10.0
+_RESTART_PAUSE_S = 0.25
 _MAX_RESTARTS = 5
 _WINDOW_S = 60.0
 _USER_ERROR_STATUS = 2
@@ -50,12 +52,15 @@ class Supervisor:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
+        self._temporary = run_dir.resolve() / "tmp"
         self._children: dict[str, _Child] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._failure: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Supervisor:
         (self._run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir()
         self._failure = asyncio.get_running_loop().create_future()
         return self
 
@@ -64,6 +69,7 @@ class Supervisor:
         if self._failure is not None and self._failure.done() and not self._failure.cancelled():
             self._failure.exception()
         (self._run_dir / "processes.json").unlink(missing_ok=True)
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
     def log_path(self, name: str) -> Path:
         return self._run_dir / "logs" / f"{name}.log"
@@ -117,7 +123,7 @@ class Supervisor:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                env=_environment(),
+                env=_environment(self._temporary),
             )
         child.status = None
         self._write_processes()
@@ -137,7 +143,7 @@ class Supervisor:
                     self._failure.set_exception(self._error_of(child, child.status) or RunFailed(child.spec.name))
                 return
             child.recent.append(now)
-            pause_s = min(5.0, 0.25 * 2 ** sum(now - then < _WINDOW_S for then in child.recent))
+            pause_s = min(5.0, _RESTART_PAUSE_S * 2 ** sum(now - then < _WINDOW_S for then in child.recent))
             log.warning("%s ended (%s): restarting in %.1f s", child.spec.name, _ended(child.status), pause_s)
             await asyncio.sleep(pause_s)
             child.num_restarts += 1
@@ -178,11 +184,13 @@ class Supervisor:
         aside.replace(self._run_dir / "processes.json")
 
 
-def _environment() -> dict[str, str]:
-    """One torch/BLAS thread a process unless a role asks for more, and the launcher's pid, whose end is theirs."""
+def _environment(temporary: Path) -> dict[str, str]:
+    """One torch/BLAS thread a process unless a role asks for more; the launcher's pid, whose end is theirs; and a
+    folder for temporary files, which the launcher removes, because a process that is killed cannot."""
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name not in os.environ}
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    return {**os.environ, **threads, **quiet, "PALIMPSEST_LAUNCHER_PID": str(os.getpid())}
+    launcher = {"PALIMPSEST_LAUNCHER_PID": str(os.getpid()), "TMPDIR": str(temporary)}
+    return {**os.environ, **threads, **quiet, **launcher}
 
 
 def _state(child: _Child) -> str:

@@ -1,0 +1,166 @@
+"""Whole runs of real processes: a tiny one to its end, and demos whose processes are killed or interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from learner.audit import audit_run
+from tests.launch.tiny_run import make_tiny_run
+
+RUN_TIMEOUT_S = 420.0
+
+
+@contextmanager
+def launched(*arguments: str | Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The launcher as a process of its own session; SIGINT reaches it alone."""
+    with (
+        log.open("ab") as output,
+        subprocess.Popen(
+            [sys.executable, "-m", "learner.launch", *map(str, arguments)],
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until something in the run's folder makes `condition` true, while the launcher lives."""
+    deadline = time.monotonic() + RUN_TIMEOUT_S
+    while not condition():
+        assert process.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.02)
+
+
+def steps(run_dir: Path) -> int:
+    """How many steps the metrics speak of."""
+    path = run_dir / "metrics.jsonl"
+    return len({json.loads(line)["step"] for line in path.read_text().splitlines()}) if path.is_file() else 0
+
+
+def pids(run_dir: Path) -> dict[str, int]:
+    try:
+        return json.loads((run_dir / "processes.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def ports(run_dir: Path) -> list[int]:
+    config = json.loads((run_dir / "config.json").read_text())
+    network = config["network"]
+    named = [network[f"{name}_port"] for name in ("control", "weights", "announce")]
+    return [*named, config["retriever"]["port"], *config["engine"]["ports"]]
+
+
+def can_bind(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def assert_nothing_left(run_dir: Path, processes: dict[str, int]) -> None:
+    assert not any(alive(pid) for pid in processes.values())
+    assert all(can_bind(port) for port in ports(run_dir))
+    assert not (run_dir / "tmp").exists()
+    assert not (run_dir / "processes.json").exists()
+
+
+def test_a_tiny_run_through_everything(tmp_path: Path) -> None:
+    """Two steps of an untrained model: retriever, engine, actor and learner as processes on real sockets."""
+    run = make_tiny_run(tmp_path)
+    log = tmp_path / "up.log"
+    with launched("up", run.config, log=log) as process:
+        until(lambda: len(pids(run.run_dir)) == 4, process, log)
+        processes = pids(run.run_dir)
+        assert process.wait(timeout=RUN_TIMEOUT_S) == 0, log.read_text()
+    assert_nothing_left(run.run_dir, processes)
+    assert "up: tiny is at its last step, 2" in log.read_text()
+    audit = audit_run(run.run_dir)
+    assert audit.problems == ()
+    assert (audit.num_steps, audit.num_trained, audit.num_trajectories_trained) == (2, 4, 8)
+    assert (audit.num_groups_lost, audit.num_publications) == (0, 3)
+    assert audit.staleness_max <= 1
+    assert audit.num_tokens_trained > 0
+    assert steps(run.run_dir) == 2
+    assert [path.name for path in (run.run_dir / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def demo(run_dir: Path) -> tuple[str | Path, ...]:
+    sizes = ("--steps", "6", "--eval-questions", "32", "--seed", "0", "--quiet")
+    return ("demo", *sizes, "--run-dir", run_dir)
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo that was interrupted after two steps; checked to leave nothing behind."""
+    run_dir = tmp_path_factory.mktemp("demo") / "run"
+    log = run_dir.parent / "demo.log"
+    before = set(Path("/tmp").glob("palimpsest-*"))
+    with launched(*demo(run_dir), log=log) as process:
+        until(lambda: steps(run_dir) >= 2, process, log)
+        processes = pids(run_dir)
+        assert set(processes) >= {"retriever", "learner", "engine-0", "actor-0", "actor-1"}
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130, log.read_text()
+    assert_nothing_left(run_dir, processes)
+    assert set(Path("/tmp").glob("palimpsest-*")) <= before
+    assert not (run_dir / "report.json").exists()
+    return run_dir
+
+
+@pytest.mark.slow
+def test_a_demo_survives_an_interrupt_and_kills(warm: Path) -> None:
+    """Ctrl-C after two steps, then run again: an actor, the engine and the learner are killed, and it still ends."""
+    run_dir, log = warm, warm.parent / "demo.log"
+    audit = audit_run(run_dir)
+    assert audit.problems == ()
+    already = steps(run_dir)
+    victims = ["actor-0", "engine-0", "learner"]
+    with launched(*demo(run_dir), log=log) as process:
+        for i, victim in enumerate(victims):
+            until(lambda i=i: steps(run_dir) >= min(5, already + i), process, log)
+            until(lambda victim=victim: victim in pids(run_dir), process, log)
+            pid = pids(run_dir)[victim]
+            os.kill(pid, signal.SIGKILL)
+            until(lambda victim=victim, pid=pid: pids(run_dir).get(victim) not in (None, pid), process, log)
+        processes = pids(run_dir)
+        assert process.wait(timeout=RUN_TIMEOUT_S) == 0, log.read_text()
+    assert_nothing_left(run_dir, processes)
+    report = json.loads((run_dir / "report.json").read_text())
+    assert report["num_steps"] == 6
+    assert report["num_groups_trained"] == 6 * 16
+    assert report["num_groups_lost"] == 0
+    assert report["audit_problems"] == []
+    assert report["num_eval_questions"] == 32
+    assert 0 <= report["staleness_max"] <= report["staleness_bound"]
+    audit = audit_run(run_dir)
+    assert audit.problems == ()
+    assert audit.num_steps == 6
