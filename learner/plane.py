@@ -20,7 +20,6 @@ from learner.publisher import Publisher
 from learner.store import Store
 from protocol.config import NetworkConfig
 from protocol.errors import PalimpsestError
-from protocol.process import run_async
 from protocol.transport import Transport
 
 T = TypeVar("T")
@@ -88,7 +87,7 @@ class Plane:
 
     def _main(self) -> None:
         try:
-            run_async(self._serve())
+            asyncio.run(self._serve())
         except BaseException as error:
             self._error = error
             if self._ready.done():

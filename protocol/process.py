@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import logging
 import os
@@ -15,7 +16,10 @@ T = TypeVar("T")
 
 
 def start_role(title: str) -> None:
-    """Logs to stderr, names the process for `ps`, and turns SIGTERM into SystemExit(143) so that `finally` runs."""
+    """Logs to stderr, names the process for `ps`, and turns SIGTERM into SystemExit(143) so that `finally` runs.
+
+    An asyncio role goes on with `run_async`, whose signals cancel a task instead.
+    """
     import setproctitle
 
     logging.basicConfig(
@@ -29,14 +33,35 @@ def start_role(title: str) -> None:
 
 
 def run_async(coroutine: Coroutine[object, object, T]) -> T:
-    """asyncio.run on uvloop, where there is one."""
-    if sys.platform == "win32":
-        import asyncio
+    """asyncio.run on uvloop, where there is one. SIGTERM and SIGHUP stop it as Ctrl-C does: its task is cancelled,
+    and when that is done, KeyboardInterrupt is raised."""
+    signals: list[int] = []
+    run = asyncio.run
+    if sys.platform != "win32":
+        import uvloop
 
-        return asyncio.run(coroutine)
-    import uvloop
+        run = uvloop.run
+    try:
+        return run(_cancelled_by_signals(coroutine, signals))
+    except asyncio.CancelledError:
+        if signals:
+            raise KeyboardInterrupt from None
+        raise
 
-    return uvloop.run(coroutine)
+
+async def _cancelled_by_signals(coroutine: Coroutine[object, object, T], signals: list[int]) -> T:
+    """Cancels the running task at the first signal and notes it in `signals`; later ones change nothing."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def stop(number: int) -> None:
+        if not signals:
+            signals.append(number)
+            task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop, number)
+    return await coroutine
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:

@@ -81,15 +81,16 @@ def demo(
     scripted, noisy warm start teaches it the format; reinforcement learning makes it reliable: it sharpens noisy
     behaviour, it discovers no new skill. About four minutes on two cores.
     """
-    import asyncio
     import logging
+
+    from protocol.process import run_async
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     wanted = Wanted(seed, steps, actors, eval_questions, ablation or "none")
     folder = _claimed(run_dir, wanted) if run_dir is not None else _next_run_dir(wanted)
     options = Options(wanted, run_dir=folder.resolve(), quiet=quiet)
     try:
-        asyncio.run(_run(options))
+        run_async(_run(options))
     except KeyboardInterrupt:
         _say("demo: stopped; the same command goes on where it was")
         raise
@@ -100,34 +101,32 @@ async def _run(options: Options) -> None:
 
     from learner.launch.demo_report import finish, relative
     from learner.launch.plan import plan
-    from learner.launch.signals import stop_on_signals
     from learner.launch.stopwatch import Stopwatch
     from learner.launch.supervisor import Supervisor
     from learner.launch.view import show_while, view_of
     from protocol.config_file import save_config
 
     _say(f"demo: seed {options.wanted.seed}, {options.wanted.num_steps} steps, in {relative(options.run_dir)}")
-    with stop_on_signals():
-        async with Supervisor(options.run_dir) as supervisor:
-            (options.run_dir / _OPTIONS).write_text(json.dumps(asdict(options.wanted)) + "\n")
-            clock = Stopwatch(options.run_dir / "seconds.json")
-            with clock.lap("warm_start_s"):
-                await _prepare(options, supervisor)
-            config = _config(options)
-            saved = options.run_dir / "config.json"
-            save_config(config, saved)
-            processes = plan(config, config_path=saved)
-            await supervisor.start([spec for spec in processes if spec.role != "actor"])
-            before = options.run_dir / "eval-before.json"
-            with clock.lap("eval_s"):
-                await _evaluate(options, supervisor, saved, before, version=0)
-            with clock.lap("rl_s"):
-                await supervisor.start([spec for spec in processes if spec.role == "actor"])
-                view = view_of(config, supervisor.states, quiet=options.quiet)
-                await show_while(view, supervisor.wait("learner"))
-            after = options.run_dir / "eval-after.json"
-            with clock.lap("eval_s"):
-                await _evaluate(options, supervisor, saved, after, version=options.wanted.num_steps)
+    async with Supervisor(options.run_dir) as supervisor:
+        (options.run_dir / _OPTIONS).write_text(json.dumps(asdict(options.wanted)) + "\n")
+        clock = Stopwatch(options.run_dir / "seconds.json")
+        with clock.lap("warm_start_s"):
+            await _prepare(options, supervisor)
+        config = _config(options)
+        saved = options.run_dir / "config.json"
+        save_config(config, saved)
+        processes = plan(config, config_path=saved)
+        await supervisor.start([spec for spec in processes if spec.role != "actor"])
+        before = options.run_dir / "eval-before.json"
+        with clock.lap("eval_s"):
+            await _evaluate(options, supervisor, saved, before, version=0)
+        with clock.lap("rl_s"):
+            await supervisor.start([spec for spec in processes if spec.role == "actor"])
+            view = view_of(config, supervisor.states, quiet=options.quiet)
+            await show_while(view, supervisor.wait("learner"))
+        after = options.run_dir / "eval-after.json"
+        with clock.lap("eval_s"):
+            await _evaluate(options, supervisor, saved, after, version=options.wanted.num_steps)
     report = finish(
         config,
         seed=options.wanted.seed,

@@ -23,11 +23,11 @@ def up(run: Path, overrides: tuple[str, ...], dry_run: bool, quiet: bool) -> Non
     Ctrl-C stops all of them; running it again resumes. Logs are in the run's folder under logs/, TensorBoard's files
     under tensorboard/, checkpoints under checkpoints/.
     """
-    import asyncio
     import logging
 
     from learner.launch.plan import plan, with_ports
     from protocol.config_file import load_config, save_config
+    from protocol.process import run_async
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     config = with_ports(load_config(run, overrides))
@@ -43,7 +43,7 @@ def up(run: Path, overrides: tuple[str, ...], dry_run: bool, quiet: bool) -> Non
         return
     save_config(config, saved)
     try:
-        asyncio.run(run_all(config, processes, quiet=quiet))
+        run_async(run_all(config, processes, quiet=quiet))
     except KeyboardInterrupt:
         click.echo("up: stopped; the same command goes on where it was")
         raise
@@ -87,11 +87,9 @@ def check(config: Config) -> None:
 
 async def run_all(config: Config, processes: list[ProcessSpec], *, quiet: bool) -> None:
     """Until the learner is done. Raises: UserError, RunFailed."""
-    from learner.launch.signals import stop_on_signals
     from learner.launch.supervisor import Supervisor
     from learner.launch.view import show_while, view_of
 
-    with stop_on_signals():
-        async with Supervisor(config.run.dir) as supervisor:
-            await supervisor.start(processes)
-            await show_while(view_of(config, supervisor.states, quiet=quiet), supervisor.wait("learner"))
+    async with Supervisor(config.run.dir) as supervisor:
+        await supervisor.start(processes)
+        await show_while(view_of(config, supervisor.states, quiet=quiet), supervisor.wait("learner"))
