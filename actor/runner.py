@@ -100,7 +100,7 @@ class Runner:
             match message:
                 case Status():
                     self._on_engines(message.engines)
-                case Lease() if message.lease_id not in self._running:
+                case Lease() if message.lease_id not in self._running and message.lease_id not in self._held:
                     task = tasks.create_task(self._work(message), name=f"group {message.cursor}")
                     self._running[message.lease_id] = task
                 case SubmitReply():
@@ -114,6 +114,7 @@ class Runner:
         try:
             group = await self._rollout(lease)
             frames = encode_group(group, lease_id=lease.lease_id)
+            decode(frames)  # what the coordinator cannot read has no answer and would be held for ever: an error, here
             self._held[lease.lease_id] = _Held(frames, asyncio.get_running_loop().time())
             await self._dealer.send(frames)
             self.num_sent += 1

@@ -90,9 +90,8 @@ class Supervisor:
 
     async def run(self, spec: ProcessSpec) -> None:
         """Runs a process that is to end by itself. Raises: UserError, RunFailed (also for any other status but 0)."""
-        child = _Child(spec)
+        child = self._children[spec.name] = _Child(spec)
         await self._spawn(child)
-        self._children[spec.name] = child
         assert child.process is not None
         assert self._failure is not None
         ended = asyncio.ensure_future(child.process.wait())
@@ -100,6 +99,8 @@ class Supervisor:
         if self._failure.done():
             ended.cancel()
             self._failure.result()
+        del self._children[spec.name]
+        self._write_processes()
         if (error := self._error_of(child, ended.result())) is not None:
             raise error
 

@@ -1,0 +1,204 @@
+"""The runner against a coordinator that is played by hand on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from actor import runner as runner_module
+from actor.runner import Runner
+from protocol.codec import decode_group
+from protocol.errors import MalformedMessage
+from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, Lease, Status, SubmitGroup, SubmitReply
+from protocol.transport import Transport
+from protocol.types import Context, Question, Trajectory, TrajectoryGroup, VersionSpan
+from protocol.wire import Message, decode, encode
+
+WAIT_S = 20.0
+
+
+@dataclass
+class Stage:
+    """The coordinator's end, a rollout that waits until the test lets it go, and the runner between them."""
+
+    transport: Transport = field(default_factory=Transport)
+    engines: list[Sequence[EngineFields]] = field(default_factory=list)
+    gates: dict[int, asyncio.Event] = field(default_factory=dict)
+    question_id: str = "q"
+    peer: bytes = b""
+
+    def __post_init__(self) -> None:
+        self.router = self.transport.router("tcp://127.0.0.1:0")
+        self.runner = Runner(
+            name="actor-0",
+            capacity=3,
+            dealer=self.transport.dealer(self.router.address),
+            rollout=self._rollout,
+            on_engines=self.engines.append,
+            counters=lambda: {"busy": 1.0},
+            heartbeat_s=0.02,
+        )
+        self.running = asyncio.create_task(self.runner.run())
+
+    async def _rollout(self, lease: Lease) -> TrajectoryGroup:
+        await self.gates.setdefault(lease.lease_id, asyncio.Event()).wait()
+        context = Context(
+            token_ids=np.array([1, 2], dtype=np.int32),
+            loss_mask=np.array([False, True]),
+            behavior_logprobs=np.array([0.0, -1.0], dtype=np.float32),
+            policy_versions=(VersionSpan(1, 2, 0, 1),),
+        )
+        question = Question(self.question_id, "who?", ("a",))
+        return TrajectoryGroup("run", lease.cursor, lease.attempt, question, (Trajectory((context,), 1.0),))
+
+    def finish(self, lease_id: int) -> None:
+        self.gates.setdefault(lease_id, asyncio.Event()).set()
+
+    async def receive(self, kind: type[Message], *, held: list[int] | None = None) -> Message:
+        """The next message of `kind`; of heartbeats, the next one that names `held`."""
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                self.peer, frames = await self.router.recv()
+                message, payload = decode(frames)
+                if isinstance(message, SubmitGroup):
+                    decode_group(message, payload)
+                if not isinstance(message, kind):
+                    continue
+                if held is None or (isinstance(message, Heartbeat) and message.held == held):
+                    return message
+
+    async def send(self, message: Message) -> None:
+        assert await self.router.send(self.peer, [encode(message)])
+
+    async def lease(self, lease_id: int) -> None:
+        cursor = lease_id + 100
+        await self.send(Lease(lease_id=lease_id, run_id="run", cursor=cursor, attempt=0, group_size=1, min_version=0))
+
+
+@pytest.fixture
+async def stage() -> AsyncIterator[Stage]:
+    stage = Stage()
+    yield stage
+    stage.running.cancel()
+    await asyncio.wait([stage.running])
+    stage.transport.close()
+
+
+async def test_heartbeats_say_everything(stage: Stage) -> None:
+    first = await stage.receive(Heartbeat)
+    assert isinstance(first, Heartbeat)
+    assert (first.actor, first.capacity, first.held, first.counters) == ("actor-0", 3, [], {"busy": 1.0})
+    await stage.lease(2)
+    await stage.lease(1)
+    await stage.receive(Heartbeat, held=[1, 2])
+    engine = EngineFields(name="e", url="http://127.0.0.1:1", version=3, publication=4)
+    await stage.send(Status(run_id="run", step=0, num_steps=1, engines=[engine]))
+    await stage.receive(Heartbeat)
+    await stage.receive(Heartbeat)
+    assert stage.engines == [[engine]]
+
+
+async def test_a_group_is_held_and_sent_again_until_it_is_acknowledged(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "RESEND_S", 0.05)
+    await stage.receive(Heartbeat)
+    await stage.lease(1)
+    await stage.receive(Heartbeat, held=[1])
+    stage.finish(1)
+    first = await stage.receive(SubmitGroup)
+    await stage.receive(Heartbeat, held=[1])
+    assert await stage.receive(SubmitGroup) == first
+    assert await stage.receive(SubmitGroup) == first
+    await stage.send(SubmitReply(lease_id=7, outcome="accepted"))
+    await stage.receive(Heartbeat, held=[1])
+    await stage.send(SubmitReply(lease_id=1, outcome="accepted"))
+    await stage.receive(Heartbeat, held=[])
+    assert stage.runner.num_sent == 1
+
+
+async def test_a_refused_group_is_dropped(stage: Stage) -> None:
+    await stage.receive(Heartbeat)
+    await stage.lease(1)
+    stage.finish(1)
+    await stage.receive(SubmitGroup)
+    await stage.send(SubmitReply(lease_id=1, outcome="refused", reason="no"))
+    await stage.receive(Heartbeat, held=[])
+    assert stage.runner.num_refused == 1
+
+
+async def test_a_lease_that_comes_twice_is_worked_on_once(stage: Stage) -> None:
+    await stage.receive(Heartbeat)
+    await stage.lease(1)
+    await stage.lease(1)
+    await stage.receive(Heartbeat, held=[1])
+    stage.finish(1)
+    await stage.receive(SubmitGroup)
+    await stage.lease(1)
+    await stage.send(SubmitReply(lease_id=1, outcome="accepted"))
+    await stage.receive(Heartbeat, held=[])
+    assert stage.runner.num_sent == 1
+
+
+async def test_drain_ends_it_with_goodbye(stage: Stage) -> None:
+    await stage.receive(Heartbeat)
+    await stage.lease(1)
+    await stage.receive(Heartbeat, held=[1])
+    await stage.send(Drain(reason="the run is over"))
+    goodbye = await stage.receive(Goodbye)
+    assert isinstance(goodbye, Goodbye)
+    assert goodbye.actor == "actor-0"
+    async with asyncio.timeout(WAIT_S):
+        assert await stage.running == "the run is over"
+
+
+async def test_cancelled_it_says_goodbye(stage: Stage) -> None:
+    await stage.receive(Heartbeat)
+    await stage.lease(1)
+    await stage.receive(Heartbeat, held=[1])
+    stage.running.cancel()
+    await stage.receive(Goodbye)
+    await asyncio.wait([stage.running], timeout=WAIT_S)
+    assert stage.running.cancelled()
+
+
+async def test_foreign_and_malformed_messages_are_ignored(stage: Stage) -> None:
+    beat = await stage.receive(Heartbeat)
+    for frames in ([b""], [b"\xff" * 9], [encode(beat)], [b"x"] * 20):
+        assert await stage.router.send(stage.peer, frames)
+    await stage.lease(1)
+    await stage.receive(Heartbeat, held=[1])
+
+
+async def test_a_failing_rollout_ends_the_actor(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defect is seen: the process ends with it, its leases are given back, and the launcher starts another."""
+
+    async def fail(lease: Lease) -> TrajectoryGroup:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(stage.runner, "_rollout", fail)
+    await stage.receive(Heartbeat)
+    await stage.lease(1)
+    await stage.receive(Goodbye)
+    await asyncio.wait([stage.running], timeout=WAIT_S)
+    error = stage.running.exception()
+    assert isinstance(error, ExceptionGroup)
+    assert isinstance(error.exceptions[0], ZeroDivisionError)
+
+
+async def test_a_group_that_no_coordinator_could_read_is_an_error_here(stage: Stage) -> None:
+    """Its header would be refused unread, without an answer, and the actor would hold it for ever."""
+    stage.question_id = "q" * 200
+    await stage.receive(Heartbeat)
+    await stage.lease(1)
+    stage.finish(1)
+    await stage.receive(Goodbye)
+    await asyncio.wait([stage.running], timeout=WAIT_S)
+    error = stage.running.exception()
+    assert isinstance(error, ExceptionGroup)
+    assert isinstance(error.exceptions[0], MalformedMessage)
+    assert "question.id" in str(error.exceptions[0])

@@ -1,0 +1,212 @@
+"""The supervisor with real processes: restarts, failures, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from learner.launch import supervisor as supervisor_module
+from learner.launch.plan import ProcessSpec
+from learner.launch.supervisor import RunFailed, Supervisor
+from protocol.errors import UserError
+
+WAIT_S = 30.0
+SLEEP = "import time; time.sleep(600)"
+
+
+def python(name: str, code: str) -> ProcessSpec:
+    return ProcessSpec(name, "step", (sys.executable, "-c", code))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110 (what happens is in other processes)
+            await asyncio.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    """A zombie is not alive."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def pids(run_dir: Path) -> dict[str, int]:
+    try:
+        return json.loads((run_dir / "processes.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+@pytest.fixture(autouse=True)
+def _restart_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "_RESTART_PAUSE_S", 0.0)
+
+
+async def test_a_killed_process_is_started_again(tmp_path: Path) -> None:
+    async with Supervisor(tmp_path) as supervisor:
+        await supervisor.start([python("role", SLEEP), python("other", SLEEP)])
+        first = pids(tmp_path)
+        os.kill(first["role"], signal.SIGKILL)
+        await until(lambda: pids(tmp_path).get("role") not in (None, first["role"]))
+        assert pids(tmp_path)["other"] == first["other"]
+        assert supervisor.states() == {"role": ("running", 1), "other": ("running", 0)}
+        last = pids(tmp_path)
+    assert not any(alive(pid) for pid in [*first.values(), *last.values()])
+    assert not (tmp_path / "processes.json").exists()
+
+
+async def test_it_waits_for_a_process_that_ends_well(tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    code = f"import pathlib, sys; p = pathlib.Path({str(flag)!r}); e = p.exists(); p.touch(); sys.exit(0 if e else 7)"
+    async with Supervisor(tmp_path) as supervisor:
+        await supervisor.start([python("learner", code), python("engine", SLEEP)])
+        await asyncio.wait_for(supervisor.wait("learner"), WAIT_S)
+        assert supervisor.states() == {"learner": ("done", 1), "engine": ("running", 0)}
+        assert list(pids(tmp_path)) == ["engine"]
+
+
+async def test_bad_input_stops_the_run_with_its_sentence(tmp_path: Path) -> None:
+    code = (
+        "import sys; print('a log line', file=sys.stderr); print('error: no such model', file=sys.stderr); sys.exit(2)"
+    )
+    async with Supervisor(tmp_path) as supervisor:
+        await supervisor.start([python("learner", SLEEP), python("engine-0", code)])
+        running = pids(tmp_path)["learner"]
+        with pytest.raises(UserError, match=r"^engine-0: no such model$"):
+            await asyncio.wait_for(supervisor.wait("learner"), WAIT_S)
+    assert not alive(running)
+
+
+async def test_too_many_restarts_fail_the_run_with_the_log(tmp_path: Path) -> None:
+    code = "import sys; print('trouble'); sys.exit(3)"
+    async with Supervisor(tmp_path) as supervisor:
+        await supervisor.start([python("learner", SLEEP), python("actor-0", code)])
+        with pytest.raises(RunFailed, match=r"(?s)actor-0 ended \(exit status 3\); .*actor-0.log ends:\n.*trouble"):
+            await asyncio.wait_for(supervisor.wait("learner"), WAIT_S)
+        assert supervisor.states()["actor-0"][1] == supervisor_module._MAX_RESTARTS
+    assert supervisor.log_path("actor-0").read_text().count("trouble") == supervisor_module._MAX_RESTARTS + 1
+
+
+async def test_a_step_that_fails(tmp_path: Path) -> None:
+    async with Supervisor(tmp_path) as supervisor:
+        await supervisor.run(python("good", "pass"))
+        with pytest.raises(RunFailed, match=r"(?s)bad ended \(exit status 1\).*ZeroDivisionError"):
+            await supervisor.run(python("bad", "1 / 0"))
+        with pytest.raises(RunFailed, match="killed by SIGKILL"):
+            await supervisor.run(python("shot", "import os; os.kill(os.getpid(), 9)"))
+        with pytest.raises(UserError, match=r"^bad: say so$"):
+            await supervisor.run(python("bad", "import sys; print('error: say so', file=sys.stderr); sys.exit(2)"))
+
+
+async def test_a_process_that_fails_ends_a_step_that_runs(tmp_path: Path) -> None:
+    async with Supervisor(tmp_path) as supervisor:
+        step = asyncio.create_task(supervisor.run(python("step", SLEEP)))
+        await until(lambda: "step" in pids(tmp_path))
+        pid = pids(tmp_path)["step"]
+        await supervisor.start([python("role", "import sys; sys.exit(2)")])
+        with pytest.raises(UserError, match="role: see its log"):
+            await asyncio.wait_for(step, WAIT_S)
+    assert not alive(pid)
+
+
+async def test_one_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "STOP_TIMEOUT_S", 0.2)
+    code = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); {SLEEP}"
+    async with Supervisor(tmp_path) as supervisor:
+        await supervisor.start([python("deaf", code)])
+        await until(lambda: "deaf" in supervisor.log_path("deaf").read_text())
+        pid = pids(tmp_path)["deaf"]
+    assert not alive(pid)
+
+
+async def test_an_error_in_the_block_leaves_no_process(tmp_path: Path) -> None:
+    found: dict[str, int] = {}
+
+    async def launch() -> None:
+        async with Supervisor(tmp_path) as supervisor:
+            await supervisor.start([python("a", SLEEP), python("b", SLEEP)])
+            found.update(pids(tmp_path))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await launch()
+    assert len(found) == 2
+    assert not any(alive(pid) for pid in found.values())
+
+
+async def test_cancelled_it_leaves_no_process(tmp_path: Path) -> None:
+    async def launch() -> None:
+        async with Supervisor(tmp_path) as supervisor:
+            await supervisor.start([python("a", SLEEP)])
+            await supervisor.run(python("b", SLEEP))
+
+    launching = asyncio.create_task(launch())
+    await until(lambda: len(pids(tmp_path)) == 2)
+    found = pids(tmp_path)
+    launching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(launching, WAIT_S)
+    assert not any(alive(pid) for pid in found.values())
+
+
+async def test_temporary_files_of_a_killed_process_go_with_the_run(tmp_path: Path) -> None:
+    """An engine that is killed cannot remove its folder of weights: the launcher does."""
+    code = f"import tempfile; print(tempfile.mkdtemp(), flush=True); {SLEEP}"
+    async with Supervisor(tmp_path) as supervisor:
+        await supervisor.start([python("engine", code)])
+        await until(lambda: "\n" in supervisor.log_path("engine").read_text())
+        folder = Path(supervisor.log_path("engine").read_text().strip())
+        assert folder.is_dir()
+        os.kill(pids(tmp_path)["engine"], signal.SIGKILL)
+    assert not folder.exists()
+
+
+_LAUNCHER = """
+import asyncio, sys
+from pathlib import Path
+from learner.launch.plan import ProcessSpec
+from learner.launch.supervisor import Supervisor
+
+async def main():
+    role = "from protocol.process import start_role; start_role('role'); print('up', flush=True); " + sys.argv[2]
+    async with Supervisor(Path(sys.argv[1])) as supervisor:
+        await supervisor.start([ProcessSpec("role", "step", (sys.executable, "-c", role))])
+        await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+async def test_roles_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
+    launcher = subprocess.Popen([sys.executable, "-c", _LAUNCHER, str(tmp_path), SLEEP])  # noqa: ASYNC220
+    try:
+        log = tmp_path / "logs" / "role.log"
+        await until(lambda: log.is_file() and "up" in log.read_text())
+        pid = pids(tmp_path)["role"]
+        assert alive(pid)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    await until(lambda: not alive(pid))
+
+
+def test_a_role_whose_launcher_is_gone_ends_at_once() -> None:
+    code = "from protocol.process import start_role; start_role('role'); print('never')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PALIMPSEST_LAUNCHER_PID": "1"},
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+    )
+    assert (done.returncode, done.stdout) == (143, "")
