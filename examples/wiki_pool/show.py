@@ -1,0 +1,58 @@
+"""Prints recorded trajectories turn by turn, as Markdown: python examples/wiki_pool/show.py FILE [--id ID] [--status S]
+
+FILE is what `palimpsest eval --trajectories FILE` writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import click
+
+_MESSAGE = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
+_MEMORY = re.compile(r"<memory>\n(.*?)\n?</memory>", re.DOTALL)
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--id", "wanted", help="Of a question.")
+@click.option("--status", help="How it ended, such as completed.")
+@click.option("--num", default=1, help="How many.")
+@click.option("--system", is_flag=True, help="With the system message, which is the same in all contexts.")
+def main(file: Path, wanted: str | None, status: str | None, num: int, system: bool) -> None:
+    """Print trajectories of FILE."""
+    shown = 0
+    for line in file.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if shown < num and wanted in (None, row["id"]) and status in (None, row["status"]):
+            shown += 1
+            click.echo(as_markdown(row, system=system))
+
+
+def as_markdown(row: dict, *, system: bool) -> str:
+    """A trajectory: its question, each turn's memory and messages, and what came of it."""
+    parts = [f"**{row['question']}** (gold: {'; '.join(row['answers'])})"]
+    for turn, context in enumerate(row["contexts"], start=1):
+        messages = _MESSAGE.findall(context)
+        memory = _MEMORY.search(messages[1][1])
+        parts.append(f"### Turn {turn}\n\nMemory it begins with: {_quoted(memory[1].strip() if memory else '')}")
+        for role, text in messages if system else messages[2:]:
+            who = "policy" if role == "assistant" else role
+            parts.append(f"{who}:\n\n```text\n{text.strip()}\n```")
+    stats, reason = row["stats"], f" ({row['reason']})" if row["reason"] else ""
+    parts.append(
+        f"Ended as `{row['status']}`{reason}, answer `{row['answer']}`, reward {row['reward']:.2f}; "
+        f"{stats['num_searches']:.0f} searches, {stats['num_generated_tokens']:.0f} tokens generated, "
+        f"longest context {stats['peak_context_tokens']:.0f} tokens."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _quoted(memory: str) -> str:
+    return "\n\n" + "\n".join(f"> {line}  " for line in memory.splitlines()) if memory else "none."
+
+
+if __name__ == "__main__":
+    main()
