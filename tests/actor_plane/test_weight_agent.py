@@ -1,0 +1,344 @@
+"""Weights from the publisher over real sockets, through the agent, into the real embedded engine."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from actor import weight_agent
+from actor.engine.server import EngineServer
+from actor.sglang_client import SGLangClient
+from actor.tasks.toy.tokenizer import VOCABULARY_SIZE, write_tokenizer
+from actor.weight_agent import WeightAgent, check_snapshot
+from learner.engines import Engines
+from learner.publisher import Publisher, Snapshot, make_snapshot
+from protocol.errors import RemoteError, WeightsError
+from protocol.messages import (
+    Announcement,
+    Chunk,
+    ChunkRequest,
+    EngineFields,
+    Manifest,
+    ManifestRequest,
+)
+from protocol.rpc import RequestClient
+from protocol.transport import Transport
+from protocol.types import PolicyTag
+from protocol.wire import decode
+
+WAIT_S = 30.0
+RUN = "run"
+CHUNK_BYTES = 4_096
+
+
+def save_model(folder: Path) -> Path:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def weights(model: Path, *, scale: float) -> bytes:
+    return save({name: tensor * scale for name, tensor in load_file(model / "model.safetensors").items()})
+
+
+@dataclass
+class Plane:
+    """The learner's half of the weight plane, in this process."""
+
+    transport: Transport = field(default_factory=Transport)
+    engines: Engines = field(default_factory=Engines)
+    num_changes: int = 0
+
+    def __post_init__(self) -> None:
+        self.router = self.transport.router("tcp://127.0.0.1:0")
+        self.announcements = self.transport.publisher("tcp://127.0.0.1:0")
+        self.publisher = Publisher(
+            router=self.router,
+            announcements=self.announcements,
+            engines=self.engines,
+            run_id=RUN,
+            on_engines_changed=self._changed,
+            chunk_bytes=CHUNK_BYTES,
+        )
+        self.serving = asyncio.create_task(self.publisher.serve())
+
+    async def _changed(self) -> None:
+        self.num_changes += 1
+
+    async def close(self) -> None:
+        self.serving.cancel()
+        await asyncio.wait([self.serving])
+        self.transport.close()
+
+    def known(self) -> list[EngineFields]:
+        return self.engines.serving(now_s=time.monotonic())
+
+    def state(self) -> str:
+        return next((known.report.state for known in self.engines._known.values()), "")
+
+    def error(self) -> str:
+        return next((known.report.error for known in self.engines._known.values()), "")
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while not condition():  # noqa: ASYNC110 (the agent reports when it likes)
+                await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def plane() -> AsyncIterator[Plane]:
+    plane = Plane()
+    yield plane
+    await plane.close()
+
+
+@pytest.fixture
+async def requests(plane: Plane) -> AsyncIterator[RequestClient]:
+    async with RequestClient(plane.transport.dealer(plane.router.address)) as client:
+        yield client
+
+
+async def manifest_of(requests: RequestClient, publication: int) -> Manifest:
+    request = ManifestRequest(request_id=requests.next_id(), publication=publication)
+    return (await requests.request(request, Manifest, timeout_s=WAIT_S))[0]
+
+
+# --- the publisher ---
+
+
+async def test_manifest_and_chunks_add_up(plane: Plane, requests: RequestClient, model: Path) -> None:
+    data = weights(model, scale=1.0)
+    await plane.publisher.publish(data, publication=7, version=3)
+    manifest = await manifest_of(requests, 7)
+    assert (manifest.run_id, manifest.publication, manifest.version, manifest.num_bytes) == (RUN, 7, 3, len(data))
+    assert len(manifest.chunk_sha256) == -(-len(data) // CHUNK_BYTES) > 2
+    received = bytearray()
+    for index in range(len(manifest.chunk_sha256)):
+        request = ChunkRequest(request_id=requests.next_id(), publication=7, index=index)
+        chunk, payload = await requests.request(request, Chunk, timeout_s=WAIT_S)
+        assert chunk.index == index
+        received += payload[0]
+    assert received == data
+    check_snapshot(received, manifest)
+    tensors = load_file(model / "model.safetensors")
+    assert {tensor.name: tuple(tensor.shape) for tensor in manifest.tensors} == {
+        name: tuple(tensor.shape) for name, tensor in tensors.items()
+    }
+
+
+async def test_old_publications_go(plane: Plane, requests: RequestClient, model: Path) -> None:
+    for publication in (1, 2, 3):
+        await plane.publisher.publish(weights(model, scale=publication), publication=publication, version=publication)
+    with pytest.raises(RemoteError, match=r"publication 1 is not .* offered: ask for the newest"):
+        await manifest_of(requests, 1)
+    assert (await manifest_of(requests, 2)).version == 2
+    request = ChunkRequest(request_id=requests.next_id(), publication=3, index=10**6)
+    with pytest.raises(RemoteError, match="publication 3"):
+        await requests.request(request, Chunk, timeout_s=WAIT_S)
+
+
+async def test_announcements_name_the_newest(plane: Plane, model: Path) -> None:
+    subscriber = plane.transport.subscriber(plane.announcements.address)
+    data = weights(model, scale=1.0)
+    receiving = asyncio.create_task(subscriber.recv())
+    publication = 0
+    async with asyncio.timeout(WAIT_S):
+        while not receiving.done():  # a subscription takes a moment to arrive
+            publication += 1
+            await plane.publisher.publish(data, publication=publication, version=5)
+            await asyncio.wait([receiving], timeout=0.05)
+    message, _ = decode(receiving.result())
+    assert isinstance(message, Announcement)
+    assert (message.run_id, message.version) == (RUN, 5)
+
+
+async def test_malformed_requests_cost_nothing(plane: Plane, requests: RequestClient, model: Path) -> None:
+    await plane.publisher.publish(weights(model, scale=1.0), publication=1, version=0)
+    foe = plane.transport.dealer(plane.router.address)
+    for frames in ([b""], [b"\xff" * 10], [b"x"] * 20):
+        await foe.send(frames)
+    await plane.until(lambda: plane.publisher.num_malformed == 3)
+    assert (await manifest_of(requests, 1)).publication == 1
+
+
+# --- snapshots that do not verify ---
+
+
+def snapshot_of(model: Path) -> Snapshot:
+    data = weights(model, scale=1.0)
+    return make_snapshot(data, run_id=RUN, publication=1, version=0, chunk_bytes=CHUNK_BYTES)
+
+
+@pytest.mark.parametrize("position", [0, 9, 1_000, -1])
+def test_a_flipped_byte_is_refused(model: Path, position: int) -> None:
+    snapshot = snapshot_of(model)
+    check_snapshot(snapshot.data, snapshot.manifest)
+    damaged = bytearray(snapshot.data)
+    damaged[position] ^= 1
+    with pytest.raises(WeightsError, match="does not match its checksum"):
+        check_snapshot(damaged, snapshot.manifest)
+
+
+def test_a_manifest_of_other_tensors_is_refused(model: Path) -> None:
+    snapshot = snapshot_of(model)
+    tensors = snapshot.manifest.tensors
+    for changed in (tensors[1:], [tensors[0].model_copy(update={"shape": [1]}), *tensors[1:]]):
+        with pytest.raises(WeightsError, match="other tensors than its manifest"):
+            check_snapshot(snapshot.data, snapshot.manifest.model_copy(update={"tensors": changed}))
+
+
+@pytest.mark.parametrize("data", [b"", b"\x08\0\0\0\0\0\0\0[1,2,3] ", b"\xff" * 40, b"\x02\0\0\0\0\0\0\0[]"])
+def test_bytes_that_are_no_safetensors_are_refused(model: Path, data: bytes) -> None:
+    import hashlib
+
+    manifest = snapshot_of(model).manifest.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
+    with pytest.raises(WeightsError, match="is not a safetensors file"):
+        check_snapshot(data, manifest)
+
+
+# --- the agent and the embedded engine ---
+
+
+@dataclass
+class Engine:
+    """The real engine on a port of its own, and its agent."""
+
+    server: EngineServer
+    client: SGLangClient
+    agent: WeightAgent
+
+    async def tag(self) -> PolicyTag | None:
+        text = (await self.client.model_info()).weight_version or "default"
+        return None if text == "default" else PolicyTag.parse(text)
+
+
+@pytest.fixture
+async def engine(
+    plane: Plane, requests: RequestClient, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Engine]:
+    monkeypatch.setattr(weight_agent, "_RETRY_S", 0.05)
+    monkeypatch.setattr(weight_agent, "_REPORT_EVERY_S", 0.05)
+    server = EngineServer(model_path=model)
+    await server.start()
+    async with SGLangClient(server.url) as client:
+        agent = WeightAgent(
+            name="engine-0",
+            engine=client,
+            requests=requests,
+            announcements=plane.transport.subscriber(plane.announcements.address),
+            base_model=model,
+            folder=tmp_path,
+        )
+        running = asyncio.create_task(agent.run())
+        yield Engine(server, client, agent)
+        assert not running.done(), "the agent runs until it is cancelled"
+        running.cancel()
+        await asyncio.wait([running])
+    await server.stop()
+
+
+def serves(plane: Plane, publication: int) -> Callable[[], bool]:
+    return lambda: [engine.publication for engine in plane.known()] == [publication]
+
+
+async def test_the_engine_is_brought_to_each_version(plane: Plane, engine: Engine, model: Path, tmp_path: Path) -> None:
+    await plane.until(lambda: plane.state() == "joining")
+    assert plane.known() == []
+    for version in range(3):
+        publication = version + 1
+        await plane.publisher.publish(weights(model, scale=1 + version), publication=publication, version=version)
+        await plane.until(serves(plane, publication))
+        assert await engine.tag() == PolicyTag(RUN, publication, version)
+        assert [(known.name, known.url, known.version) for known in plane.known()] == [
+            ("engine-0", engine.server.url, version)
+        ]
+    assert engine.agent.num_updates == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["publication-3"]
+    assert plane.num_changes > 3
+
+
+async def test_a_damaged_chunk_is_quarantined_and_fetched_again(plane: Plane, engine: Engine, model: Path) -> None:
+    await plane.publisher.publish(weights(model, scale=1.0), publication=1, version=0)
+    await plane.until(serves(plane, 1))
+    await plane.publisher.publish(weights(model, scale=2.0), publication=2, version=1)
+    good = plane.publisher._snapshots[2]
+    damaged = bytearray(good.data)
+    damaged[CHUNK_BYTES + 5] ^= 1
+    plane.publisher._snapshots[2] = dataclasses.replace(good, data=bytes(damaged))
+    await plane.until(lambda: plane.state() == "quarantined")
+    assert "chunk 1 of publication 2 does not match its checksum" in plane.error()
+    assert plane.known() == []
+    assert await engine.tag() == PolicyTag(RUN, 1, 0), "all or nothing: the engine keeps what it had"
+    plane.publisher._snapshots[2] = good
+    await plane.until(serves(plane, 2))
+    assert await engine.tag() == PolicyTag(RUN, 2, 1)
+    assert plane.error() == ""
+
+
+async def test_an_update_that_the_engine_refuses_is_tried_again(plane: Plane, engine: Engine, model: Path) -> None:
+    """Weights of another shape verify as bytes, and fail in the engine; the next publication heals it."""
+    wrong = save({name: torch.zeros(3) for name in load_file(model / "model.safetensors")})
+    await plane.publisher.publish(wrong, publication=1, version=0)
+    await plane.until(lambda: plane.state() == "quarantined" and engine.agent.num_failures >= 2)
+    assert plane.known() == []
+    await plane.publisher.publish(weights(model, scale=1.0), publication=2, version=0)
+    await plane.until(serves(plane, 2))
+    assert await engine.tag() == PolicyTag(RUN, 2, 0)
+
+
+async def test_a_publication_that_is_gone_gives_way_to_the_newest(plane: Plane, engine: Engine, model: Path) -> None:
+    data = weights(model, scale=1.0)
+    await plane.publisher.publish(data, publication=1, version=0)
+    await plane.until(serves(plane, 1))
+    newest = plane.publisher._snapshots
+    await plane.publisher.publish(data, publication=2, version=1)
+    # The reply to a report names publication 2; before its manifest is asked for, two newer ones push it out.
+    for publication in (3, 4):
+        await plane.publisher.publish(data, publication=publication, version=publication - 1)
+    assert sorted(newest) == [3, 4]
+    with pytest.raises(RemoteError, match="ask for the newest"):
+        await engine.agent._fetch(PolicyTag(RUN, 2, 1))
+    await plane.until(serves(plane, 4))
+
+
+async def test_an_engine_that_was_restarted_joins_anew(plane: Plane, engine: Engine, model: Path) -> None:
+    await plane.publisher.publish(weights(model, scale=2.0), publication=1, version=0)
+    await plane.until(serves(plane, 1))
+    await engine.server.stop()
+    await plane.until(lambda: plane.state() == "quarantined" or engine.agent.num_failures > 0)
+    again = EngineServer(model_path=model, port=int(engine.server.url.rpartition(":")[2]))
+    await again.start()
+    try:
+        await plane.until(lambda: engine.agent.num_updates == 2)
+        await plane.until(serves(plane, 1))
+        assert await engine.tag() == PolicyTag(RUN, 1, 0)
+    finally:
+        await again.stop()
