@@ -145,7 +145,7 @@ class Transport:
         except zmq.ZMQError as error:
             socket.close(linger=0)
             raise UnreachableError(
-                f"cannot listen on {address}: {error.strerror}; stop the process that holds it or choose another port"
+                f"cannot listen on {address}: {_reason(error)}; stop the process that holds it or choose another port"
             ) from error
         except BaseException:
             socket.close(linger=0)
@@ -177,7 +177,7 @@ class Transport:
             socket.connect(address)
         except zmq.ZMQError as error:
             socket.close(linger=0)
-            raise UnreachableError(f"cannot connect to {address}: {error.strerror}") from error
+            raise UnreachableError(f"cannot connect to {address}: {_reason(error)}") from error
         except BaseException:
             socket.close(linger=0)
             raise
@@ -246,6 +246,11 @@ def _set_limits(socket: zmq.asyncio.Socket) -> None:
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 20_000)
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
+
+
+def _reason(error: zmq.ZMQError) -> str:
+    """What the errno means; pyzmq's own text repeats the address."""
+    return zmq.strerror(error.errno) if error.errno is not None else str(error)
 
 
 def _small(frames: Sequence[Buffer]) -> bool:

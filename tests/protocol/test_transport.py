@@ -1,0 +1,247 @@
+"""Sockets: loopback by default, CURVE beyond, typed errors, requests matched to their replies."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from protocol.errors import DataError, ProtocolError, RemoteError, SecurityError, UnreachableError
+from protocol.messages import Drain, ErrorReply, ManifestRequest, SearchReply, SearchRequest
+from protocol.rpc import RequestClient
+from protocol.transport import Transport, create_keys, is_loopback
+from protocol.wire import decode, encode
+
+WAIT_S = 20.0
+# Time that a peer without the right keys is given to get something through. Nothing waits for it where it does not.
+REFUSED_S = 0.5
+
+Open = Callable[..., Transport]
+
+
+@pytest.fixture
+async def transport() -> AsyncIterator[Open]:
+    opened: list[Transport] = []
+
+    def make(keys: Path | None = None) -> Transport:
+        opened.append(Transport(keys=keys))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        each.close()
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    create_keys(tmp_path / "keys")
+    return tmp_path / "keys"
+
+
+def client_keys(keys: Path, folder: Path) -> Path:
+    """What `palimpsest keys` says to copy to another node."""
+    folder.mkdir()
+    for name in ("client.key_secret", "server.key"):
+        shutil.copy(keys / name, folder / name)
+    return folder
+
+
+async def exchange(server: Transport, client: Transport, *, timeout_s: float = WAIT_S) -> list[bytes]:
+    """What the client gets back of a message that it sends to an echoing router."""
+    router = server.router("tcp://127.0.0.1:0")
+    dealer = client.dealer(router.address)
+
+    async def echo() -> None:
+        while True:
+            peer, frames = await router.recv()
+            await router.send(peer, frames)
+
+    echoing = asyncio.create_task(echo())
+    try:
+        async with asyncio.timeout(timeout_s):
+            await dealer.send([b"hello", b"x" * 100_000])
+            return [bytes(frame) for frame in await dealer.recv()]
+    finally:
+        echoing.cancel()
+        await asyncio.wait([echoing])
+
+
+@pytest.mark.parametrize(
+    ("address", "loopback"),
+    [
+        ("tcp://127.0.0.1:1", True),
+        ("tcp://127.8.8.8:1", True),
+        ("tcp://[::1]:1", True),
+        ("tcp://localhost:1", True),
+        ("http://localhost:30000/x", True),
+        ("ipc:///tmp/x", True),
+        ("inproc://x", True),
+        ("tcp://0.0.0.0:1", False),
+        ("tcp://*:1", False),
+        ("tcp://[::]:1", False),
+        ("tcp://10.0.0.1:1", False),
+        ("tcp://127.0.0.1.example.org:1", False),
+        ("tcp://localhost.example.org:1", False),
+        ("http://127.0.0.1@example.org/", False),
+        ("127.0.0.1:1", False),
+        ("", False),
+    ],
+)
+def test_what_is_loopback(address: str, loopback: bool) -> None:
+    assert is_loopback(address) is loopback
+
+
+@pytest.mark.parametrize("address", ["tcp://0.0.0.0:0", "tcp://*:0", "tcp://10.1.2.3:7310"])
+async def test_beyond_loopback_keys_are_needed(transport: Open, address: str) -> None:
+    plain = transport()
+    for bind in (plain.router, plain.publisher):
+        with pytest.raises(
+            SecurityError, match=r"beyond loopback and needs CURVE keys: make them with .palimpsest keys"
+        ):
+            bind(address)
+    for connect in (plain.dealer, plain.subscriber):
+        with pytest.raises(SecurityError, match=r"copy client.key_secret and server.key"):
+            connect(address)
+
+
+async def test_plain_on_loopback(transport: Open) -> None:
+    assert await exchange(transport(), transport()) == [b"hello", b"x" * 100_000]
+
+
+async def test_curve_lets_the_authorized_in(transport: Open, keys: Path, tmp_path: Path) -> None:
+    client = transport(client_keys(keys, tmp_path / "node"))
+    assert await exchange(transport(keys), client) == [b"hello", b"x" * 100_000]
+
+
+async def test_curve_gives_nothing_to_a_client_without_keys(transport: Open, keys: Path) -> None:
+    with pytest.raises(TimeoutError):
+        await exchange(transport(keys), transport(), timeout_s=REFUSED_S)
+
+
+async def test_curve_gives_nothing_to_foreign_keys(transport: Open, keys: Path, tmp_path: Path) -> None:
+    """The server's public key is known to the foreigner; its own is not in authorized/, until it is put there."""
+    create_keys(tmp_path / "foreign")
+    foreign = client_keys(tmp_path / "foreign", tmp_path / "node")
+    shutil.copy(keys / "server.key", foreign / "server.key")
+    with pytest.raises(TimeoutError):
+        await exchange(transport(keys), transport(foreign), timeout_s=REFUSED_S)
+    shutil.copy(tmp_path / "foreign" / "client.key", keys / "authorized" / "foreign.key")
+    assert await exchange(transport(keys), transport(foreign)) == [b"hello", b"x" * 100_000]
+
+
+async def test_curve_gives_nothing_from_a_foreign_server(transport: Open, keys: Path, tmp_path: Path) -> None:
+    create_keys(tmp_path / "foreign")
+    with pytest.raises(TimeoutError):
+        await exchange(transport(tmp_path / "foreign"), transport(keys), timeout_s=REFUSED_S)
+
+
+async def test_keys_that_cannot_be_used(transport: Open, keys: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no authorized/ in keys folder"):
+        transport(tmp_path / "empty").router("tcp://127.0.0.1:0")
+    with pytest.raises(DataError, match=r"no client.key_secret in keys folder .*: make one with"):
+        transport(tmp_path / "empty").dealer("tcp://127.0.0.1:1")
+    (keys / "client.key_secret").chmod(0o644)
+    with pytest.raises(SecurityError, match=r"can be read by others: run .chmod 600 "):
+        transport(keys).dealer("tcp://127.0.0.1:1")
+    with pytest.raises(DataError, match="already holds"):
+        create_keys(keys)
+
+
+async def test_addresses_that_cannot_be_had(transport: Open) -> None:
+    sockets = transport()
+    router = sockets.router("tcp://127.0.0.1:0")
+    with pytest.raises(UnreachableError, match=rf"cannot listen on {router.address}: Address already in use; stop"):
+        sockets.router(router.address)
+    with pytest.raises(UnreachableError, match=r"cannot connect to tcp://127.0.0.1:99999999"):
+        sockets.dealer("tcp://127.0.0.1:99999999")
+
+
+async def test_sending_to_a_peer_that_is_gone(transport: Open) -> None:
+    server, client = transport(), transport()
+    router = server.router("tcp://127.0.0.1:0")
+    dealer = client.dealer(router.address)
+    await dealer.send([b"hello"])
+    async with asyncio.timeout(WAIT_S):
+        peer, _ = await router.recv()
+        assert await router.send(peer, [b"there"])
+        client.close()
+        while await router.send(peer, [b"gone?"]):  # noqa: ASYNC110 (libzmq notices when it likes)
+            await asyncio.sleep(0.01)
+    assert not await router.send(b"nobody", [b""])
+
+
+# --- requests ---
+
+
+@pytest.fixture
+async def served(transport: Open) -> AsyncIterator[RequestClient]:
+    """A client of a service that answers with: the queries; an error; another kind; late and foreign; nothing."""
+    router = transport().router("tcp://127.0.0.1:0")
+
+    async def serve() -> None:
+        while True:
+            peer, frames = await router.recv()
+            request, _ = decode(frames)
+            assert isinstance(request, SearchRequest)
+            reply = SearchReply(request_id=request.request_id, results=[])
+            match request.queries[0]:
+                case "error":
+                    await router.send(peer, [encode(ErrorReply(request_id=request.request_id, error="no such index"))])
+                case "other kind":
+                    await router.send(peer, [encode(ManifestRequest(request_id=request.request_id, publication=0))])
+                case "noise":
+                    late = SearchReply(request_id=request.request_id + 1_000, results=[])
+                    for message in (b"", b"\xff\xff", encode(late), encode(Drain())):
+                        await router.send(peer, [message])
+                    await router.send(peer, [encode(reply)])
+                    await router.send(peer, [encode(reply)])
+                case "silence":
+                    pass
+                case _:
+                    await router.send(peer, [encode(reply), request.queries[0].encode()])
+
+    serving = asyncio.create_task(serve())
+    async with RequestClient(transport().dealer(router.address)) as client:
+        yield client
+    serving.cancel()
+    await asyncio.wait([serving])
+
+
+async def ask(client: RequestClient, query: str, *, timeout_s: float = WAIT_S) -> list[bytes]:
+    request = SearchRequest(request_id=client.next_id(), queries=[query], top_n=1)
+    reply, payload = await client.request(request, SearchReply, timeout_s=timeout_s)
+    assert reply.request_id == request.request_id
+    return [bytes(frame) for frame in payload]
+
+
+async def test_replies_find_their_requests(served: RequestClient) -> None:
+    answers = await asyncio.gather(*(ask(served, f"q{i}") for i in range(50)))
+    assert answers == [[f"q{i}".encode()] for i in range(50)]
+
+
+async def test_errors_of_requests(served: RequestClient) -> None:
+    with pytest.raises(RemoteError, match=r"search at tcp://.*: no such index"):
+        await ask(served, "error")
+    with pytest.raises(ProtocolError, match="expected search_reply, got manifest_request"):
+        await ask(served, "other kind")
+    with pytest.raises(TimeoutError, match=r"no answer to search from tcp://.* in 0.05 s"):
+        await ask(served, "silence", timeout_s=0.05)
+    assert await ask(served, "still here") == [b"still here"]
+
+
+async def test_noise_is_dropped(served: RequestClient) -> None:
+    assert await ask(served, "noise") == []
+    assert await ask(served, "after") == [b"after"]
+    assert served.num_dropped == 5
+
+
+async def test_leaving_cancels_what_is_in_flight(transport: Open) -> None:
+    async with RequestClient(transport().dealer("tcp://127.0.0.1:1")) as client:
+        asking = asyncio.create_task(ask(client, "q"))
+        await asyncio.sleep(0)
+    await asyncio.wait([asking], timeout=WAIT_S)
+    assert asking.cancelled()
