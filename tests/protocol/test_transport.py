@@ -156,8 +156,8 @@ async def test_addresses_that_cannot_be_had(transport: Open) -> None:
     router = sockets.router("tcp://127.0.0.1:0")
     with pytest.raises(UnreachableError, match=rf"cannot listen on {router.address}: Address already in use; stop"):
         sockets.router(router.address)
-    with pytest.raises(UnreachableError, match=r"cannot connect to tcp://127.0.0.1:99999999"):
-        sockets.dealer("tcp://127.0.0.1:99999999")
+    with pytest.raises(UnreachableError, match=r"cannot connect to tcp://127.0.0.1"):
+        sockets.dealer("tcp://127.0.0.1")
 
 
 async def test_sending_to_a_peer_that_is_gone(transport: Open) -> None:
