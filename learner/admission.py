@@ -28,9 +28,11 @@ class Verdict:
     reason: str = ""
 
 
-def judge(group: TrajectoryGroup, *, rules: Rules, publications: Mapping[int, int], step: int) -> Verdict:
-    """`publications` maps a publication to its version; `step` is the learner's."""
-    problem = _problem(group, rules=rules, publications=publications, step=step)
+def judge(
+    group: TrajectoryGroup, *, rules: Rules, publications: Mapping[int, int], step: int, min_version: int
+) -> Verdict:
+    """`publications` maps a publication to its version; `step` is the learner's; `min_version` is the lease's."""
+    problem = _problem(group, rules=rules, publications=publications, step=step, min_version=min_version)
     if problem:
         return Verdict("refuse", problem)
     valid = [trajectory for trajectory in group.trajectories if trajectory.status is not Status.FAILED]
@@ -42,7 +44,9 @@ def judge(group: TrajectoryGroup, *, rules: Rules, publications: Mapping[int, in
     return Verdict("accept")
 
 
-def _problem(group: TrajectoryGroup, *, rules: Rules, publications: Mapping[int, int], step: int) -> str:
+def _problem(
+    group: TrajectoryGroup, *, rules: Rules, publications: Mapping[int, int], step: int, min_version: int
+) -> str:
     if group.run_id != rules.run_id:
         return f"run must be {rules.run_id}, got {group.run_id}"
     if len(group.trajectories) != rules.group_size:
@@ -55,4 +59,6 @@ def _problem(group: TrajectoryGroup, *, rules: Rules, publications: Mapping[int,
         for span in context.policy_versions:
             if publications.get(span.publication) != span.version or span.version > step:
                 return f"publication {span.publication} of version {span.version} is not known to this run"
+            if span.version < min_version:
+                return f"its lease asks for versions >= {min_version}, got {span.version}"
     return ""

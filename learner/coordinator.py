@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -216,7 +217,13 @@ class Coordinator:
         entry = self._ledger.entries[cursor]
         try:
             group = decode_group(message, payload)
-            verdict = judge(group, rules=self._rules, publications=self._publications, step=self._ledger.step)
+            verdict = judge(
+                group,
+                rules=self._rules,
+                publications=self._publications,
+                step=self._ledger.step,
+                min_version=self._ledger.min_version(entry.slot),
+            )
         except ProtocolError as error:
             self.num_malformed += 1
             group, verdict = None, Verdict("refuse", str(error))
@@ -260,7 +267,8 @@ class Coordinator:
                 self._forget(actor)
 
     def _most_credits(self) -> str | None:
-        free = {name: actor.capacity - len(self._ledger.outstanding(name)) for name, actor in self._actors.items()}
+        outstanding = Counter(lease.actor for lease in self._ledger.leases.values())
+        free = {name: actor.capacity - outstanding[name] for name, actor in self._actors.items()}
         best = max(free, key=lambda name: free[name], default=None)
         return best if best is not None and free[best] > 0 else None
 

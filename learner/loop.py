@@ -2,11 +2,11 @@
 
     replay recorded batches ─► publish ─┐
     ┌───────────────────────────────────┘
-    └► next_batch ──► train_step ──► record ──► checkpoint ──► publish ──► metrics ─┐
-       waits for the   waits for      durable    every n        waits for            │
-       batch's last    nothing        before     steps          nothing: engines     │
-       group           ▲              publishing                fetch when they can  │
-                       └──────────────────────────────────────────────────────────────┘
+    └► next_batch ──► train_step ──► metrics, log ──► checkpoint ──► publish ─┐
+       ▲ waits for     waits for      durable before   every n        engines  │
+       │ the batch's   nothing        anything else    steps          fetch it │
+       │ last group                                                   later    │
+       └───────────────────────────────────────────────────────────────────────┘
 
 Step k takes version k to k + 1. A batch is in the log before its version can be seen by an engine, so a crash at any
 point resumes by loading the newest checkpoint and training the recorded batches again, without generating anything.
@@ -102,19 +102,17 @@ class Loop:
             groups = self._plane.run(self._plane.coordinator.recorded_batch(self._step))
             self._train(groups)
             log.info("replayed step %d of %d recorded", self._step, recorded)
-        self._publish()
+        publish_s = self._publish()
         print(f"learner: ready at {self._config.network.control_address} (step {self._step})", flush=True)
         while self._step < num_steps:
             started = time.perf_counter()
             groups = self._plane.run(self._plane.coordinator.next_batch())
             wait_s = time.perf_counter() - started
             stepped = self._train(groups)
-            self._plane.run(self._plane.coordinator.finish_batch([group.cursor for group in groups]))
+            self._record(groups, stepped, wait_s=wait_s, publish_s=publish_s)
             if self._step % self._config.learner.checkpoint.every_steps == 0:
                 self._save()
-            started = time.perf_counter()
-            self._publish()
-            self._log(groups, stepped, wait_s=wait_s, publish_s=time.perf_counter() - started)
+            publish_s = self._publish()
         self._save()
         self._finish()
 
@@ -123,9 +121,12 @@ class Loop:
         self._step += 1
         return stepped
 
-    def _publish(self) -> None:
+    def _publish(self) -> float:
+        """Offers the current weights; the seconds that it took."""
+        started = time.perf_counter()
         data = snapshot_bytes(self._trainer.policy)
         self._plane.run(self._plane.publish(data, version=self._step))
+        return time.perf_counter() - started
 
     def _save(self) -> None:
         save_checkpoint(
@@ -136,9 +137,16 @@ class Loop:
             keep=self._config.learner.checkpoint.keep,
         )
 
-    def _log(self, groups: Sequence[TrajectoryGroup], stepped: StepMetrics, *, wait_s: float, publish_s: float) -> None:
+    def _record(
+        self, groups: Sequence[TrajectoryGroup], stepped: StepMetrics, *, wait_s: float, publish_s: float
+    ) -> None:
+        """Metrics, then the log: killed in between, the step is trained and written once more, and nothing is missing.
+
+        `publish_s` is that of the version that the step started from.
+        """
         gauges = self._plane.run(self._plane.coordinator.gauges())
         self._journal.record(stepped, groups, wait_s=wait_s, publish_s=publish_s, gauges=gauges)
+        self._plane.run(self._plane.coordinator.finish_batch([group.cursor for group in groups]))
 
     def _finish(self) -> None:
         """Engines commit the last version, actors are told to leave."""

@@ -12,13 +12,19 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from protocol.wire import Message
 
-Name = Annotated[str, Field(min_length=1, max_length=128)]
+MAX_QUESTION_CHARS = 65_536
+MAX_ANSWER_CHARS = 4_096
+MAX_NAME_CHARS = 128
+
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 Id = Annotated[int, Field(ge=0, lt=1 << 62)]
+Counts = Annotated[list[Count], FailFast()]
+"""A column. A long one that is wrong is refused at its first wrong value."""
 
 
 # --- actor <-> coordinator ---
@@ -29,9 +35,9 @@ class QuestionFields(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     id: Name
-    text: Annotated[str, Field(max_length=65_536)]
-    answers: list[Annotated[str, Field(max_length=4_096)]]
-    metadata: dict[Name, Annotated[str, Field(max_length=4_096)]] = Field(default_factory=dict)
+    text: Annotated[str, Field(max_length=MAX_QUESTION_CHARS)]
+    answers: list[Annotated[str, Field(max_length=MAX_ANSWER_CHARS)]]
+    metadata: dict[Name, Annotated[str, Field(max_length=MAX_ANSWER_CHARS)]] = Field(default_factory=dict)
 
 
 class Heartbeat(Message):
@@ -106,18 +112,18 @@ class SubmitGroup(Message):
     cursor: Id
     attempt: Count
     question: QuestionFields
-    rewards: list[float]
-    statuses: list[Literal["completed", "format_error", "over_budget", "failed"]]
-    answers: list[str]
-    reward_parts: dict[Name, list[float | None]]
-    stats: dict[Name, list[float | None]]
-    num_contexts: list[Count]
-    context_lengths: list[Count]
-    context_num_spans: list[Count]
-    context_turns: list[Count]
-    context_roles: list[Count]
-    context_policies: list[Count]
-    context_edges: list[Literal["start", "memory_reset", "sub_agent"]]
+    rewards: Annotated[list[float], FailFast()]
+    statuses: Annotated[list[Literal["completed", "format_error", "over_budget", "failed"]], FailFast()]
+    answers: Annotated[list[str], FailFast()]
+    reward_parts: dict[Name, Annotated[list[float | None], FailFast()]]
+    stats: dict[Name, Annotated[list[float | None], FailFast()]]
+    num_contexts: Counts
+    context_lengths: Counts
+    context_num_spans: Counts
+    context_turns: Counts
+    context_roles: Counts
+    context_policies: Counts
+    context_edges: Annotated[list[Literal["start", "memory_reset", "sub_agent"]], FailFast()]
     role_names: list[Name]
     policy_names: list[Name]
 

@@ -30,6 +30,7 @@ class RequestClient:
 
     async def __aenter__(self) -> RequestClient:
         self._reader = asyncio.create_task(self._read(), name=f"rpc-reader {self._dealer.address}")
+        self._reader.add_done_callback(self._fail_pending)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -47,6 +48,8 @@ class RequestClient:
         self, message: Message, reply: type[M], *, timeout_s: float, payload: Sequence[Buffer] = ()
     ) -> tuple[M, Sequence[Buffer]]:
         """Raises: TimeoutError, RemoteError (the peer's ErrorReply), ProtocolError (another kind of reply)."""
+        if self._reader is not None and self._reader.done():
+            self._reader.result()
         request_id: int = message.request_id  # type: ignore[attr-defined]
         future: asyncio.Future[tuple[Message, Sequence[Buffer]]] = asyncio.get_running_loop().create_future()
         self._pending[request_id] = future
@@ -61,6 +64,13 @@ class RequestClient:
         if isinstance(answer, ErrorReply):
             raise RemoteError(f"{message.kind} at {self._dealer.address}: {answer.error}")
         return expect(answer, reply), frames
+
+    def _fail_pending(self, reader: asyncio.Task[None]) -> None:
+        """Should the reader die, what waits for it is told why, and so is whoever asks next."""
+        error = None if reader.cancelled() else reader.exception()
+        for future in self._pending.values():
+            if error is not None and not future.done():
+                future.set_exception(error)
 
     async def _read(self) -> None:
         while True:

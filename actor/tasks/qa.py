@@ -11,15 +11,18 @@ from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
 from actor.rewards.reward import Reward
 from protocol.errors import DataError
+from protocol.messages import MAX_ANSWER_CHARS, MAX_NAME_CHARS, MAX_QUESTION_CHARS
 from protocol.types import Question
 
-_Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+_Id = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_NAME_CHARS)]
+_Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_QUESTION_CHARS)]
+_Answer = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_ANSWER_CHARS)]
 
 
 class _Row(BaseModel):
-    id: _Text
+    id: _Id
     question: _Text
-    answers: list[_Text] = Field(min_length=1)
+    answers: list[_Answer] = Field(min_length=1)
     hops: int | None = None
     dataset: str | None = None
 
@@ -39,6 +42,7 @@ class QuestionAnswering:
         self._questions = tuple(questions)
         self._reward = reward
         self._seed = seed
+        self._order = (-1, np.arange(len(self._questions)))
 
     @property
     def num_questions(self) -> int:
@@ -50,10 +54,9 @@ class QuestionAnswering:
 
     def question(self, cursor: int) -> Question:
         epoch, place = divmod(cursor, len(self._questions))
-        if self._seed is not None:
-            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._questions))
-            place = int(order[place])
-        return self._questions[place]
+        if self._seed is not None and self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._questions)))
+        return self._questions[int(self._order[1][place])]
 
 
 def read_questions(paths: Sequence[Path]) -> list[Question]:
