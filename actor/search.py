@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from pydantic import ValidationError
+
 from protocol.errors import ProtocolError, RemoteError
 from protocol.messages import SearchReply, SearchRequest
 from protocol.rpc import RequestClient
 from protocol.transport import Transport
 from protocol.types import Passage
+from protocol.wire import describe
 
 
 class SearchFailed(RemoteError):
@@ -38,11 +41,13 @@ class SearchClient:
 
     async def search(self, queries: Sequence[str], *, top_n: int, collection: str = "") -> list[list[Passage]]:
         """For each query its passages, best first, at most `top_n`. Raises: SearchFailed."""
-        request = SearchRequest(
-            request_id=self._requests.next_id(), queries=list(queries), top_n=top_n, collection=collection
-        )
         try:
+            request = SearchRequest(
+                request_id=self._requests.next_id(), queries=list(queries), top_n=top_n, collection=collection
+            )
             reply, _ = await self._requests.request(request, SearchReply, timeout_s=self._timeout_s)
+        except ValidationError as error:
+            raise SearchFailed(f"search failed: {describe(error)}") from error
         except (TimeoutError, RemoteError, ProtocolError) as error:
             raise SearchFailed(f"search failed: {error}") from error
         if len(reply.results) != len(queries):

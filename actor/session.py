@@ -32,7 +32,8 @@ class BudgetExceeded(PalimpsestError):
 class Generation:
     """n sampled tokens, int32 [n], and their text without the stop token.
 
-    finish: `stop` at one of the ids asked for; `illegal_stop` at another one that the engine stops at; `length`.
+    finish: `stop` at one of the ids asked for, also where it is the last that was permitted and the engine calls that
+    `length`; `illegal_stop` at another one that the engine stops at; `length` where it was cut off.
     """
 
     text: str
@@ -158,10 +159,11 @@ class Session:
 
     def _generation(self, completion: Completion, stop_token_ids: Sequence[int]) -> Generation:
         ids = completion.token_ids
+        if int(ids[-1]) in stop_token_ids:
+            return Generation(self.tokenizer.decode(ids[:-1].tolist()), ids, "stop")
         if completion.finish_reason.type == "length":
             return Generation(self.tokenizer.decode(ids.tolist()), ids, "length")
-        finish = "stop" if int(ids[-1]) in stop_token_ids else "illegal_stop"
-        return Generation(self.tokenizer.decode(ids[:-1].tolist()), ids, finish)
+        return Generation(self.tokenizer.decode(ids[:-1].tolist()), ids, "illegal_stop")
 
     def _version_span(self, span: Span) -> VersionSpan:
         try:

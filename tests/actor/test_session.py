@@ -123,6 +123,14 @@ async def test_the_budget_clips_and_then_refuses(engine, pool, toy_tokenizer) ->
     assert len(engine.requests) == 1
 
 
+async def test_a_stop_token_that_is_the_last_permitted_one_ends_the_piece(engine, pool, toy_tokenizer) -> None:
+    engine.reply([40, END], finish={"type": "length"})
+    s = session(pool, toy_tokenizer)
+    s.open_context([7])
+    generation = await s.generate(2, [END])
+    assert (generation.finish, generation.text) == ("stop", toy_tokenizer.decode([40]))
+
+
 async def test_a_stop_at_a_token_that_was_not_asked_for_is_illegal(engine, pool, toy_tokenizer) -> None:
     engine.reply([40, 0])
     s = session(pool, toy_tokenizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -19,7 +19,10 @@ from actor.session import Session
 from actor.sglang_client import SGLangClient
 from actor.tasks.toy.tokenizer import write_tokenizer
 from actor.tokenizer import Tokenizer
-from protocol.types import Context
+from actor.workflows.memsearcher import MemSearcher
+from actor.workflows.toy import ToyRendering
+from protocol.config import WorkflowConfig
+from protocol.types import Context, Passage, Question, Status
 
 END = 1
 
@@ -114,6 +117,56 @@ async def test_greedy_tokens_are_reproduced(models, pool) -> None:
     positions = np.flatnonzero(context.loss_mask)
     best = forward(models[0], context, 1.0).argmax(dim=-1).numpy()
     np.testing.assert_array_equal(best[positions - 1], context.token_ids[positions])
+
+
+def save_chain(folder: Path, chain: str) -> Path:
+    """A model whose next token depends on the last one only, as in the words of `chain`, `<end>` after all others."""
+    config = Qwen2Config.from_pretrained(save_model(folder, 0), hidden_size=128, tie_word_embeddings=False)
+    model = Qwen2ForCausalLM(config)
+    ids = Tokenizer.load(folder).encode(chain)
+    following = torch.full((98,), END)
+    following[torch.tensor(ids[:-1])] = torch.tensor(ids[1:])
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(98, 128))
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[following, torch.arange(98)] = 100.0
+    model.save_pretrained(folder)
+    return folder
+
+
+class NoSearch:
+    async def search(self, queries: Sequence[str], *, top_n: int, collection: str = "") -> list[list[Passage]]:
+        return [[] for _ in queries]
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"), [((0, 0), "no answer"), ((1, 0), "an action of 3"), ((0, 1), "a memory")]
+)
+async def test_a_piece_of_exactly_its_limit_is_finished(tmp_path: Path, missing: tuple[int, int], reason: str) -> None:
+    folder = save_chain(tmp_path, "<think> <search> zu ka <end> <memory> pe lu")
+    config = WorkflowConfig(
+        rendering="toy",
+        max_turns=2,
+        action_tokens=4 - missing[0],
+        memory_tokens=2 - missing[1],
+        context_tokens=200,
+        memory_overflow="fail",
+    )
+    server = EngineServer(model_path=folder, seed=3)
+    await server.start()
+    async with EnginePool(run_id=None) as pool:
+        pool.set_engines([EngineInfo(server.url, 0)])
+        workflow = MemSearcher(config=config, rendering=ToyRendering(), search=NoSearch())
+        episode = await workflow.run(
+            Question("q", "what is zuka founder ?", ("x",)),
+            session(pool, folder, run_id=None, sampling=SamplingParams(temperature=0, allow_truncation=True)),
+        )
+    await server.stop()
+    assert (episode.status, episode.memories) == (Status.OVER_BUDGET, () if any(missing) else ("pelu",))
+    assert reason in episode.reason
 
 
 async def until_running(url: str) -> None:
