@@ -24,7 +24,7 @@ class Reward(Protocol):
     def score(self, *, question: Question, answer: str | None, status: Status) -> Score:
         """`answer` is what the workflow parsed, None where the policy gave none; `status` how the episode ended.
 
-        A trajectory has the format exactly where its status is COMPLETED: the workflow checks every context.
+        A trajectory has the format exactly where its status is COMPLETED: the workflow applies the format's rules.
         """
         ...
 

@@ -27,12 +27,6 @@ def exact_match(prediction: str, answers: Iterable[str]) -> float:
     return float(any(normalised == normalise(answer) for answer in answers))
 
 
-def contains_match(prediction: str, answers: Iterable[str]) -> float:
-    """1.0 where a normalised answer occurs in the normalised prediction (Search-R1's lenient EM), else 0.0."""
-    normalised = normalise(prediction)
-    return float(any(normalise(answer) in normalised for answer in answers))
-
-
 def f1(prediction: str, answers: Iterable[str]) -> float:
     """The largest token F1 over the answers; 0.0 where one side is yes, no or noanswer and the other is not it."""
     return max((_token_f1(normalise(prediction), normalise(answer)) for answer in answers), default=0.0)

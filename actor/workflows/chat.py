@@ -19,7 +19,7 @@ from importlib.resources import files
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 
-from actor.rewards.format import last_boxed
+from actor.rewards.format import check_chat, last_boxed
 from actor.workflows.rendering import (
     Action,
     Answer,
@@ -36,7 +36,9 @@ TOOL_NAME = "wikipedia_search"
 MAX_QUERY_CHARS = 2_000
 _START, _END = "<|im_start|>", "<|im_end|>"
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_CALL_TAG = re.compile(r"</?tool_call>")
 _MEMORY = re.compile(r"<memory>(.*?)</memory>", re.DOTALL)
+_CONTROL = re.compile(r"<(?=\||/?(?:think|tools|tool_call|tool_response|memory|question)>)")
 _TEMPLATES = ("system", "user", "observation")
 
 
@@ -64,6 +66,8 @@ class ChatRendering:
             return Malformed(f"{opened} <tool_call> but {closed} </tool_call>")
         thoughts, ended = text.count("<think>") + 1, text.count("</think>")  # the prompt opens the first one
         fault = "" if thoughts == ended else f"{thoughts} <think> but {ended} </think>"
+        if _CALL_TAG.findall(text) != ["<tool_call>", "</tool_call>"] * opened:
+            fault = fault or "<tool_call> and </tool_call> do not alternate"
         if bodies := _CALL.findall(text):
             calls = tuple(parse_call(body) for body in bodies)
             broken = next((c.error for c in calls if isinstance(c, BadCall) and c.breaks_format), "")
@@ -82,6 +86,9 @@ class ChatRendering:
             return match[1].strip() or None
         _, opened, rest = text.partition("<memory>")
         return (rest.strip() or None) if truncated and opened else None
+
+    def format_fault(self, transcript: str) -> str:
+        return check_chat(transcript).reason or ""
 
     def write_action_search(self, thought: str, queries: Sequence[str]) -> str:
         calls = (
@@ -137,8 +144,8 @@ def _is_unicode(text: str) -> bool:
 
 
 def plain(text: str) -> str:
-    """`text` from outside (a question, a passage, a memory) in which no chat token can be read as one."""
-    return text.replace("<|", "< |")
+    """`text` from outside (a question, a passage, a memory) in which no chat token and no tag can be read as one."""
+    return _CONTROL.sub("< ", text)
 
 
 def _turn(role: str, text: str) -> str:

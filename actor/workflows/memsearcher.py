@@ -9,7 +9,7 @@ How a trajectory ends (trained in all cases but FAILED; the reward function deci
 
     COMPLETED     an action with an answer and no tool call
     FORMAT_ERROR  neither; tool tags that do not pair; a memory that is missing or empty; a stop at a foreign token;
-                  or an answer after an action, in any turn, that broke a format rule though it could be run
+                  or an answer where a format rule was broken (which rules: `format` below)
     OVER_BUDGET   the last turn's action is another search (it is not run); an action cut off at `action_tokens`;
                   no room in the context; a memory above its limit, where that is not truncated
     FAILED        an engine or the retriever failed
@@ -19,6 +19,9 @@ A tool call that cannot be read is answered with an error in the observation, an
 fidelity         paper                                     mended
 memory limit     generation stops at `action_tokens`,      the generation has room for `memory_tokens` and its tags;
                  and stopping there is the end             beyond: `memory_overflow` truncates it or fails
+format           the rules of `check_chat` on the last     every action of every turn: thought and tool tags pair
+                 context: tags counted, not paired; the    and alternate, tool JSON can be read; an answer after
+                 JSON of earlier turns is not looked at    an action that broke a rule is no COMPLETED
 top_n left out   10 passages                               `top_n`
 a long context   the end                                   passages are shortened so that the memory fits
 """
@@ -27,11 +30,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 
 from actor.search import Searcher, SearchFailed
 from actor.session import BudgetExceeded, Generation, Session
+from actor.tokenizer import Tokenizer
 from actor.workflows.observation import fit_observation
 from actor.workflows.rendering import Answer, BadCall, Malformed, Rendering, Result, Search, Searches
 from actor.workflows.workflow import Episode
@@ -41,9 +45,13 @@ from protocol.types import Edge, Passage, Question, Status
 
 # More calls in a turn are answered with an error: a policy must not be able to flood the retriever.
 MAX_SEARCHES = 8
-# The most passages that the policy can ask for with `top_n`.
+# The most passages that the policy can ask for with `top_n`, unless the config's own are more.
 MAX_TOP_N = 20
 _PAPER_TOP_N = 10
+# Stands for a memory where the tokens of its frame are counted; no frame has it.
+_PROBE = "\N{WHITE SQUARE}"
+
+_Search = Callable[[Sequence[Search | BadCall], str], Awaitable[list[Result]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +74,17 @@ class MemSearcher:
         self._rendering = rendering
         self._search = search
         self._collection = collection
-        self._mended = config.fidelity == "mended"
-        self._truncates = self._mended and config.memory_overflow == "truncate"
 
     async def run(self, question: Question, session: Session) -> Episode:
-        return await _Run(self, question, session).run()
+        run = _Run(
+            config=self._config,
+            rendering=self._rendering,
+            search=self.searches,
+            collection=question.metadata.get("collection", self._collection),
+            question=question,
+            session=session,
+        )
+        return await run.run()
 
     async def searches(self, calls: Sequence[Search | BadCall], collection: str) -> list[Result]:
         """Runs the calls in as few requests as there are different `top_n`. Raises: SearchFailed."""
@@ -99,27 +113,38 @@ class MemSearcher:
 
     def _top_n(self, call: Search) -> int:
         if call.top_n is None:
-            return self._config.top_n if self._mended else _PAPER_TOP_N
-        return min(call.top_n, MAX_TOP_N)
+            return self._config.top_n if self._config.fidelity == "mended" else _PAPER_TOP_N
+        return min(call.top_n, max(MAX_TOP_N, self._config.top_n))
 
 
 class _Run:
     """One episode."""
 
-    def __init__(self, workflow: MemSearcher, question: Question, session: Session) -> None:
-        self._workflow = workflow
+    def __init__(
+        self,
+        *,
+        config: WorkflowConfig,
+        rendering: Rendering,
+        search: _Search,
+        collection: str,
+        question: Question,
+        session: Session,
+    ) -> None:
+        self._config = config
+        self._rendering = rendering
+        self._search = search
+        self._collection = collection
         self._question = question
         self._session = session
-        self._config = workflow._config
-        self._rendering = workflow._rendering
-        tokenizer = session.tokenizer
-        self._stop = (tokenizer.token_id(self._rendering.end_token),)
+        self._mended = config.fidelity == "mended"
+        self._truncates = self._mended and config.memory_overflow == "truncate"
+        self._stop = (session.tokenizer.token_id(rendering.end_token),)
         self._memories: list[str] = []
         self._fault = ""
         self._counts: Counter[str] = Counter()
-        self._memory_limit = self._config.action_tokens
-        if workflow._mended:
-            self._memory_limit = self._config.memory_tokens + len(tokenizer.encode(self._rendering.write_memory("")))
+        self._memory_limit = config.action_tokens
+        if self._mended:
+            self._memory_limit = config.memory_tokens + frame_tokens(rendering, session.tokenizer)
 
     async def run(self) -> Episode:
         try:
@@ -130,11 +155,15 @@ class _Run:
             end = _End(Status.FAILED, f"{type(error).__name__}: {error}")
         if self._session.is_open:
             self._session.close_context()
+        transcripts = self._session.transcripts()
+        if end.answer is not None:
+            fault = self._fault if self._mended else self._rendering.format_fault(transcripts[-1])
+            end = replace(end, status=Status.FORMAT_ERROR if fault else Status.COMPLETED, reason=fault)
         return Episode(
             status=end.status,
             answer=end.answer,
             reason=end.reason,
-            transcripts=self._session.transcripts(),
+            transcripts=transcripts,
             memories=tuple(self._memories),
             stats=self._stats(),
         )
@@ -165,7 +194,7 @@ class _Run:
                 return _End(Status.FORMAT_ERROR, reason)
             case Answer(text, fault):
                 self._fault = self._fault or fault
-                return _End(Status.FORMAT_ERROR if self._fault else Status.COMPLETED, self._fault, answer=text)
+                return _End(Status.COMPLETED, answer=text)
             case Searches() if is_last:
                 return _End(Status.OVER_BUDGET, f"no answer in {self._config.max_turns} turns")
             case Searches(calls, fault):
@@ -173,11 +202,10 @@ class _Run:
                 return await self._observe(calls) or await self._remember()
 
     async def _observe(self, calls: Sequence[Search | BadCall]) -> _End | None:
-        collection = self._question.metadata.get("collection", self._workflow._collection)
-        results = await self._workflow.searches(calls, collection)
+        results = await self._search(calls, self._collection)
         num_bad = sum(isinstance(result.call, BadCall) for result in results)
         self._counts.update(num_searches=len(results) - num_bad, num_bad_calls=num_bad)
-        if not self._workflow._mended:
+        if not self._mended:
             observation = self._session.tokenizer.encode(self._rendering.observation(results))
             fitted = (observation, False) if len(observation) < self._session.room else None
         else:
@@ -196,7 +224,7 @@ class _Run:
         if (stopped := _illegal(generation)) is not None:
             return stopped
         cut_off = generation.finish == "length"
-        if cut_off and not self._workflow._truncates:
+        if cut_off and not self._truncates:
             return _End(Status.OVER_BUDGET, f"a memory of {len(generation.token_ids)} tokens did not end")
         memory = self._rendering.parse_memory(generation.text, truncated=cut_off)
         if memory is None:
@@ -204,7 +232,7 @@ class _Run:
             return _End(status, "the memory is missing, empty or malformed")
         limit = self._config.memory_tokens
         kept = self._session.tokenizer.truncate(memory, limit).strip()
-        if kept != memory and not self._workflow._truncates:
+        if kept != memory and not self._truncates:
             return _End(Status.OVER_BUDGET, f"a memory has at most {limit} tokens, this one has more")
         self._counts.update(num_truncated_memories=int(cut_off or kept != memory))
         return kept or _End(Status.FORMAT_ERROR, "nothing is left of a truncated memory")
@@ -222,6 +250,15 @@ class _Run:
             "peak_context_tokens": float(max(lengths, default=0)),
             **{name: float(self._counts[name]) for name in names},
         }
+
+
+def frame_tokens(rendering: Rendering, tokenizer: Tokenizer) -> int:
+    """How many tokens stand around a memory in the piece that writes it, its end token included.
+
+    What is before and after is counted apart: an empty memory would let the two merge into fewer tokens.
+    """
+    before, _, after = rendering.write_memory(_PROBE).partition(_PROBE)
+    return len(tokenizer.encode(before)) + len(tokenizer.encode(after))
 
 
 def _illegal(generation: Generation) -> _End | None:

@@ -47,6 +47,10 @@ class ToyRendering:
             return None
         return " ".join(words)
 
+    def format_fault(self, transcript: str) -> str:
+        """Nothing: the paper has no rules for these texts, and an answer that can be read has its format."""
+        return ""
+
     def write_action_search(self, thought: str, queries: Sequence[str]) -> str:
         """Raises: ValueError where there is not exactly one query: the toy has one search a turn."""
         (query,) = queries

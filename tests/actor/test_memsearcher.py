@@ -10,8 +10,9 @@ from actor.sampling import SamplingParams
 from actor.session import Session
 from actor.sglang_client import Retry
 from actor.workflows.chat import ChatRendering
-from actor.workflows.memsearcher import MAX_SEARCHES, MAX_TOP_N, MemSearcher
+from actor.workflows.memsearcher import MAX_SEARCHES, MAX_TOP_N, MemSearcher, frame_tokens
 from actor.workflows.observation import longest_that_fits
+from actor.workflows.rendering import Fidelity
 from actor.workflows.toy import ToyRendering
 from protocol.config import WorkflowConfig
 from protocol.types import Edge, Question, Status
@@ -134,6 +135,42 @@ async def test_a_bad_call_is_an_observation_and_the_trajectory_goes_on(chat: Sta
     assert [list(r.queries) for r in retriever.requests] == [["ok"]]
 
 
+@pytest.mark.parametrize("fidelity", ["paper", "mended"])
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [
+        ("t</think><tool_call>{</tool_call>", r"t</think>\boxed{x}"),
+        (None, r"t</think></tool_call> a <tool_call> \boxed{x}"),
+    ],
+)
+async def test_the_paper_does_not_see_what_the_mended_rules_see(
+    chat: Stage, fidelity: Fidelity, first: str | None, last: str
+) -> None:
+    chat.rendering = ChatRendering(fidelity=fidelity)
+    if first:
+        chat.say(f"{first}<|im_end|>", chat.rendering.write_memory("m"))
+    chat.say(f"{last}<|im_end|>")
+    episode, _ = await chat.play(fidelity=fidelity)
+    expected = Status.COMPLETED if fidelity == "paper" else Status.FORMAT_ERROR
+    assert (episode.status, episode.answer, bool(episode.reason)) == (expected, "x", fidelity == "mended")
+
+
+@pytest.mark.parametrize("fidelity", ["paper", "mended"])
+async def test_both_see_a_thought_that_does_not_end(chat: Stage, fidelity: Fidelity) -> None:
+    chat.rendering = ChatRendering(fidelity=fidelity)
+    chat.say(r"t \boxed{x}<|im_end|>")
+    episode, _ = await chat.play(fidelity=fidelity)
+    assert (episode.status, episode.answer) == (Status.FORMAT_ERROR, "x")
+
+
+async def test_a_top_n_above_what_a_policy_may_ask_for_is_kept(chat: Stage, retriever) -> None:
+    asked = call('{"query": "a", "top_n": 999}')
+    chat.say(f"t</think>{asked}<|im_end|>", chat.rendering.write_memory("m"))
+    chat.say(chat.rendering.write_answer("t", "x"))
+    await chat.play(top_n=30)
+    assert retriever.requests[0].top_n == 30
+
+
 async def test_no_search_is_sent_where_all_calls_are_bad(chat: Stage, retriever) -> None:
     chat.say(f"t</think>{call('{}')}<|im_end|>", chat.rendering.write_memory("m"))
     chat.say(chat.rendering.write_answer("t", "x"))
@@ -204,6 +241,13 @@ async def test_the_memory_limit_can_be_reached(chat: Stage) -> None:
     assert asked_for >= len(chat.tokenizer.encode(chat.rendering.write_memory(memory)))
 
 
+@pytest.mark.parametrize("memory", ["m", "the question", "é 漢 .", "the memory of the question and the answer\n- and"])
+async def test_a_frame_never_counts_less_than_it_takes(chat_tokenizer, memory: str) -> None:
+    rendering = ChatRendering()
+    limit = len(chat_tokenizer.encode(memory)) + frame_tokens(rendering, chat_tokenizer)
+    assert len(chat_tokenizer.encode(rendering.write_memory(memory))) <= limit
+
+
 async def test_a_memory_that_overflows_is_truncated(chat: Stage) -> None:
     chat.say(chat.rendering.write_action_search("t", ["a"]), "<memory>\nthe question and the answer and")
     chat.say(chat.rendering.write_answer("t", "x"))
@@ -232,7 +276,7 @@ async def test_passages_are_shortened_so_that_the_memory_fits(chat: Stage, retri
     assert episode.status == Status.COMPLETED
     assert episode.stats["num_shortened_observations"] == 1
     room = chat.engine.requests[1]["sampling_params"]["max_new_tokens"]
-    assert room == 64 + len(chat.tokenizer.encode(chat.rendering.write_memory("")))
+    assert room == 64 + frame_tokens(chat.rendering, chat.tokenizer)
     assert prompt + 400 - 20 < len(chat.engine.requests[1]["input_ids"]) + room <= prompt + 400
     assert len(contexts[0]) <= prompt + 400
 
