@@ -14,6 +14,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 Port = Annotated[int, Field(ge=0, le=65_535)]
 Seconds = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -99,8 +100,18 @@ class WorkflowConfig(Section):
     action_tokens: Positive = 512
     memory_tokens: Positive = 1024
     context_tokens: Positive = 6024
-    top_n: Positive = 5
+    top_n: Annotated[int, Field(ge=1, le=100)] = 5
     memory_overflow: Literal["truncate", "fail"] = "truncate"
+
+    @model_validator(mode="after")
+    def _fits(self) -> WorkflowConfig:
+        if self.action_tokens + self.memory_tokens >= self.context_tokens:
+            raise ValueError(
+                "workflow.action_tokens + workflow.memory_tokens must be < workflow.context_tokens = "
+                f"{self.context_tokens}, got {self.action_tokens} + {self.memory_tokens}: raise context_tokens, which "
+                "holds the prompt, an action, an observation and a memory"
+            )
+        return self
 
 
 class SamplingConfig(Section):
@@ -156,6 +167,12 @@ class CorrectionConfig(Section):
     low: Annotated[float, Field(ge=0)] = 0.0
     high: Annotated[float, Field(gt=0)] = 2.0
 
+    @model_validator(mode="after")
+    def _ordered(self) -> CorrectionConfig:
+        if self.low > self.high:
+            raise ValueError(f"learner.loss.correction.low must be <= high = {self.high}, got {self.low}")
+        return self
+
 
 class LossConfig(Section):
     """See DESIGN: -w~ * min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), aggregated with a global denominator."""
@@ -172,7 +189,7 @@ class OptimizerConfig(Section):
     """AdamW; `schedule` after `warmup_steps` of linear warm-up; `linear` decays to `final_fraction` of the rate."""
 
     learning_rate: Annotated[float, Field(ge=0)] = 1e-6
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] = 1.0

@@ -135,3 +135,18 @@ def test_json_that_is_no_table(tmp_path: Path, tree: object) -> None:
     for overrides in ([], ["run.name=x"]):
         with pytest.raises((ConfigError, DataError), match=r"run.json"):
             load_config(write(tmp_path, json.dumps(tree), "run.json"), overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("workflow.top_n=101", ["workflow.top_n", "100"]),
+        ("workflow.context_tokens=1536", ["workflow.context_tokens = 1536", "512 + 1024"]),
+        ("learner.loss.correction.low=3.0", ["low must be <= high = 2.0", "3.0"]),
+        ("learner.optimizer.betas=[0.9,1.0]", ["learner.optimizer.betas", "less than 1"]),
+    ],
+)
+def test_budgets_that_cannot_hold_are_refused(tmp_path: Path, override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, GOOD), [override])
+    assert all(word in str(caught.value) for word in words), caught.value
