@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "  Debian or Ubuntu: apt-get install g++ python3-dev     Fedora: dnf install gcc-c++ python3-devel     macOS: xcode-select --install"; exit 2; }
 	@echo "setup: making $(VENV) (a minute or two; torch is the largest download)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,encoders]'
+	@PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,encoders]'
 	@touch $@
 
 demo: setup  ## The whole system on this machine: a reward that rises, in about four minutes

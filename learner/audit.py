@@ -55,7 +55,8 @@ def audit_run(run_dir: Path) -> Audit:
         raise DataError(f"no run in {run_dir}: {path.name} is not there")
     store = Store(path, read_only=True)
     try:
-        return _audit(store)
+        with store.snapshot():
+            return _audit(store)
     finally:
         store.close()
 
@@ -64,10 +65,11 @@ def _audit(store: Store) -> Audit:
     meta = store.meta()
     batch_size, bound = int(meta["groups_per_batch"]), int(meta["staleness_bound"])
     states = dict(store.query("SELECT state, count(*) FROM entries GROUP BY state"))
-    leased = sum(states.values())
-    problems = [*_check_batches(store, batch_size), *_check_entries(store)]
-    ages, age_problems = _ages(store, bound)
-    problems += age_problems
+    leased = store.query("SELECT count(DISTINCT cursor) FROM leases")[0][0]
+    trained = _walk(store, last_context_only=meta.get("ablation") == "last-context")
+    problems = [*_check_batches(store, batch_size), *_check_entries(store), *trained.problems(bound)]
+    if leased != sum(states.values()):
+        problems.append(f"{leased} questions were leased, but {sum(states.values())} are accounted for")
     stored = {row[0] for row in store.query("SELECT cursor FROM groups")}
     acknowledged = {
         row[0] for row in store.query("SELECT DISTINCT cursor FROM leases WHERE outcome IN ('accepted', 'skipped')")
@@ -75,11 +77,6 @@ def _audit(store: Store) -> Audit:
     lost = acknowledged - stored
     if lost:
         problems.append(f"{len(lost)} acknowledged groups are not in the store: {sorted(lost)[:5]}")
-    trained = store.query(
-        "SELECT coalesce(sum(num_trajectories), 0), coalesce(sum(num_contexts), 0), "
-        "coalesce(sum(num_trained_tokens), 0) FROM groups JOIN batches USING (cursor)"
-    )[0]
-    num_ages = sum(ages.values())
     attempts = store.query("SELECT count(*) FROM leases")[0][0]
     return Audit(
         run_id=meta["run_id"],
@@ -93,13 +90,13 @@ def _audit(store: Store) -> Audit:
         num_lease_attempts=attempts,
         num_reissued=attempts - leased,
         num_groups_lost=len(lost),
-        num_trajectories_trained=trained[0],
-        num_contexts_trained=trained[1],
-        num_tokens_trained=trained[2],
+        num_trajectories_trained=trained.num_trajectories,
+        num_contexts_trained=trained.num_contexts,
+        num_tokens_trained=sum(trained.ages.values()),
         num_publications=len(store.publications()),
         staleness_bound=bound,
-        staleness_max=max(ages, default=0),
-        staleness_mean=sum(age * count for age, count in ages.items()) / num_ages if num_ages else 0.0,
+        staleness_max=max(trained.ages, default=0),
+        staleness_mean=trained.mean_age,
         problems=tuple(problems),
     )
 
@@ -124,37 +121,65 @@ def _check_batches(store: Store, batch_size: int) -> list[str]:
 def _check_entries(store: Store) -> list[str]:
     in_batches = "cursor IN (SELECT cursor FROM batches)"
     in_groups = "cursor IN (SELECT cursor FROM groups)"
+    running = "SELECT cursor FROM leases WHERE outcome = 'running'"
+    leased_slot = "SELECT slot FROM leases WHERE leases.cursor = entries.cursor ORDER BY lease_id DESC LIMIT 1"
     shared = "SELECT slot FROM entries GROUP BY slot HAVING count(*) > 1"
     checks = {
         "questions are trained but in no batch": f"state = 'trained' AND NOT {in_batches}",
         "questions are in a batch but not trained": f"state != 'trained' AND {in_batches}",
         "questions have no stored group": f"state IN ('trained', 'buffered') AND NOT {in_groups}",
         "questions share a slot": f"slot >= 0 AND slot IN ({shared})",
+        "questions run without a lease": f"state = 'running' AND cursor NOT IN ({running})",
+        "questions are in another slot than they were leased for": f"slot >= 0 AND slot != ({leased_slot})",
     }
     counts = {what: store.query(f"SELECT count(*) FROM entries WHERE {where}")[0][0] for what, where in checks.items()}
     return [f"{count} {what}" for what, count in counts.items() if count]
 
 
-def _ages(store: Store, bound: int) -> tuple[dict[int, int], list[str]]:
-    """({age: sampled tokens}, problems), from the stored spans. A publication that the store does not know is one."""
+@dataclass(slots=True)
+class _Trained:
+    """What the stored groups of the logged batches hold; `ages`: age in steps → sampled tokens."""
+
+    num_trajectories: int = 0
+    num_contexts: int = 0
+    num_unknown_spans: int = 0
+    ages: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def mean_age(self) -> float:
+        return sum(age * count for age, count in self.ages.items()) / max(1, sum(self.ages.values()))
+
+    def problems(self, bound: int) -> list[str]:
+        over = sum(count for age, count in self.ages.items() if age > bound)
+        checks = {
+            f"trained tokens are older than the bound of {bound}": over,
+            "spans name a publication that was never made": self.num_unknown_spans,
+            "tokens come from a version that did not exist yet": sum(n for age, n in self.ages.items() if age < 0),
+        }
+        return [f"{count} {what}" for what, count in checks.items() if count]
+
+
+def _walk(store: Store, *, last_context_only: bool) -> _Trained:
+    """Decodes every group of every batch. Trajectories that the environment failed are not trained."""
+    from protocol.types import Status
+
     publications = store.publications()
-    ages: dict[int, int] = {}
-    unknown = 0
     stored = {row[0] for row in store.query("SELECT cursor FROM groups")}
+    trained = _Trained()
     for step in range(store.num_batches()):
         for cursor in stored.intersection(store.batch(step)):
-            for context in store.group(cursor).contexts():
-                for span in context.policy_versions:
+            for trajectory in store.group(cursor).trajectories:
+                if trajectory.status is Status.FAILED:
+                    continue
+                contexts = trajectory.contexts[-1:] if last_context_only else trajectory.contexts
+                sampled = [context for context in contexts if context.policy_versions]
+                trained.num_trajectories += bool(sampled)
+                trained.num_contexts += len(sampled)
+                for span in (span for context in sampled for span in context.policy_versions):
                     age = step - span.version
-                    ages[age] = ages.get(age, 0) + span.end - span.start
-                    unknown += publications.get(span.publication) != span.version
-    problems = [f"{unknown} spans name a publication that was never made"] if unknown else []
-    over = sum(count for age, count in ages.items() if age > bound)
-    if over:
-        problems.append(f"{over} trained tokens are older than the bound of {bound}")
-    if any(age < 0 for age in ages):
-        problems.append("tokens come from a version that did not exist yet")
-    return ages, problems
+                    trained.ages[age] = trained.ages.get(age, 0) + span.end - span.start
+                    trained.num_unknown_spans += publications.get(span.publication) != span.version
+    return trained
 
 
 @click.command()

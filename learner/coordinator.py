@@ -41,7 +41,8 @@ log = logging.getLogger(__name__)
 
 Outcome = Literal["accepted", "duplicate", "refused"]
 
-MAX_ATTEMPTS = 4
+# A question whose groups failed or were refused so often (expired leases do not count) is skipped.
+MAX_FAILURES = 4
 _TICK_S = 0.25
 # A lease that the actor's heartbeats do not name after so long was lost on the way.
 _LOST_AFTER_S = 5.0
@@ -78,6 +79,9 @@ class Coordinator:
         self._actors: dict[str, _Actor] = {}
         self._groups: dict[int, TrajectoryGroup] = {}
         self._batch_ready = asyncio.Event()
+        self._superseded: dict[str, str] = {}
+        self._failures: Counter[int] = Counter()
+        self._started_s = time.time()
         self._draining = ""
         self._publications = store.publications()
         self.num_malformed = 0
@@ -165,8 +169,13 @@ class Coordinator:
 
     async def _on_heartbeat(self, peer: bytes, message: Heartbeat) -> None:
         now = time.monotonic()
+        if self._superseded.get(message.actor) == message.incarnation:
+            await self._send(peer, Drain(reason=f"another actor has joined under the name {message.actor}"))
+            return
         known = self._actors.get(message.actor)
         if known is not None and known.incarnation != message.incarnation:
+            log.warning("actor %s was started again: its old leases are issued again", message.actor)
+            self._superseded[message.actor] = known.incarnation
             self._forget(message.actor)
         self._actors[message.actor] = _Actor(peer, message.incarnation, message.capacity, now, dict(message.counters))
         held = set(message.held)
@@ -235,8 +244,14 @@ class Coordinator:
         if group is not None and verdict.kind == "skip" and self._ledger.skip(lease_id=lease_id, cursor=cursor):
             self._store.record_group(entry=entry, lease_id=lease_id, group=group, frames=frames, outcome="skipped")
             return "accepted", verdict.reason
-        if entry.attempt + 1 >= MAX_ATTEMPTS and self._ledger.skip(lease_id=lease_id, cursor=cursor):
-            log.warning("question %d gave no trainable group in %d attempts: skipped", cursor, MAX_ATTEMPTS)
+        self._failures[cursor] += 1
+        is_current = message.attempt == entry.attempt
+        if (
+            is_current
+            and self._failures[cursor] >= MAX_FAILURES
+            and self._ledger.skip(lease_id=lease_id, cursor=cursor)
+        ):
+            log.warning("question %d gave no trainable group %d times: skipped", cursor, MAX_FAILURES)
         else:
             self._ledger.reissue(lease_id=lease_id, cursor=cursor)
         ended = "failed" if verdict.kind == "retry" else "refused"
@@ -281,7 +296,9 @@ class Coordinator:
                     log.warning("actor %s is silent for %.0f s: its leases are issued again", name, now - actor.seen_s)
                     self._forget(name)
             for lease in list(self._ledger.leases.values()):
-                if lease.actor not in self._actors and time.time() - lease.granted_s > self._lease_timeout_s:
+                # After a restart of ours, actors get as long as ever to be heard of again.
+                silent_s = time.time() - max(lease.granted_s, self._started_s)
+                if lease.actor not in self._actors and silent_s > self._lease_timeout_s:
                     self._expire(lease, "expired")
             await self._grant()
 

@@ -12,18 +12,26 @@ from tokenizers import Tokenizer
 from learner.metrics import MetricsWriter, render_trajectory, summarise_rollouts
 from learner.step_metrics import StepMetrics
 from learner.store import metrics_path
+from protocol.errors import DataError
 from protocol.types import TrajectoryGroup
 
 _TEXT_EVERY_STEPS = 10
 
 
 class Journal:
-    """A context manager. Steps that are trained again after a resume are written again: the last line counts."""
+    """A context manager. A step can have two lines where a learner was killed before it was logged: the last counts.
+
+    Raises: DataError where `tokenizer_folder` has no tokenizer.json.
+    """
 
     def __init__(self, run_dir: Path, *, step: int, tokenizer_folder: Path) -> None:
-        self._writer = MetricsWriter(run_dir / "tensorboard", purge_step=step or None)
+        path = tokenizer_folder / "tokenizer.json"
+        if not path.is_file():
+            raise DataError(f"model folder {tokenizer_folder} has no tokenizer.json; save its fast tokenizer there")
+        tokenizer = Tokenizer.from_file(str(path))
+        self._writer = MetricsWriter(run_dir / "tensorboard", purge_step=step)
         self._lines = metrics_path(run_dir).open("a", buffering=1)
-        self._tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+        self._tokenizer = tokenizer
         self._last = time.perf_counter()
 
     def __enter__(self) -> Journal:

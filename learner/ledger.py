@@ -10,9 +10,9 @@ is skipped gives its slot back and a later question takes it; a lease that expir
 and slot.
 
     open slot --grant--> running --accept--> buffered --finish--> trained
-                         |    ^                |
-                         |    +--- reissue ----+   (expired, failed or refused: next attempt)
-                         +--skip--> skipped        (zero variance, or out of attempts: the slot is open again)
+        ^                 |   ^
+        |                 |   +--grant-- waiting <--expire, reissue-- running       (the next attempt)
+        +--skip-----------+              (zero variance, or failed too often: another question takes the slot)
 """
 
 from __future__ import annotations

@@ -26,14 +26,17 @@ from safetensors.torch import save as save_safetensors
 
 from learner.admission import Rules
 from learner.checkpoint import TrainingState, latest_checkpoint, restore_training, save_checkpoint
+from learner.identity import identity_of
 from learner.journal import Journal
 from learner.ledger import Ledger
+from learner.lock import locked
 from learner.plane import Plane
 from learner.policy import Policy, load_policy
 from learner.step_metrics import StepMetrics
-from learner.store import Identity, Store, finished_path, store_path
+from learner.store import Store, finished_path, store_path
 from learner.trainer import Trainer
 from protocol.config import Config
+from protocol.errors import ConfigError, DataError
 from protocol.types import TrajectoryGroup
 
 log = logging.getLogger(__name__)
@@ -46,19 +49,32 @@ _DRAIN_S = 1.0
 def run_learner(config: Config) -> None:
     """Trains until `learner.num_steps`; resumes where an earlier process of the same run stopped.
 
-    Raises: UserError (bad model folder, port in use, keys), StoreError (the folder belongs to another run).
+    Raises: UserError (bad model folder, port in use, keys, a folder that belongs to another run or to a learner that
+    is running), StoreError.
     """
-    torch.set_num_threads(config.learner.torch_threads)
-    torch.manual_seed(config.run.seed)
-    run_dir = config.run.dir
-    run_dir.mkdir(parents=True, exist_ok=True)
-    trainer, step = _load(config)
-    store = Store(store_path(run_dir))
-    store.claim(_identity(config))
+    with locked(config.run.dir / "learner.lock", what="a learner"):
+        torch.set_num_threads(config.learner.torch_threads)
+        torch.manual_seed(config.run.seed)
+        trainer, step = _load(config)
+        store = Store(store_path(config.run.dir))
+        try:
+            store.claim(identity_of(config))
+            if step > (recorded := store.num_batches()):
+                raise DataError(
+                    f"the newest checkpoint in {config.run.dir} is of step {step}, but its store has {recorded} "
+                    "batches: they are not of one run; choose another run.dir"
+                )
+            _serve(config, trainer, store, step=step)
+        finally:
+            store.close()
+
+
+def _serve(config: Config, trainer: Trainer, store: Store, *, step: int) -> None:
+    learner = config.learner
     ledger = Ledger.restore(
-        groups_per_batch=config.learner.groups_per_batch,
-        staleness_bound=config.learner.staleness_bound,
-        num_steps=config.learner.num_steps,
+        groups_per_batch=learner.groups_per_batch,
+        staleness_bound=learner.staleness_bound,
+        num_steps=learner.num_steps,
         step=store.num_batches(),
         entries=store.entries(),
         leases=store.running_leases(),
@@ -66,23 +82,20 @@ def run_learner(config: Config) -> None:
     )
     rules = Rules(
         run_id=config.run.name,
-        group_size=config.learner.group_size,
+        group_size=learner.group_size,
         vocab_size=trainer.policy.model.config.vocab_size,
-        skip_zero_variance=config.learner.skip_zero_variance,
+        skip_zero_variance=learner.skip_zero_variance,
     )
     plane = Plane(
         network=config.network,
         store=store,
         ledger=ledger,
         rules=rules,
-        lease_timeout_s=config.learner.lease_timeout_s,
+        lease_timeout_s=learner.lease_timeout_s,
         on_death=lambda: os.kill(os.getpid(), signal.SIGTERM),
     )
-    try:
-        with plane, Journal(run_dir, step=ledger.step, tokenizer_folder=config.model.path) as journal:
-            Loop(config=config, trainer=trainer, plane=plane, journal=journal, step=step).run(recorded=ledger.step)
-    finally:
-        store.close()
+    with plane, Journal(config.run.dir, step=ledger.step, tokenizer_folder=config.model.path) as journal:
+        Loop(config=config, trainer=trainer, plane=plane, journal=journal, step=step).run(recorded=ledger.step)
 
 
 class Loop:
@@ -125,7 +138,7 @@ class Loop:
         """Offers the current weights; the seconds that it took."""
         started = time.perf_counter()
         data = snapshot_bytes(self._trainer.policy)
-        self._plane.run(self._plane.publish(data, version=self._step))
+        self._plane.publish(data, version=self._step)
         return time.perf_counter() - started
 
     def _save(self) -> None:
@@ -170,6 +183,12 @@ def snapshot_bytes(policy: Policy) -> bytes:
 def _load(config: Config) -> tuple[Trainer, int]:
     """(trainer, the step that its weights are): from the newest checkpoint, else from model.path."""
     checkpoint = latest_checkpoint(config.run.dir / "checkpoints")
+    try:
+        torch.empty(0, device=config.learner.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"learner.device {config.learner.device!r} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
     policy = load_policy(checkpoint or config.model.path, dtype=config.learner.dtype, device=config.learner.device)
     trainer = Trainer(policy=policy, config=config.learner, temperature=config.sampling.temperature)
     if checkpoint is None:
@@ -178,8 +197,3 @@ def _load(config: Config) -> tuple[Trainer, int]:
     trainer.num_skipped_updates = state.num_skipped_updates
     log.info("resumed from %s", checkpoint)
     return trainer, state.step
-
-
-def _identity(config: Config) -> Identity:
-    learner = config.learner
-    return Identity(config.run.name, learner.groups_per_batch, learner.group_size, learner.staleness_bound)

@@ -1,12 +1,13 @@
 """The learner's network side: one thread, one asyncio loop, in which the coordinator and the publisher live.
 
 The training loop, in the main thread, calls `run(coroutine)` and waits; nothing else is shared. Should a task of the
-plane die, the next call raises its error, and `on_death` is called at once.
+plane die, `on_death` is called at once, and the next call and leaving the plane raise its error.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
@@ -16,11 +17,13 @@ from learner.admission import Rules
 from learner.coordinator import Coordinator
 from learner.engines import Engines
 from learner.ledger import Ledger
-from learner.publisher import Publisher
+from learner.publisher import Publisher, make_snapshot
 from learner.store import Store
 from protocol.config import NetworkConfig
 from protocol.errors import PalimpsestError
 from protocol.transport import Transport
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -61,6 +64,8 @@ class Plane:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(timeout=10.0)
+        if self._error is not None:
+            raise PalimpsestError(f"the learner's network side has died: {self._error!r}") from self._error
 
     def run(self, coroutine: Coroutine[object, object, T], *, timeout_s: float | None = None) -> T:
         """The coroutine's result, computed in the plane. Raises: PalimpsestError where the plane has died."""
@@ -69,10 +74,14 @@ class Plane:
             raise PalimpsestError(f"the plane has died: {self._error}") from self._error
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
 
-    async def publish(self, data: bytes, *, version: int) -> int:
-        """Publishes a snapshot (the bytes of a safetensors file); the id is durable first."""
-        publication = await self.coordinator.new_publication(version)
-        await self.publisher.publish(data, publication=publication, version=version)
+    def publish(self, data: bytes, *, version: int) -> int:
+        """Publishes a snapshot (the bytes of a safetensors file) under an id that is durable first.
+
+        Called outside the plane: checksums of a large model take seconds, in which actors must be heard.
+        """
+        publication = self.run(self.coordinator.new_publication(version))
+        snapshot = make_snapshot(data, run_id=self._rules.run_id, publication=publication, version=version)
+        self.run(self.publisher.offer(snapshot))
         return publication
 
     async def wait_committed(self, version: int, *, timeout_s: float) -> bool:
@@ -89,8 +98,9 @@ class Plane:
         try:
             asyncio.run(self._serve())
         except BaseException as error:
-            self._error = error
             if self._ready.done():
+                self._error = error
+                log.critical("the plane has died", exc_info=error)
                 self._on_death()
             else:
                 self._ready.set_exception(error)

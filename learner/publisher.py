@@ -1,6 +1,6 @@
 """Offers weights: a snapshot in checked chunks, fetched by each engine's weight agent at its own pace.
 
-    publish(version, bytes) ─► publication id (durable) ─► Announcement on PUB
+    make_snapshot(bytes) ─► offer ─► Announcement on PUB
     EngineReport ─► registry, EngineReply(newest)     ManifestRequest ─► Manifest     ChunkRequest ─► Chunk
 
 A snapshot is the bytes of a safetensors file. The last two publications can be fetched, so that an agent which has
@@ -47,7 +47,9 @@ class Snapshot:
     data: bytes
 
 
-def make_snapshot(data: bytes, *, run_id: str, publication: int, version: int, chunk_bytes: int) -> Snapshot:
+def make_snapshot(
+    data: bytes, *, run_id: str, publication: int, version: int, chunk_bytes: int = CHUNK_BYTES
+) -> Snapshot:
     """Checksums and the tensor table of a safetensors file."""
     header_bytes = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + header_bytes])
@@ -90,24 +92,22 @@ class Publisher:
         engines: Engines,
         run_id: str,
         on_engines_changed: Callable[[], Awaitable[None]],
-        chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         self._router = router
         self._announcements = announcements
         self._engines = engines
         self._run_id = run_id
         self._on_engines_changed = on_engines_changed
-        self._chunk_bytes = chunk_bytes
         self._snapshots: dict[int, Snapshot] = {}
         self.num_malformed = 0
 
-    async def publish(self, data: bytes, *, publication: int, version: int) -> None:
-        self._snapshots[publication] = make_snapshot(
-            data, run_id=self._run_id, publication=publication, version=version, chunk_bytes=self._chunk_bytes
-        )
+    async def offer(self, snapshot: Snapshot) -> None:
+        """From now on the newest. The last two stay to be fetched."""
+        manifest = snapshot.manifest
+        self._snapshots[manifest.publication] = snapshot
         for old in sorted(self._snapshots)[:-_KEPT]:
             del self._snapshots[old]
-        announcement = Announcement(run_id=self._run_id, publication=publication, version=version)
+        announcement = Announcement(run_id=manifest.run_id, publication=manifest.publication, version=manifest.version)
         await self._announcements.send([encode(announcement)])
 
     async def serve(self) -> None:
@@ -145,9 +145,9 @@ class Publisher:
                 snapshot = self._snapshots.get(message.publication)
                 if snapshot is None or message.index >= len(snapshot.manifest.chunk_sha256):
                     return self._gone(message.request_id, message.publication), []
-                start = message.index * self._chunk_bytes
+                start = message.index * snapshot.manifest.chunk_bytes
                 chunk = Chunk(request_id=message.request_id, publication=message.publication, index=message.index)
-                return chunk, [memoryview(snapshot.data)[start : start + self._chunk_bytes]]
+                return chunk, [memoryview(snapshot.data)[start : start + snapshot.manifest.chunk_bytes]]
             case _:
                 raise ProtocolError(f"{message.kind} has no business at the publisher")
 

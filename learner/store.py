@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from learner.ledger import Entry, LeaseRecord, State
@@ -56,16 +55,6 @@ def finished_path(run_dir: Path) -> Path:
     return run_dir / "finished.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What must be the same for a run to be resumed."""
-
-    run_id: str
-    groups_per_batch: int
-    group_size: int
-    staleness_bound: int
-
-
 class Store:
     """Used by one thread at a time. Raises StoreError where the file cannot be read or written."""
 
@@ -80,11 +69,23 @@ class Store:
                 self._db.execute("PRAGMA journal_mode=WAL")
                 self._db.execute("PRAGMA synchronous=FULL")
                 self._create()
+            self._query("SELECT count(*) FROM meta")
         except sqlite3.Error as error:
-            raise StoreError(f"store {path} cannot be opened: {error}") from error
+            raise DataError(f"store {path} cannot be opened: {error}; give a run's folder") from error
+        except StoreError as error:
+            raise DataError(f"{error}; give a run's folder") from error
 
     def close(self) -> None:
         self._db.close()
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """All reading within sees one state of the store, whatever others write meanwhile."""
+        self._query("BEGIN")
+        try:
+            yield
+        finally:
+            self._query("COMMIT")
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -102,12 +103,11 @@ class Store:
 
     # --- identity ---
 
-    def claim(self, identity: Identity) -> None:
+    def claim(self, identity: Mapping[str, str]) -> None:
         """Writes the identity of a new run, or checks that of one to resume. Raises: DataError on a difference."""
-        wanted = {name: str(getattr(identity, name)) for name in identity.__slots__}
         found = self.meta()
         with self.transaction():
-            for key, value in wanted.items():
+            for key, value in identity.items():
                 if key not in found:
                     self._db.execute("INSERT INTO meta VALUES (?, ?)", (key, value))
                 elif found[key] != value:
@@ -224,7 +224,7 @@ class Store:
         if version == 0:
             self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         elif version != SCHEMA_VERSION:
-            raise StoreError(f"store {self._path} has schema {version}, this version reads {SCHEMA_VERSION}")
+            raise DataError(f"store {self._path} has schema {version}, this version reads {SCHEMA_VERSION}")
 
     def _put_entry(self, entry: Entry) -> None:
         self._db.execute(

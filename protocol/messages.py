@@ -52,7 +52,7 @@ class Heartbeat(Message):
     incarnation: Name
     capacity: Count
     held: list[Id]
-    counters: dict[Name, float] = Field(default_factory=dict)
+    counters: Annotated[dict[Name, float], Field(max_length=64)] = Field(default_factory=dict)
 
 
 class Goodbye(Message):
@@ -86,7 +86,7 @@ class Status(Message):
 class Lease(Message):
     """A question to answer G times.
 
-    `lease_id` is never reused. `min_version`: tokens of an older version will be refused or masked.
+    `lease_id` is never reused. `min_version`: a group with tokens of an older version will be refused.
     """
 
     kind: ClassVar[str] = "lease"
@@ -155,7 +155,7 @@ class EngineReport(Message):
     engine: EngineFields
     state: Literal["joining", "serving", "updating", "quarantined"]
     error: str = ""
-    counters: dict[Name, float] = Field(default_factory=dict)
+    counters: Annotated[dict[Name, float], Field(max_length=64)] = Field(default_factory=dict)
 
 
 class EngineReply(Message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
 
 import click
 
@@ -55,18 +56,29 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BaseException as error:
-        message = _user_error(error)
-        if message is None:
+        known = _known(error)
+        if known is None:
             raise
+        message, code = known
         click.echo(f"error: {message}", err=True)
-        sys.exit(2)
+        sys.exit(code)
     sys.exit(status if isinstance(status, int) else 0)  # what ctx.exit() was given
 
 
-def _user_error(error: BaseException) -> str | None:
-    """The sentence of a UserError, also from inside a task group."""
-    from protocol.errors import UserError
+def _known(error: BaseException) -> tuple[str, int] | None:
+    """(sentence, exit status) of an error raised on purpose, also from inside task groups; None for a defect."""
+    from protocol.errors import PalimpsestError, UserError
 
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return str(error) if isinstance(error, UserError) else None
+    leaves = list(_leaves(error))
+    if not all(isinstance(leaf, PalimpsestError) for leaf in leaves):
+        return None
+    first = next((leaf for leaf in leaves if isinstance(leaf, UserError)), leaves[0])
+    return str(first), 2 if isinstance(first, UserError) else 1
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

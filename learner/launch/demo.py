@@ -202,13 +202,10 @@ async def _step(supervisor: Supervisor, name: str, module: str, *arguments: str)
 
 
 def _config(options: Options) -> Config:
-    """TOY.md's recipe. The saved config is taken again on a resume, so that ports stay."""
+    """The toy's recipe: learning rate, batch and schedule were found by a prototype (docs/log.md)."""
     from learner.launch.plan import with_ports
-    from protocol.config_file import load_config, parse_config
+    from protocol.config_file import parse_config
 
-    saved = options.run_dir / "config.json"
-    if saved.is_file():
-        return load_config(saved)
     indexes = {f"world-{world}": str(options.data / "indexes" / f"world-{world}") for world in options.all_worlds}
     tree: dict[str, object] = {
         "run": {"name": f"demo-seed-{options.wanted.seed}", "dir": str(options.run_dir), "seed": options.wanted.seed},

@@ -13,7 +13,7 @@ def keys(folder: Path) -> None:
     """Write a server pair, a client pair and an allow-list into FOLDER.
 
     Set network.keys = "FOLDER" in the run's config. A node that joins needs client.key_secret and server.key only. To
-    admit another client, put its public .key file into FOLDER/authorized.
+    admit another client, put its public .key file into FOLDER/authorized and start the run again.
     """
     from protocol.transport import create_keys
 

@@ -1,7 +1,7 @@
 """Runs the processes of a plan on this machine: starts, watches, restarts, stops.
 
     start ─► running ──exit 0──► done
-               │  └──exit 2──► a user error: the run stops with its sentence
+               │  └──exit 2──► a user error at the first start: the run stops with its sentence
                └──any other──► restarted after a growing pause; too often in a minute: the run stops
 
 Each process leads a session of its own, so Ctrl-C reaches only the launcher, which ends them in order: SIGTERM, then
@@ -19,10 +19,12 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from learner.launch.plan import ProcessSpec
+from learner.lock import locked
 from protocol.errors import PalimpsestError, UserError
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,11 @@ _RESTART_PAUSE_S = 0.25
 _MAX_RESTARTS = 5
 _WINDOW_S = 60.0
 _USER_ERROR_STATUS = 2
+
+
+def lock_path(run_dir: Path) -> Path:
+    """Held by the launcher that works in `run_dir`."""
+    return run_dir / "launcher.lock"
 
 
 class RunFailed(PalimpsestError):
@@ -56,20 +63,24 @@ class Supervisor:
         self._children: dict[str, _Child] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._failure: asyncio.Future[None] | None = None
+        self._lock = ExitStack()
 
     async def __aenter__(self) -> Supervisor:
-        (self._run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        """Raises: DataError where another launcher works in the folder."""
+        self._lock.enter_context(locked(lock_path(self._run_dir), what="a launcher"))
+        (self._run_dir / "logs").mkdir(exist_ok=True)
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir()
         self._failure = asyncio.get_running_loop().create_future()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.stop(list(self._children))
-        if self._failure is not None and self._failure.done() and not self._failure.cancelled():
-            self._failure.exception()
-        (self._run_dir / "processes.json").unlink(missing_ok=True)
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        with self._lock:
+            await self.stop(list(self._children))
+            if self._failure is not None and self._failure.done() and not self._failure.cancelled():
+                self._failure.exception()
+            (self._run_dir / "processes.json").unlink(missing_ok=True)
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
     def log_path(self, name: str) -> Path:
         return self._run_dir / "logs" / f"{name}.log"
@@ -78,7 +89,9 @@ class Supervisor:
         for spec in specs:
             child = self._children[spec.name] = _Child(spec)
             await self._spawn(child)
-            self._watchers[spec.name] = asyncio.create_task(self._watch(child), name=f"watch {spec.name}")
+            watcher = asyncio.create_task(self._watch(child), name=f"watch {spec.name}")
+            watcher.add_done_callback(self._watcher_ended)
+            self._watchers[spec.name] = watcher
 
     async def wait(self, name: str) -> None:
         """Until `name` has ended well. Raises: UserError, RunFailed where any process stops the run."""
@@ -103,6 +116,12 @@ class Supervisor:
         self._write_processes()
         if (error := self._error_of(child, ended.result())) is not None:
             raise error
+
+    def _watcher_ended(self, watcher: asyncio.Task[None]) -> None:
+        """A watcher that dies leaves its process unwatched: the run stops with its error."""
+        error = None if watcher.cancelled() else watcher.exception()
+        if error is not None and self._failure is not None and not self._failure.done():
+            self._failure.set_exception(error)
 
     async def stop(self, names: list[str]) -> None:
         """SIGTERM to all, SIGKILL to those that stay. Shielded: a second Ctrl-C does not leave half of them."""
@@ -139,7 +158,7 @@ class Supervisor:
                 return
             now = time.monotonic()
             too_often = len(child.recent) == _MAX_RESTARTS and now - child.recent[0] < _WINDOW_S
-            if child.status == _USER_ERROR_STATUS or too_often:
+            if (child.status == _USER_ERROR_STATUS and child.num_restarts == 0) or too_often:
                 if not self._failure.done():
                     self._failure.set_exception(self._error_of(child, child.status) or RunFailed(child.spec.name))
                 return

@@ -83,6 +83,11 @@ def check(config: Config) -> None:
             f"network.host {config.network.host} is beyond loopback and needs CURVE keys: run `palimpsest keys DIR` "
             "and set network.keys to DIR"
         )
+    if not is_loopback(config.network.control_address) and config.engine.count and config.network.api_key_file is None:
+        raise SecurityError(
+            f"network.host {config.network.host} is beyond loopback and engines speak HTTP there: write a long random "
+            "word into a file and set network.api_key_file to it"
+        )
 
 
 async def run_all(config: Config, processes: list[ProcessSpec], *, quiet: bool) -> None:

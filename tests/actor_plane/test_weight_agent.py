@@ -16,12 +16,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from actor import weight_agent
 from actor.engine.server import EngineServer
-from actor.sglang_client import SGLangClient
+from actor.sampling import SamplingParams
+from actor.sglang_client import PauseMode, SGLangClient
 from actor.tasks.toy.tokenizer import VOCABULARY_SIZE, write_tokenizer
 from actor.weight_agent import WeightAgent, check_snapshot
 from learner.engines import Engines
 from learner.publisher import Publisher, Snapshot, make_snapshot
-from protocol.errors import RemoteError, WeightsError
+from protocol.errors import EngineUnavailable, RemoteError, WeightsError
 from protocol.messages import (
     Announcement,
     Chunk,
@@ -86,12 +87,19 @@ class Plane:
             engines=self.engines,
             run_id=RUN,
             on_engines_changed=self._changed,
-            chunk_bytes=CHUNK_BYTES,
         )
         self.serving = asyncio.create_task(self.publisher.serve())
 
+    async def publish(self, data: bytes, *, publication: int, version: int) -> None:
+        snapshot = make_snapshot(data, run_id=RUN, publication=publication, version=version, chunk_bytes=CHUNK_BYTES)
+        await self.publisher.offer(snapshot)
+
     async def _changed(self) -> None:
         self.num_changes += 1
+
+    async def publish(self, data: bytes, *, publication: int, version: int) -> None:
+        snapshot = make_snapshot(data, run_id=RUN, publication=publication, version=version, chunk_bytes=CHUNK_BYTES)
+        await self.publisher.offer(snapshot)
 
     async def close(self) -> None:
         self.serving.cancel()
@@ -136,7 +144,7 @@ async def manifest_of(requests: RequestClient, publication: int) -> Manifest:
 
 async def test_manifest_and_chunks_add_up(plane: Plane, requests: RequestClient, model: Path) -> None:
     data = weights(model, scale=1.0)
-    await plane.publisher.publish(data, publication=7, version=3)
+    await plane.publish(data, publication=7, version=3)
     manifest = await manifest_of(requests, 7)
     assert (manifest.run_id, manifest.publication, manifest.version, manifest.num_bytes) == (RUN, 7, 3, len(data))
     assert len(manifest.chunk_sha256) == -(-len(data) // CHUNK_BYTES) > 2
@@ -156,7 +164,7 @@ async def test_manifest_and_chunks_add_up(plane: Plane, requests: RequestClient,
 
 async def test_old_publications_go(plane: Plane, requests: RequestClient, model: Path) -> None:
     for publication in (1, 2, 3):
-        await plane.publisher.publish(weights(model, scale=publication), publication=publication, version=publication)
+        await plane.publish(weights(model, scale=publication), publication=publication, version=publication)
     with pytest.raises(RemoteError, match=r"publication 1 is not .* offered: ask for the newest"):
         await manifest_of(requests, 1)
     assert (await manifest_of(requests, 2)).version == 2
@@ -173,7 +181,7 @@ async def test_announcements_name_the_newest(plane: Plane, model: Path) -> None:
     async with asyncio.timeout(WAIT_S):
         while not receiving.done():  # a subscription takes a moment to arrive
             publication += 1
-            await plane.publisher.publish(data, publication=publication, version=5)
+            await plane.publish(data, publication=publication, version=5)
             await asyncio.wait([receiving], timeout=0.05)
     message, _ = decode(receiving.result())
     assert isinstance(message, Announcement)
@@ -181,7 +189,7 @@ async def test_announcements_name_the_newest(plane: Plane, model: Path) -> None:
 
 
 async def test_malformed_requests_cost_nothing(plane: Plane, requests: RequestClient, model: Path) -> None:
-    await plane.publisher.publish(weights(model, scale=1.0), publication=1, version=0)
+    await plane.publish(weights(model, scale=1.0), publication=1, version=0)
     foe = plane.transport.dealer(plane.router.address)
     for frames in ([b""], [b"\xff" * 10], [b"x"] * 20):
         await foe.send(frames)
@@ -256,6 +264,8 @@ async def engine(
             announcements=plane.transport.subscriber(plane.announcements.address),
             base_model=model,
             folder=tmp_path,
+            url=server.url,
+            pause_mode="retract",
         )
         running = asyncio.create_task(agent.run())
         yield Engine(server, client, agent)
@@ -274,7 +284,7 @@ async def test_the_engine_is_brought_to_each_version(plane: Plane, engine: Engin
     assert plane.known() == []
     for version in range(3):
         publication = version + 1
-        await plane.publisher.publish(weights(model, scale=1 + version), publication=publication, version=version)
+        await plane.publish(weights(model, scale=1 + version), publication=publication, version=version)
         await plane.until(serves(plane, publication))
         assert await engine.tag() == PolicyTag(RUN, publication, version)
         assert [(known.name, known.url, known.version) for known in plane.known()] == [
@@ -286,9 +296,9 @@ async def test_the_engine_is_brought_to_each_version(plane: Plane, engine: Engin
 
 
 async def test_a_damaged_chunk_is_quarantined_and_fetched_again(plane: Plane, engine: Engine, model: Path) -> None:
-    await plane.publisher.publish(weights(model, scale=1.0), publication=1, version=0)
+    await plane.publish(weights(model, scale=1.0), publication=1, version=0)
     await plane.until(serves(plane, 1))
-    await plane.publisher.publish(weights(model, scale=2.0), publication=2, version=1)
+    await plane.publish(weights(model, scale=2.0), publication=2, version=1)
     good = plane.publisher._snapshots[2]
     damaged = bytearray(good.data)
     damaged[CHUNK_BYTES + 5] ^= 1
@@ -306,31 +316,100 @@ async def test_a_damaged_chunk_is_quarantined_and_fetched_again(plane: Plane, en
 async def test_an_update_that_the_engine_refuses_is_tried_again(plane: Plane, engine: Engine, model: Path) -> None:
     """Weights of another shape verify as bytes, and fail in the engine; the next publication heals it."""
     wrong = save({name: torch.zeros(3) for name in load_file(model / "model.safetensors")})
-    await plane.publisher.publish(wrong, publication=1, version=0)
+    await plane.publish(wrong, publication=1, version=0)
     await plane.until(lambda: plane.state() == "quarantined" and engine.agent.num_failures >= 2)
     assert plane.known() == []
-    await plane.publisher.publish(weights(model, scale=1.0), publication=2, version=0)
+    await plane.publish(weights(model, scale=1.0), publication=2, version=0)
     await plane.until(serves(plane, 2))
     assert await engine.tag() == PolicyTag(RUN, 2, 0)
 
 
 async def test_a_publication_that_is_gone_gives_way_to_the_newest(plane: Plane, engine: Engine, model: Path) -> None:
     data = weights(model, scale=1.0)
-    await plane.publisher.publish(data, publication=1, version=0)
+    await plane.publish(data, publication=1, version=0)
     await plane.until(serves(plane, 1))
     newest = plane.publisher._snapshots
-    await plane.publisher.publish(data, publication=2, version=1)
+    await plane.publish(data, publication=2, version=1)
     # The reply to a report names publication 2; before its manifest is asked for, two newer ones push it out.
     for publication in (3, 4):
-        await plane.publisher.publish(data, publication=publication, version=publication - 1)
+        await plane.publish(data, publication=publication, version=publication - 1)
     assert sorted(newest) == [3, 4]
     with pytest.raises(RemoteError, match="ask for the newest"):
         await engine.agent._fetch(PolicyTag(RUN, 2, 1))
     await plane.until(serves(plane, 4))
 
 
+async def test_an_engine_whose_continue_was_lost_is_brought_again(
+    plane: Plane, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It states the new version and is paused: nobody may take it for serving before it runs again."""
+    continue_ = engine.client.continue_
+    lost = 0
+
+    async def lose() -> None:
+        nonlocal lost
+        lost += 1
+        raise EngineUnavailable("the connection broke")
+
+    monkeypatch.setattr(engine.client, "continue_", lose)
+    await plane.publish(weights(model, scale=1.0), publication=1, version=0)
+    await plane.until(lambda: plane.state() == "quarantined" and lost >= 2)
+    assert await engine.tag() == PolicyTag(RUN, 1, 0)
+    assert plane.known() == []
+    assert "the connection broke" in plane.error()
+    monkeypatch.setattr(engine.client, "continue_", continue_)
+    await plane.until(serves(plane, 1))
+    completion = await engine.client.generate([3], SamplingParams(max_new_tokens=2))
+    assert {span.weight_version for span in completion.spans} == {str(PolicyTag(RUN, 1, 0))}
+
+
+@pytest.mark.parametrize("mode", ["abort", "retract"])
+async def test_what_an_update_does_to_requests_in_flight(
+    plane: Plane, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch, mode: PauseMode
+) -> None:
+    monkeypatch.setattr(engine.agent, "_pause_mode", mode)
+    await plane.publish(weights(model, scale=1.0), publication=1, version=0)
+    await plane.until(serves(plane, 1))
+    await engine.client.pause("in_place")
+    sampling = SamplingParams(max_new_tokens=40)
+    generating = asyncio.create_task(engine.client.generate([3], sampling))
+    engine_core = engine.server._engine
+    assert engine_core is not None
+    await plane.until(lambda: any(True for _ in engine_core.scheduler.in_flight()))
+    await plane.publish(weights(model, scale=2.0), publication=2, version=1)
+    await plane.until(serves(plane, 2))
+    if mode == "abort":
+        with pytest.raises(EngineUnavailable, match="abort"):
+            await generating
+    else:
+        assert (await generating).spans[-1].weight_version == str(PolicyTag(RUN, 2, 1))
+
+
+async def test_reports_go_on_while_a_publication_is_fetched(
+    plane: Plane, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await plane.publish(weights(model, scale=1.0), publication=1, version=0)
+    await plane.until(serves(plane, 1))
+    fetch, go, begun = engine.agent._fetch, asyncio.Event(), asyncio.Event()
+
+    async def slow(tag: PolicyTag) -> Path:
+        begun.set()
+        await go.wait()
+        return await fetch(tag)
+
+    monkeypatch.setattr(engine.agent, "_fetch", slow)
+    await plane.publish(weights(model, scale=2.0), publication=2, version=1)
+    async with asyncio.timeout(WAIT_S):
+        await begun.wait()
+    num_reports = plane.num_changes
+    await plane.until(lambda: plane.num_changes >= num_reports + 5)
+    assert (plane.state(), [known.publication for known in plane.known()]) == ("serving", [1])
+    go.set()
+    await plane.until(serves(plane, 2))
+
+
 async def test_an_engine_that_was_restarted_joins_anew(plane: Plane, engine: Engine, model: Path) -> None:
-    await plane.publisher.publish(weights(model, scale=2.0), publication=1, version=0)
+    await plane.publish(weights(model, scale=2.0), publication=1, version=0)
     await plane.until(serves(plane, 1))
     await engine.server.stop()
     await plane.until(lambda: plane.state() == "quarantined" or engine.agent.num_failures > 0)

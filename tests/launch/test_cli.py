@@ -176,11 +176,11 @@ def test_keys_are_made_once(tmp_path: Path) -> None:
 
 
 def test_audit(tmp_path: Path) -> None:
-    from learner.store import Identity, Store, store_path
+    from learner.store import Store, store_path
 
     assert "no run in" in refused("audit", tmp_path)
     store = Store(store_path(tmp_path))
-    store.claim(Identity("run", 1, 1, 1))
+    store.claim({"run_id": "run", "groups_per_batch": "1", "group_size": "1", "staleness_bound": "1"})
     clean = palimpsest("audit", tmp_path)
     assert (clean.status, "audit: clean" in clean.out) == (0, True)
     store.record_batch(step=0, cursors=[7])

@@ -13,7 +13,7 @@ from learner import coordinator
 from learner.audit import audit_run
 from learner.ledger import State
 from learner.plane import Plane
-from learner.store import Identity, Store, store_path
+from learner.store import Store, store_path
 from protocol.codec import encode_group
 from protocol.config import NetworkConfig
 from protocol.errors import DataError, SecurityError, StoreError, UnreachableError
@@ -33,9 +33,12 @@ from tests.learner_plane.peers import (
 )
 
 
+IDENTITY = {"run_id": RUN, "groups_per_batch": "2", "group_size": str(GROUP_SIZE), "staleness_bound": "1"}
+
+
 async def serve_version(plane: Plane, version: int) -> None:
     """The learner publishes `version`, and the only engine commits it."""
-    publication = await asyncio.to_thread(plane.run, plane.publish(_tiny_safetensors(), version=version))
+    publication = await asyncio.to_thread(lambda: plane.publish(_tiny_safetensors(), version=version))
     await report_engine(plane, version=version, publication=publication)
 
 
@@ -94,7 +97,7 @@ async def test_leases_follow_credits(tmp_path: Path) -> None:
 async def test_a_run_to_its_end(tmp_path: Path) -> None:
     setting = Setting(tmp_path)
     with open_plane(setting) as plane:
-        await asyncio.to_thread(plane.coordinator._store.claim, Identity(RUN, 2, GROUP_SIZE, 1))
+        await asyncio.to_thread(plane.coordinator._store.claim, IDENTITY)
         async with Actor(control_address(plane)) as actor:
             for step in range(3):
                 await serve_version(plane, step)
@@ -204,7 +207,7 @@ async def test_failed_groups_are_tried_so_often_and_then_skipped(tmp_path: Path)
         await serve_version(plane, 0)
         async with Actor(control_address(plane), capacity=1) as actor:
             await actor.until_leased(1)
-            for attempt in range(coordinator.MAX_ATTEMPTS):
+            for attempt in range(coordinator.MAX_FAILURES):
                 lease = actor.leases[-1]
                 assert (lease.cursor, lease.attempt) == (0, attempt)
                 failed = replace(make_group(lease).trajectories[0], contexts=(), status=Status.FAILED)
@@ -352,15 +355,15 @@ async def test_leases_of_an_actor_that_never_returns_expire(tmp_path: Path) -> N
 
 def test_the_store_belongs_to_one_run(tmp_path: Path) -> None:
     store = Store(store_path(tmp_path))
-    store.claim(Identity("a", 2, 2, 1))
-    store.claim(Identity("a", 2, 2, 1))
+    store.claim({"run_id": "a", "staleness_bound": "1"})
+    store.claim({"run_id": "a", "staleness_bound": "1"})
     with pytest.raises(DataError, match="belongs to a run with staleness_bound = 1, not 2"):
-        store.claim(Identity("a", 2, 2, 2))
+        store.claim({"run_id": "a", "staleness_bound": "2"})
     with pytest.raises(StoreError, match="holds no group 3"):
         store.group(3)
     store.close()
     (tmp_path / "x.sqlite").write_bytes(b"no database" * 100)
-    with pytest.raises(StoreError, match="cannot be opened"):
+    with pytest.raises(DataError, match="cannot be opened"):
         Store(tmp_path / "x.sqlite")
 
 
