@@ -6,12 +6,15 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from script import ENOUGH, FREE_ANSWERS, MORE, NOTHING_YET
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from actor.workflows.chat import ChatRendering
+from actor.workflows.rendering import Result, Search
+from protocol.types import Passage
 
-PAD, END = "<|endoftext|>", "<|im_end|>"
-CONTROL = (PAD, "<|im_start|>", END)
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CONTROL = (PAD, START, END)
 TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 NUM_BYTES = 256
 _WORDS = (
@@ -62,17 +65,27 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
+def fixed_ids(tokenizer: Tokenizer, *, top_n: int) -> frozenset[int]:
+    """The ids that the workflow's and the script's own words are made of."""
+    return frozenset(token for piece in _pieces(top_n) for token in tokenizer.encode(piece).ids)
+
+
+def _pieces(top_n: int) -> list[str]:
+    rendering = ChatRendering(top_n=top_n)
+    nothing = Passage("", "", "")
+    return [
+        rendering.prompt("", ""),
+        *(rendering.write_action_search(thought, [""]) for thought in (NOTHING_YET, MORE)),
+        rendering.observation([Result(Search(""), (nothing,) * top_n)]),
+        rendering.write_memory(""),
+        rendering.write_answer(ENOUGH, ""),
+        *FREE_ANSWERS,
+    ]
+
+
 def _all_texts(texts: Iterable[str], *, top_n: int) -> Iterator[str]:
     yield from texts
-    rendering = ChatRendering(top_n=top_n)
-    pieces = [
-        rendering.prompt("", ""),
-        rendering.write_action_search("", [""]),
-        rendering.observation([]),
-        rendering.write_memory(""),
-        rendering.write_answer("", ""),
-    ]
-    for piece in pieces:
+    for piece in _pieces(top_n):
         # Control tokens are no words: their borders must not be learned as such.
         for token in (*CONTROL, *TAGS):
             piece = piece.replace(token, "\n")

@@ -68,9 +68,9 @@ class Options:
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_OUT, help="Folder to fill.")
 @click.option("--encoder", default="minilm", help="As of `palimpsest index`.")
 @click.option("--vocab-size", type=click.IntRange(512), default=8192, help="Tokens of the tokenizer.")
-@click.option("--copying-steps", type=click.IntRange(1), default=150, help="On random words.")
-@click.option("--language-steps", type=click.IntRange(1), default=150, help="On 16 passages each.")
-@click.option("--imitation-steps", type=click.IntRange(1), default=200, help="On 8 contexts each, every round.")
+@click.option("--copying-steps", type=click.IntRange(1), default=80, help="On random words.")
+@click.option("--language-steps", type=click.IntRange(1), default=100, help="On 16 passages each, and on copying.")
+@click.option("--imitation-steps", type=click.IntRange(1), default=600, help="Of round 1; later ones have a third.")
 @click.option("--max-rounds", type=click.IntRange(1), default=4, help="Of imitation, at most.")
 @click.option("--eval-questions", type=click.IntRange(1), default=128, help="To measure a round on.")
 @click.option("--threads", type=click.IntRange(1), default=min(2, os.cpu_count() or 1), help="Of torch.")
@@ -233,7 +233,8 @@ def train_policy(options: Options) -> None:
 
 def _imitation_round(options: Options, number: int, *, start: Path, folder: Path) -> float:
     """Trains and measures what is not there yet; the share of well-formed trajectories."""
-    from fit import imitate
+    from bpe import fixed_ids
+    from fit import LATER_ROUNDS, OPTIMIZER, imitate
     from measure import measure, read_measured
     from pace import Pace
     from tokenizers import Tokenizer
@@ -242,15 +243,19 @@ def _imitation_round(options: Options, number: int, *, start: Path, folder: Path
 
     _set_up_torch(options.threads)
     folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer.from_file(str(options.out / "tokenizer" / "tokenizer.json"))
+    steps = options.imitation_steps if number == 1 else max(1, options.imitation_steps // 3)
     if not (folder / "model").is_dir():
         imitate(
             start,
             folder / "model",
-            tokenizer=Tokenizer.from_file(str(options.out / "tokenizer" / "tokenizer.json")),
+            tokenizer=tokenizer,
             demonstrations=options.out / "demonstrations.safetensors",
-            steps=options.imitation_steps,
+            fixed=fixed_ids(tokenizer, top_n=load_config(RUN_TOML).workflow.top_n),
+            optimizer=OPTIMIZER if number == 1 else LATER_ROUNDS,
+            steps=steps,
             seed=options.seed + number,
-            on_progress=Pace(f"imitation, round {number}").of_steps(options.imitation_steps),
+            on_progress=Pace(f"imitation, round {number}").of_steps(steps),
         )
     if not (folder / "summary.json").is_file():
         click.echo(f"  measuring {options.num_eval_questions} trajectories …")

@@ -110,11 +110,11 @@ def test_script_follows_the_bridge_and_copies_what_leads_on() -> None:
     assert rendering.parse_action(action) == Searches((Search("Red Boat"),))
     observed = prompt + action + rendering.observation([Result(Search("Red Boat"), (FILM,))])
     memory = rendering.parse_memory(script.write(observed))
-    assert memory == "Red Boat (film): It was directed by Ann Fox and shot in Peru."
+    assert memory == "- Red Boat (film): It was directed by Ann Fox and shot in Peru."
     assert rendering.parse_action(script.write(rendering.prompt(BRIDGE.question, memory))) == Searches(
         (Search("Ann Fox"),)
     )
-    full = f"{memory}\nAnn Fox: Ann Fox was born in Oslo in 1911."
+    full = f"{memory}\n- Ann Fox: Ann Fox was born in Oslo in 1911."
     assert rendering.parse_action(script.write(rendering.prompt(BRIDGE.question, full))) == Answer("Oslo")
 
 
@@ -123,7 +123,7 @@ def test_script_writes_nothing_that_cannot_be_read() -> None:
     unread = Example("q", BRIDGE.question, ("Bergen",), (DIRECTOR.title,))
     script = GoldScript(example=unread, rendering=rendering, max_calls=1)
     with pytest.raises(OffScript, match="answer"):
-        script.write(rendering.prompt(unread.question, "Ann Fox: Ann Fox was born in Oslo."))
+        script.write(rendering.prompt(unread.question, "- Ann Fox: Ann Fox was born in Oslo."))
     lost = GoldScript(example=BRIDGE, rendering=rendering, max_calls=1)
     prompt = rendering.prompt(BRIDGE.question, "")
     with pytest.raises(OffScript, match="found"):
@@ -140,11 +140,11 @@ def test_traces_are_what_the_workflow_records(tokenizer: Tokenizer, run_config: 
     assert (traces.num_episodes, len(traces.contexts), dict(traces.refused)) == (1, 3, {})
     first, second, last = traces.contexts
     sampled = tokenizer.decode(first.token_ids[first.loss_mask].tolist())
-    assert sampled.startswith("\nThe memory is empty. I look up Red Boat.\n</think>\n<tool_call>")
+    assert sampled.startswith("\nThe memory is empty. I look up what the question names.\n</think>\n<tool_call>")
     assert sampled.endswith("shot in Peru.\n</memory><|im_end|>")
     assert "Ann Fox was born" in tokenizer.decode(first.token_ids[~first.loss_mask].tolist())
     assert "It was directed by Ann Fox" in tokenizer.decode(second.token_ids[~second.loss_mask].tolist())
-    assert tokenizer.decode(last.token_ids[last.loss_mask].tolist()).endswith("\\boxed{Oslo}<|im_end|>")
+    assert tokenizer.decode(last.token_ids[last.loss_mask].tolist()).endswith("\\boxed{ Oslo}<|im_end|>")
 
 
 def test_demonstrations_are_read_as_they_were_written(tokenizer: Tokenizer, run_config: Config, tmp_path: Path) -> None:
