@@ -51,8 +51,8 @@ class Setting:
 
 
 @contextmanager
-def open_plane(setting: Setting) -> Iterator[Plane]:
-    """A plane as `run_learner` makes it, resumed from the store where there is one."""
+def open_plane(setting: Setting, *, on_death: Callable[[], None] | None = None) -> Iterator[Plane]:
+    """A plane as `run_learner` makes it, resumed from the store where there is one. It must not die, or say so."""
     store = Store(store_path(setting.folder))
     ledger = Ledger.restore(
         groups_per_batch=setting.groups_per_batch,
@@ -71,7 +71,7 @@ def open_plane(setting: Setting) -> Iterator[Plane]:
         ledger=ledger,
         rules=rules,
         lease_timeout_s=setting.lease_timeout_s,
-        on_death=lambda: deaths.append("died"),
+        on_death=on_death or (lambda: deaths.append("died")),
     )
     try:
         with plane:

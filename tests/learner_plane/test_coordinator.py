@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from learner.plane import Plane
 from learner.store import Store, store_path
 from protocol.codec import encode_group
 from protocol.config import NetworkConfig
-from protocol.errors import DataError, SecurityError, StoreError, UnreachableError
+from protocol.errors import DataError, PalimpsestError, SecurityError, StoreError, UnreachableError
 from protocol.messages import EngineReply, Lease
 from protocol.types import Status, TrajectoryGroup
 from protocol.wire import encode
@@ -31,7 +32,6 @@ from tests.learner_plane.peers import (
     open_plane,
     report_engine,
 )
-
 
 IDENTITY = {"run_id": RUN, "groups_per_batch": "2", "group_size": str(GROUP_SIZE), "staleness_bound": "1"}
 
@@ -395,3 +395,34 @@ def test_a_plane_that_cannot_listen_says_so(tmp_path: Path) -> None:
             )
             with pytest.raises(error, match=says), second:
                 pass
+
+
+async def test_the_older_of_two_actors_of_one_name_is_told_to_leave(tmp_path: Path) -> None:
+    with open_plane(Setting(tmp_path)) as plane:
+        await serve_version(plane, 0)
+        address = control_address(plane)
+        async with Actor(address, incarnation="1") as old, Actor(address, incarnation="2") as new:
+            await old.until_leased(4)
+            await new.until_leased(4)
+            await old.heartbeat()
+            await old.until(lambda: bool(old.drains))
+            assert "another actor has joined under the name" in old.drains[-1].reason
+            await new.until_status()
+            assert len(new.leases) == 4, "the older one frees nothing any more"
+
+
+async def test_a_plane_that_dies_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    died = threading.Event()
+    monkeypatch.setattr(Store, "record_lease", _full_disk)
+    with (
+        pytest.raises(PalimpsestError, match="disk is full"),
+        open_plane(Setting(tmp_path), on_death=died.set) as plane,
+    ):
+        await serve_version(plane, 0)
+        async with Actor(control_address(plane)) as actor:
+            await actor.heartbeat()
+            assert await asyncio.to_thread(died.wait, WAIT_S)
+
+
+def _full_disk(*_: object, **__: object) -> None:
+    raise StoreError("disk is full")

@@ -1,0 +1,62 @@
+"""The audit finds what was tampered with."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from learner.audit import audit_run
+from learner.ledger import Entry, LeaseRecord, State
+from learner.store import Store, store_path
+from protocol.codec import encode_group
+from tests.learner_plane.test_admission import group
+
+META = {"run_id": "r", "groups_per_batch": "1", "group_size": "2", "staleness_bound": "2"}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """One group leased, stored, and trained at step 4; its tokens are of version 3."""
+    store = Store(store_path(tmp_path))
+    store.claim(META)
+    for version in range(4):
+        publication = store.new_publication(version if version else 0)
+    sound = group()
+    store.record_lease(LeaseRecord(1, 0, 0, 0, "actor", 0.0), engine_version=3)
+    frames = encode_group(sound, lease_id=1)
+    store.record_group(entry=Entry(0, 0, 0, State.BUFFERED), lease_id=1, group=sound, frames=frames, outcome="accepted")
+    store.record_batch(step=0, cursors=[0])
+    store.close()
+    assert publication == 4
+    return tmp_path
+
+
+def tamper(run: Path, sql: str) -> tuple[str, ...]:
+    with sqlite3.connect(store_path(run)) as db:
+        db.execute(sql)
+    db.close()
+    return audit_run(run).problems
+
+
+def test_ages_are_recomputed_from_the_stored_tokens(run: Path) -> None:
+    problems = audit_run(run).problems
+    assert any("did not exist yet" in problem for problem in problems), "version 3 cannot be trained at step 0"
+
+
+@pytest.mark.parametrize(
+    ("sql", "says"),
+    [
+        ("DELETE FROM entries", "1 questions were leased, but 0 are accounted for"),
+        ("DELETE FROM groups", "acknowledged groups are not in the store"),
+        ("UPDATE entries SET state = 'running'", "questions run without a lease"),
+        ("UPDATE entries SET slot = 5", "trained in another batch"),
+        ("UPDATE leases SET slot = 3", "another slot than they were leased for"),
+        ("DELETE FROM publications", "name a publication that was never made"),
+        ("UPDATE batches SET step = 1", "has a gap"),
+        ("DELETE FROM batches", "trained but in no batch"),
+    ],
+)
+def test_what_was_tampered_with_is_found(run: Path, sql: str, says: str) -> None:
+    assert any(says in problem for problem in tamper(run, sql))

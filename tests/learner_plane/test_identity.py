@@ -1,0 +1,39 @@
+"""What may change when a run is resumed, and what may not."""
+
+from __future__ import annotations
+
+import pytest
+
+from learner.identity import identity_of
+from protocol.config import Config
+
+
+def config(**learner: object) -> Config:
+    tree = {"model": {"path": "m"}, "task": {"kind": "toy", "worlds": [1]}, "learner": learner}
+    return Config.model_validate(tree)
+
+
+@pytest.mark.parametrize("change", [{"torch_threads": 4}, {"tokens_per_micro_batch": 5}, {"lease_timeout_s": 3.0}])
+def test_where_and_how_fast_may_change(change: dict[str, object]) -> None:
+    assert identity_of(config(**change)) == identity_of(config())
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"group_size": 4}, "group_size"),
+        ({"staleness_bound": 1}, "staleness_bound"),
+        ({"loss": {"aggregation": "token"}}, "learner.loss"),
+        ({"optimizer": {"learning_rate": 0.5}}, "learner.optimizer"),
+        ({"ablation": "last-context"}, "ablation"),
+    ],
+)
+def test_what_is_trained_may_not(change: dict[str, object], key: str) -> None:
+    before, after = identity_of(config()), identity_of(config(**change))
+    assert [name for name in before if before[name] != after[name]] == [key]
+
+
+def test_more_steps_may_follow_unless_the_schedule_depends_on_them() -> None:
+    assert identity_of(config(num_steps=5)) == identity_of(config(num_steps=9))
+    linear = {"schedule": "linear"}
+    assert identity_of(config(num_steps=5, optimizer=linear)) != identity_of(config(num_steps=9, optimizer=linear))
