@@ -414,7 +414,7 @@ async def test_the_older_of_two_actors_of_one_name_is_told_to_leave(tmp_path: Pa
 async def test_a_plane_that_dies_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     died = threading.Event()
     monkeypatch.setattr(Store, "record_lease", _full_disk)
-    with (
+    with (  # noqa: PT012
         pytest.raises(PalimpsestError, match="disk is full"),
         open_plane(Setting(tmp_path), on_death=died.set) as plane,
     ):
