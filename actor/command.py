@@ -31,9 +31,11 @@ def actor(config: Path, name: str, overrides: tuple[str, ...]) -> None:
 @click.command("eval")
 @_CONFIG
 @click.option("--engine", "engines", multiple=True, metavar="URL", help="Engines to ask.  [default: the config's]")
-@click.option("--questions", default=512, show_default=True, help="How many evaluation questions.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--concurrency", default=128, show_default=True, help="Trajectories at once.")
+@click.option(
+    "--questions", type=click.IntRange(1), default=512, show_default=True, help="How many evaluation questions."
+)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--concurrency", type=click.IntRange(1), default=128, show_default=True, help="Trajectories at once.")
 @click.option("--version", type=click.IntRange(0), help="Wait until the engines serve this version.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the summary as JSON here.")
 @click.option("--trajectories", type=click.Path(path_type=Path, dir_okay=False), help="Write each one as JSONL here.")
@@ -63,9 +65,8 @@ def evaluate(
         temperature=temperature,
         concurrency=concurrency,
         version=version,
+        out=out,
         trajectories=trajectories,
     )
-    summary = json.dumps(run_async(run_evaluation(load_config(config, overrides), plan)), indent=2)
-    if out is not None:
-        out.write_text(summary + "\n")
-    click.echo(summary)
+    summary = run_async(run_evaluation(load_config(config, overrides), plan))
+    click.echo(json.dumps(summary, indent=2))

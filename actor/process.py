@@ -10,16 +10,18 @@ from dataclasses import dataclass
 import click
 
 from actor.engine_pool import EngineInfo, EnginePool
+from actor.model_config import check_model
 from actor.rollout import Episodes, GroupRollout
 from actor.runner import Runner
 from actor.sampling import SamplingParams
-from actor.search import SearchClient, Searcher
+from actor.search import SearchClient
 from actor.sglang_client import Timeouts
 from actor.tasks.build import training_task
 from actor.tasks.task import Task
 from actor.tokenizer import Tokenizer
 from actor.workflows.chat import ChatRendering
 from actor.workflows.memsearcher import MemSearcher
+from actor.workflows.rendering import Rendering
 from actor.workflows.toy import ToyRendering
 from protocol.config import Config, WorkflowConfig
 from protocol.messages import EngineFields
@@ -46,6 +48,10 @@ async def open_parts(
 ) -> Parts:
     """Opens tokenizer, sockets and pool; `stack` closes them. Raises: UserError."""
     tokenizer = Tokenizer.load(config.model.path)
+    rendering = _rendering(config.workflow)
+    check_model(
+        config.model.path, tokenizer=tokenizer, rendering=rendering, context_tokens=config.workflow.context_tokens
+    )
     transport = Transport(keys=config.network.keys)
     stack.callback(transport.close)
     pool = await stack.enter_async_context(
@@ -63,7 +69,7 @@ async def open_parts(
         )
     )
     episodes = Episodes(
-        workflow=_workflow(config.workflow, search),
+        workflow=MemSearcher(config=config.workflow, rendering=rendering, search=search),
         reward=task.reward,
         pool=pool,
         tokenizer=tokenizer,
@@ -75,10 +81,10 @@ async def open_parts(
     return Parts(transport, pool, episodes)
 
 
-def _workflow(config: WorkflowConfig, search: Searcher) -> MemSearcher:
-    chat = config.rendering == "chat"
-    rendering = ChatRendering(fidelity=config.fidelity, top_n=config.top_n) if chat else ToyRendering()
-    return MemSearcher(config=config, rendering=rendering, search=search)
+def _rendering(config: WorkflowConfig) -> Rendering:
+    if config.rendering == "chat":
+        return ChatRendering(fidelity=config.fidelity, top_n=config.top_n)
+    return ToyRendering()
 
 
 async def run_actor(config: Config, *, name: str) -> None:

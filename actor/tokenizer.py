@@ -19,7 +19,6 @@ class Tokenizer:
         self._source = source
         self.eos_token = eos_token
         self.eos_token_id = self.token_id(eos_token)
-        self.vocab_size = fast.get_vocab_size(with_added_tokens=True)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -37,6 +36,11 @@ class Tokenizer:
         fast.no_truncation()
         fast.no_padding()
         return cls(fast, eos_token=_eos_token(folder / "tokenizer_config.json"), source=str(folder))
+
+    @property
+    def num_ids(self) -> int:
+        """The highest id + 1; ids may have gaps."""
+        return max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
         return self._fast.encode(text, add_special_tokens=False).ids

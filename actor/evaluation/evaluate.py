@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from actor.sglang_client import SGLangClient
 from actor.tasks.build import evaluation_task
 from actor.workflows.workflow import Episode
 from protocol.config import Config
-from protocol.errors import ConfigError, EngineError, EngineUnavailable, UnknownVersion, UnreachableError
+from protocol.errors import ConfigError, DataError, EngineError, EngineUnavailable, UnknownVersion, UnreachableError
 from protocol.types import PolicyTag, Question, Status, Trajectory
 
 _WAIT_S = 60.0
@@ -28,18 +29,25 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class EvaluationPlan:
-    """`engines`: urls, else those that the config starts; `temperature` 0 is greedy; `version`: wait for it."""
+    """`engines`: urls, else those that the config starts; `temperature` 0 is greedy; `version`: wait for it.
+
+    `out` gets the summary as JSON, `trajectories` one JSON object a trajectory and line.
+    """
 
     engines: tuple[str, ...]
     num_questions: int
     temperature: float
     concurrency: int
     version: int | None = None
+    out: Path | None = None
     trajectories: Path | None = None
 
 
 async def run_evaluation(config: Config, plan: EvaluationPlan) -> dict[str, float | int | str]:
-    """Raises: UserError (no engine, an engine that does not answer, task files)."""
+    """Raises: UserError (files that could not be written, no engine, one that does not answer, task files)."""
+    for path in (plan.out, plan.trajectories):
+        if path is not None:
+            _check_writable(path)
     task = evaluation_task(config.task, seed=config.run.seed)
     urls = plan.engines or (
         *(f"http://{config.network.host}:{port}" for port in config.engine.ports),
@@ -59,14 +67,17 @@ async def run_evaluation(config: Config, plan: EvaluationPlan) -> dict[str, floa
             running = [tasks.create_task(parts.episodes.run(question, rid=question.id)) for question in questions]
         results = [each.result() for each in running]
     if plan.trajectories is not None:
-        _write(plan.trajectories, questions, results)
+        _save(plan.trajectories, "".join(_lines(questions, results)))
     summary = summarise([trajectory for trajectory, _ in results])
-    return {
+    report = {
         "weight_version": version,
         "temperature": plan.temperature,
         **summary,
         "wall_s": time.perf_counter() - started,
     }
+    if plan.out is not None:
+        _save(plan.out, json.dumps(report, indent=2) + "\n")
+    return report
 
 
 def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float | int]:
@@ -115,23 +126,35 @@ async def _version_of(client: SGLangClient, wanted: int | None) -> str:
         await asyncio.sleep(_POLL_S)
 
 
-def _write(path: Path, questions: Sequence[Question], results: Sequence[tuple[Trajectory, Episode]]) -> None:
-    with path.open("w") as lines:
-        for question, (trajectory, episode) in zip(questions, results, strict=True):
-            line = {
-                "id": question.id,
-                "question": question.text,
-                "answers": question.answers,
-                "answer": episode.answer,
-                "status": episode.status.value,
-                "reason": episode.reason,
-                "reward": trajectory.reward,
-                "parts": trajectory.reward_parts,
-                "stats": trajectory.stats,
-                "memories": episode.memories,
-                "contexts": episode.transcripts,
-            }
-            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+def _check_writable(path: Path) -> None:
+    """Before the work is done. Raises: DataError."""
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise DataError(f"{path} cannot be written: its folder must exist and the file must not be protected")
+
+
+def _save(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _lines(questions: Sequence[Question], results: Sequence[tuple[Trajectory, Episode]]) -> Iterator[str]:
+    for question, (trajectory, episode) in zip(questions, results, strict=True):
+        line = {
+            "id": question.id,
+            "question": question.text,
+            "answers": question.answers,
+            "answer": episode.answer,
+            "status": episode.status.value,
+            "reason": episode.reason,
+            "reward": trajectory.reward,
+            "parts": trajectory.reward_parts,
+            "stats": trajectory.stats,
+            "memories": episode.memories,
+            "contexts": episode.transcripts,
+        }
+        yield json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def _mean(values: Sequence[float]) -> float:
