@@ -1,13 +1,15 @@
 """Seconds of one training step at the shape of the demo: 16 groups x 8 trajectories x 3 contexts of about 55 tokens.
 
-    python benchmarks/train_step.py [--tokens-per-micro-batch 4096] [--steps 10]
+    python benchmarks/train_step.py [--quick] [--tokens-per-micro-batch 4096] [--steps 10]
 
-A random toy-sized Qwen2 (113k parameters), one torch thread, fp32. Prints the median of the steps by phase.
+A random toy-sized Qwen2 (113k parameters), one torch thread, fp32. Prints the median of the steps by phase; the last
+line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 
@@ -74,7 +76,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens-per-micro-batch", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--quick", action="store_true", help="3 steps")
     arguments = parser.parse_args()
+    num_steps = 3 if arguments.quick else arguments.steps
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     groups = [group(rng, cursor) for cursor in range(16)]
@@ -87,15 +91,19 @@ def main() -> None:
     trainer = Trainer(policy=Policy(model=toy_model(), tokenizer_files=()), config=config)
     trainer.train_step(groups, step=0)
     cpu_start = time.process_time()
-    steps = [trainer.train_step(groups, step=step) for step in range(1, arguments.steps + 1)]
-    cpu_s = (time.process_time() - cpu_start) / arguments.steps
+    steps = [trainer.train_step(groups, step=step) for step in range(1, num_steps + 1)]
+    cpu_s = (time.process_time() - cpu_start) / num_steps
     first = steps[0]
     print(f"{first.num_contexts} contexts, {first.num_input_tokens} tokens, {first.num_tokens} trained")
-    for phase in ("prepare_s", "forward_s", "backward_s", "update_s", "step_s"):
-        print(f"{phase:12} {statistics.median(getattr(step, phase) for step in steps):.4f}")
-    print(f"cpu_s        {cpu_s:.4f}   (what a step takes where the core is not shared)")
-    print(f"padding      {first.padding_fraction:.3f}")
-    print(f"tokens/s     {statistics.median(step.tokens_per_s for step in steps):.0f}")
+    phases = ("prepare_s", "forward_s", "backward_s", "update_s", "step_s")
+    report = {phase: round(statistics.median(getattr(step, phase) for step in steps), 4) for phase in phases}
+    report["cpu_s"] = round(cpu_s, 4)  # what a step takes where the core is not shared
+    report["padding_fraction"] = round(first.padding_fraction, 3)
+    report["tokens_per_s"] = round(statistics.median(step.tokens_per_s for step in steps))
+    for name, value in report.items():
+        print(f"{name:18} {value}")
+    sizes = {"num_contexts": first.num_contexts, "num_input_tokens": first.num_input_tokens}
+    print(json.dumps({"num_steps": num_steps, **sizes, **report}))
 
 
 if __name__ == "__main__":

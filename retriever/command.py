@@ -157,7 +157,11 @@ async def _serve(
     limits: ServiceLimits,
     cache_size: int,
 ) -> None:
-    """Until SIGTERM or Ctrl-C. The address is taken first: clients that come early wait while the indexes load."""
+    """Until SIGTERM, SIGHUP or Ctrl-C. The address is taken first: clients that come early wait while indexes load.
+
+    While it serves, a signal is the way in which a service ends and no failure: it says its statistics, and its exit
+    status is 0. Before that a signal interrupts it, as `run_async` does with every role.
+    """
     import asyncio
     import signal
 
@@ -172,7 +176,7 @@ async def _serve(
         searcher = Searcher(collections, cache_size=cache_size)
         service = RetrieverService(router=router, searcher=searcher, limits=limits)
         serving = asyncio.create_task(service.run(), name="retriever-service")
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, serving.cancel)
         num_passages = sum(collection.index.manifest.num_passages for collection in collections)
         encoders = ", ".join(dict.fromkeys(collection.encoder.spec.source for collection in collections))

@@ -32,8 +32,8 @@ class HnswSettings(BaseModel):
 class IndexManifest(BaseModel):
     """`manifest.json`.
 
-    The inner product of unit vectors is their cosine. `hnsw` is null where every vector is compared (`--flat`).
-    `sha256` covers every other file.
+    The inner product of unit vectors is their cosine. `hnsw` is null where every vector is compared (`--structure
+    flat`). `sha256` covers every other file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

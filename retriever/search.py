@@ -1,4 +1,5 @@
-"""Answers a batch of queries: each distinct one is encoded and looked up once."""
+"""Answers a batch of queries. Equal ones (text, `top_n` and collection) are encoded and looked up once; the same text
+with another `top_n` is another query."""
 
 from __future__ import annotations
 

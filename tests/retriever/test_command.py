@@ -57,7 +57,7 @@ def test_bow_takes_no_model_options(tmp_path: Path) -> None:
         invoke("index", tmp_path / "c.jsonl", "--out", tmp_path / "i", "--encoder", "bow", "--pooling", "cls")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_process_says_when_it_is_ready_and_stops_cleanly(bow_index: Path, number: signal.Signals) -> None:
     with process(str(bow_index), "--address", "tcp://127.0.0.1:0") as running:
         assert running.stdout is not None
