@@ -2,17 +2,19 @@
 
     Lease ──► rollout (G episodes, bounded) ──► SubmitGroup ──► held ──► SubmitReply: dropped
                                                    ▲               │
-                                                   └── again after resend_s, over any reconnect
+                                                   └───────────────┘ again while not acknowledged, over any reconnect
     Heartbeat every heartbeat_s and on each change: capacity and all held leases, absolute
 
 It waits for leases (the staleness bound holds them back), for engines and the retriever (inside a rollout), and for
-acknowledgements.
+acknowledgements; never for the learner to read. A learner that is absent costs it nothing: heartbeats are dropped, and
+groups are held. One that is slow gets a group again only once it has been heard since the last time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -36,16 +38,17 @@ log = logging.getLogger(__name__)
 
 Rollout = Callable[[Lease], Awaitable[TrajectoryGroup]]
 
-# A group that is not acknowledged for so long is sent again: the learner was restarted, or the message was lost.
+# A group is sent again when it is not acknowledged for so long and a Status came since: the learner was restarted, or
+# the message was lost. Without the Status, a learner that does not read would find each group many times over.
 RESEND_S = 5.0
 
 
 @dataclass(slots=True)
 class _Held:
-    """A finished group until its acknowledgement."""
+    """A finished group until its acknowledgement. `sent_s`: when it was last sent, None for not yet."""
 
     frames: list[Buffer]
-    sent_s: float
+    sent_s: float | None = None
 
 
 class Runner:
@@ -73,6 +76,7 @@ class Runner:
         self._running: dict[int, asyncio.Task[None]] = {}
         self._held: dict[int, _Held] = {}
         self._changed = asyncio.Event()
+        self._status_s = -math.inf
         self.num_sent = 0
         self.num_refused = 0
 
@@ -99,6 +103,7 @@ class Runner:
                 continue
             match message:
                 case Status():
+                    self._status_s = asyncio.get_running_loop().time()
                     self._on_engines(message.engines)
                 case Lease() if message.lease_id not in self._running and message.lease_id not in self._held:
                     task = tasks.create_task(self._work(message), name=f"group {message.cursor}")
@@ -115,11 +120,22 @@ class Runner:
             group = await self._rollout(lease)
             frames = encode_group(group, lease_id=lease.lease_id)
             decode(frames)  # what the coordinator cannot read has no answer and would be held for ever: an error, here
-            self._held[lease.lease_id] = _Held(frames, asyncio.get_running_loop().time())
-            await self._dealer.send(frames)
-            self.num_sent += 1
+            held = self._held[lease.lease_id] = _Held(frames)
+            await self._send(held)
         finally:
             del self._running[lease.lease_id]
+
+    async def _send(self, held: _Held) -> None:
+        """Where the learner cannot take it, the group stays as it is, for a later heartbeat to find."""
+        if await self._dealer.try_send(held.frames):
+            self.num_sent += held.sent_s is None
+            held.sent_s = asyncio.get_running_loop().time()
+
+    def _is_due(self, held: _Held) -> bool:
+        if held.sent_s is None:
+            return True
+        now_s = asyncio.get_running_loop().time()
+        return now_s - held.sent_s > RESEND_S and self._status_s > held.sent_s
 
     def _acknowledged(self, reply: SubmitReply) -> None:
         if self._held.pop(reply.lease_id, None) is None:
@@ -130,7 +146,6 @@ class Runner:
         self._changed.set()
 
     async def _heartbeats(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             heartbeat = Heartbeat(
                 actor=self._name,
@@ -139,12 +154,11 @@ class Runner:
                 held=sorted({*self._running, *self._held}),
                 counters=self._counters(),
             )
-            await self._dealer.send([encode(heartbeat)])
-            for held in list(self._held.values()):
-                if loop.time() - held.sent_s > RESEND_S:
-                    held.sent_s = loop.time()
-                    await self._dealer.send(held.frames)
             self._changed.clear()
+            await self._dealer.try_send([encode(heartbeat)])
+            for held in list(self._held.values()):
+                if self._is_due(held):
+                    await self._send(held)
             try:
                 async with asyncio.timeout(self._heartbeat_s):
                     await self._changed.wait()

@@ -110,8 +110,12 @@ class Transport:
         return self._keep(Publisher(socket, self._bind(socket, address)))
 
     def dealer(self, address: str) -> Dealer:
-        """A DEALER that connects, and reconnects for ever. Raises: SecurityError."""
+        """A DEALER that connects, and reconnects for ever; nothing queues up for a server that is not there.
+
+        Raises: SecurityError.
+        """
         socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.IMMEDIATE, 1)
         return self._keep(Dealer(socket, self._connect(socket, address)))
 
     def subscriber(self, address: str) -> Subscriber:
@@ -215,15 +219,33 @@ class Router(Socket):
 
 
 class Dealer(Socket):
-    """Talks to one server, in order, across reconnects."""
+    """Talks to one server, in order, across reconnects; what was queued when a connection broke is lost."""
+
+    def __init__(self, socket: zmq.asyncio.Socket, address: str) -> None:
+        super().__init__(socket, address)
+        self._num_sending = 0
 
     async def recv(self) -> list[Buffer]:
         return [frame.buffer for frame in await self._socket.recv_multipart(copy=False)]
 
     async def send(self, frames: Sequence[Buffer], *, timeout_s: float = 30.0) -> None:
-        """Raises: TimeoutError where the server has not read for so long that the queue is full."""
-        async with asyncio.timeout(timeout_s):
-            await self._socket.send_multipart(list(frames), copy=_small(frames))
+        """Raises: TimeoutError where in all that time the server was not there, or did not read (the queue is full)."""
+        self._num_sending += 1
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._socket.send_multipart(list(frames), copy=_small(frames))
+        finally:
+            self._num_sending -= 1
+
+    async def try_send(self, frames: Sequence[Buffer]) -> bool:
+        """False where the server is not there or does not read (the queue is full): nothing was sent. Never waits."""
+        if self._num_sending:  # pyzmq would queue behind what waits
+            return False
+        try:
+            await self._socket.send_multipart(list(frames), flags=zmq.NOBLOCK, copy=_small(frames))
+        except zmq.Again:
+            return False
+        return True
 
 
 class Publisher(Socket):
