@@ -8,6 +8,7 @@ generate ──► eligible? ──► the trajectory's engine, else the one wit
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ import aiohttp
 
 from actor.completion import Completion
 from actor.sampling import SamplingParams
-from actor.sglang_client import Retry, SGLangClient, Timeouts, open_http
-from protocol.errors import EngineUnavailable, UnknownVersion
+from actor.sglang_client import Retry, SGLangClient, Timeouts, check_url, open_http
+from protocol.errors import ConfigError, EngineUnavailable, SecurityError, UnknownVersion
 from protocol.types import PolicyTag
 
-# With Retry's delays about 38 s: an engine that was killed is started again, and joins anew, in less.
+log = logging.getLogger(__name__)
+
+# The one place where completions are retried. With Retry's delays about 38 s: an engine that was killed is started
+# again, and joins anew, in less.
 _NUM_ATTEMPTS = 12
 
 
@@ -31,7 +35,6 @@ class EngineInfo:
 
     url: str
     version: int
-    healthy: bool = True
 
 
 class Generator(Protocol):
@@ -64,6 +67,7 @@ class EnginePool:
         self._wait_s = wait_s
         self._engines: dict[str, EngineInfo] = {}
         self._clients: dict[str, SGLangClient] = {}
+        self._refused: set[str] = set()
         self._in_flight: Counter[str] = Counter()
         self._changed = asyncio.Event()
         self._http: aiohttp.ClientSession | None = None
@@ -81,8 +85,22 @@ class EnginePool:
         return self._in_flight.total()
 
     def set_engines(self, engines: Sequence[EngineInfo]) -> None:
-        """The engines from now on. Requests in flight on one that is left out run to their end."""
-        self._engines = {engine.url: engine for engine in engines}
+        """The engines from now on. Requests in flight on one that is left out run to their end.
+
+        One whose url may not be used (see `check_url`) is left out with a warning: it is news from elsewhere, and
+        others may serve.
+        """
+        usable: dict[str, EngineInfo] = {}
+        refused: set[str] = set()
+        for engine in engines:
+            try:
+                check_url(engine.url, api_key=self._api_key)
+                usable[engine.url] = engine
+            except (ConfigError, SecurityError) as error:
+                refused.add(engine.url)
+                if engine.url not in self._refused:
+                    log.warning("an engine is left out: %s", error)
+        self._engines, self._refused = usable, refused
         self._clients = {url: self._clients.get(url) or self._open(url) for url in self._engines}
         self._changed.set()
         self._changed = asyncio.Event()
@@ -120,11 +138,10 @@ class EnginePool:
     def _open(self, url: str) -> SGLangClient:
         if self._http is None:
             raise RuntimeError("EnginePool is used inside `async with`")
-        once = Retry(num_attempts=1)
-        return SGLangClient(url, api_key=self._api_key, timeouts=self._timeouts, retry=once, http=self._http)
+        return SGLangClient(url, api_key=self._api_key, timeouts=self._timeouts, http=self._http)
 
     def _eligible(self, min_version: int) -> set[str]:
-        return {url for url, e in self._engines.items() if e.healthy and e.version >= min_version}
+        return {url for url, e in self._engines.items() if e.version >= min_version}
 
     async def _choose(self, min_version: int, prefer: str, failed: set[str]) -> str:
         try:
@@ -132,9 +149,7 @@ class EnginePool:
                 while not (eligible := self._eligible(min_version)):
                     await self._changed.wait()
         except TimeoutError:
-            known = ", ".join(
-                f"{e.url} at {e.version}{'' if e.healthy else ' (unhealthy)'}" for e in self._engines.values()
-            )
+            known = ", ".join(f"{e.url} at {e.version}" for e in self._engines.values())
             raise EngineUnavailable(
                 f"no engine committed version {min_version} in {self._wait_s:g} s; known: {known or 'none'}"
             ) from None

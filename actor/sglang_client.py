@@ -1,17 +1,17 @@
 """A client of SGLang's native HTTP API: token ids in, token ids out. The embedded engine speaks the same API.
 
-Every call has a time-out. Only `generate` is retried: on `EngineUnavailable` (no connection, no answer in time, HTTP
-5xx, an abort) with a fresh request id and a growing delay. Whatever an earlier attempt had sampled is thrown away, so a
-token is counted once or not at all. An HTTP 4xx is `EngineRefused`, with the server's own words, and never retried.
+Every call has a time-out, and nothing is retried here: no connection, no answer in time, HTTP 5xx and an abort are
+`EngineUnavailable`, and the pool asks again, perhaps elsewhere. What was sampled before is thrown away, so a token is
+counted once or not at all. An HTTP 4xx is `EngineRefused`, with the server's own words.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, TypeVar
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import aiohttp
@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from actor.completion import Completion, parse_completion
 from actor.sampling import SamplingParams
-from protocol.errors import EngineError, EngineRefused, EngineUnavailable, UnknownVersion
+from protocol.errors import ConfigError, EngineError, EngineRefused, EngineUnavailable, SecurityError, UnknownVersion
+from protocol.transport import is_loopback
 from protocol.wire import describe
 
 PauseMode = Literal["abort", "retract", "in_place"]
@@ -30,7 +31,7 @@ _MAX_ANSWER_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
-    """`num_attempts` in all; the k-th is followed by a wait of base_s · 2^k, at most max_s."""
+    """How a pool asks again: `num_attempts` in all; the k-th is followed by a wait of base_s · 2^k, at most max_s."""
 
     num_attempts: int = 4
     base_s: float = 0.25
@@ -61,14 +62,6 @@ class ModelInfo(_Answer):
     weight_version: str | None = None
 
 
-class ServerInfo(_Answer):
-    """GET /server_info."""
-
-    status: str | None = None
-    weight_version: str | None = None
-    max_total_num_tokens: int | None = None
-
-
 class UpdateResult(_Answer):
     """POST /update_weights_from_disk."""
 
@@ -81,7 +74,10 @@ A = TypeVar("A", bound=_Answer)
 
 
 class SGLangClient:
-    """One engine at `base_url`. Used as an async context manager, or with a `http` session that its owner closes."""
+    """One engine at `base_url`. Used as an async context manager, or with a `http` session that its owner closes.
+
+    Raises: ConfigError, SecurityError (see `check_url`).
+    """
 
     def __init__(
         self,
@@ -89,14 +85,12 @@ class SGLangClient:
         *,
         api_key: str | None = None,
         timeouts: Timeouts | None = None,
-        retry: Retry | None = None,
         http: aiohttp.ClientSession | None = None,
     ) -> None:
+        check_url(base_url, api_key=api_key)
         self.base_url = base_url.rstrip("/")
-        self.num_retries = 0
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeouts = timeouts or Timeouts()
-        self._retry = retry or Retry()
         self._http = http
         self._owns_http = http is None
         self._seen_version: str | None = None
@@ -112,64 +106,11 @@ class SGLangClient:
             self._http = None
 
     async def generate(self, input_ids: Sequence[int], sampling: SamplingParams, *, rid: str = "") -> Completion:
-        """Samples after `input_ids` [>= 1]. `rid` is a prefix; each attempt adds its own suffix.
+        """Samples after `input_ids` [>= 1]. `rid` is a prefix, to which a suffix of its own is added.
 
-        Raises: EngineRefused, EngineUnavailable (after the last attempt), UnknownVersion, EngineError.
+        Raises: EngineRefused, EngineUnavailable, UnknownVersion, EngineError.
         """
-        for attempt in range(self._retry.num_attempts):
-            try:
-                return await self._generate_once(input_ids, sampling, rid=f"{rid or 'r'}-{uuid4().hex}")
-            except EngineUnavailable:
-                if attempt + 1 == self._retry.num_attempts:
-                    raise
-                self.num_retries += 1
-                await asyncio.sleep(self._retry.delay_s(attempt))
-        raise AssertionError("Retry.num_attempts must be >= 1")
-
-    async def health(self) -> None:
-        """Raises: EngineUnavailable."""
-        await self._call("GET", "/health", timeout_s=self._timeouts.control_s)
-
-    async def model_info(self) -> ModelInfo:
-        body = await self._call("GET", "/model_info", timeout_s=self._timeouts.control_s)
-        info = self._read(ModelInfo, "/model_info", body)
-        self._seen_version = info.weight_version or self._seen_version
-        return info
-
-    async def server_info(self) -> ServerInfo:
-        body = await self._call("GET", "/server_info", timeout_s=self._timeouts.control_s)
-        return self._read(ServerInfo, "/server_info", body)
-
-    async def pause(self, mode: PauseMode = "retract") -> None:
-        """Stops sampling; idempotent. Requests in flight are aborted, retracted (KV dropped) or kept in place."""
-        await self._call("POST", "/pause_generation", {"mode": mode}, timeout_s=self._timeouts.control_s)
-
-    async def continue_(self) -> None:
-        await self._call("POST", "/continue_generation", {}, timeout_s=self._timeouts.control_s)
-
-    async def update_weights_from_disk(
-        self, model_path: str, *, weight_version: str, flush_cache: bool = True
-    ) -> UpdateResult:
-        """Loads the folder on the engine's machine. Raises: EngineRefused (a bad path), EngineError (success false)."""
-        request = {"model_path": model_path, "weight_version": weight_version, "flush_cache": flush_cache}
-        path = "/update_weights_from_disk"
-        body = await self._call("POST", path, request, timeout_s=self._timeouts.update_s)
-        result = self._read(UpdateResult, path, body)
-        if not result.success:
-            raise EngineError(f"{self.base_url}{path}: {result.message}")
-        self._seen_version = weight_version
-        return result
-
-    async def flush_cache(self) -> None:
-        """Raises: EngineRefused where requests are in flight."""
-        await self._call("POST", "/flush_cache", {}, timeout_s=self._timeouts.control_s)
-
-    async def abort(self, rid: str | None = None) -> None:
-        """Aborts the request `rid`, or all of them."""
-        request = {"abort_all": True} if rid is None else {"rid": rid}
-        await self._call("POST", "/abort_request", request, timeout_s=self._timeouts.control_s)
-
-    async def _generate_once(self, input_ids: Sequence[int], sampling: SamplingParams, *, rid: str) -> Completion:
+        rid = f"{rid or 'r'}-{uuid4().hex}"
         if self._seen_version is None:
             await self.model_info()
         seen_version = self._seen_version
@@ -192,6 +133,37 @@ class SGLangClient:
             self._seen_version = None
             raise
         return completion
+
+    async def model_info(self) -> ModelInfo:
+        body = await self._call("GET", "/model_info", timeout_s=self._timeouts.control_s)
+        info = self._read(ModelInfo, "/model_info", body)
+        self._seen_version = info.weight_version or self._seen_version
+        return info
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Stops sampling; idempotent. Requests in flight are aborted, retracted (KV dropped) or kept in place."""
+        await self._call("POST", "/pause_generation", {"mode": mode}, timeout_s=self._timeouts.control_s)
+
+    async def continue_(self) -> None:
+        await self._call("POST", "/continue_generation", {}, timeout_s=self._timeouts.control_s)
+
+    async def update_weights_from_disk(
+        self, model_path: str, *, weight_version: str, flush_cache: bool = True
+    ) -> UpdateResult:
+        """Loads the folder on the engine's machine. Raises: EngineRefused (a bad path), EngineError (success false)."""
+        request = {"model_path": model_path, "weight_version": weight_version, "flush_cache": flush_cache}
+        path = "/update_weights_from_disk"
+        body = await self._call("POST", path, request, timeout_s=self._timeouts.update_s)
+        result = self._read(UpdateResult, path, body)
+        if not result.success:
+            raise EngineError(f"{self.base_url}{path}: {result.message}")
+        self._seen_version = weight_version
+        return result
+
+    async def abort(self, rid: str | None = None) -> None:
+        """Aborts the request `rid`, or all of them."""
+        request = {"abort_all": True} if rid is None else {"rid": rid}
+        await self._call("POST", "/abort_request", request, timeout_s=self._timeouts.control_s)
 
     async def _call(self, method: str, path: str, request: object = None, *, timeout_s: float) -> bytes:
         if self._http is None:
@@ -218,6 +190,22 @@ class SGLangClient:
             return cls.model_validate_json(body)
         except ValidationError as error:
             raise EngineError(f"{self.base_url}{path}: unreadable answer: {describe(error)}") from error
+
+
+def check_url(url: str, *, api_key: str | None) -> None:
+    """Beyond loopback, prompts and weights' control need a bearer token.
+
+    Raises: ConfigError (not http://HOST:PORT), SecurityError (beyond loopback, and no key).
+    """
+    try:
+        parts = urlsplit(url)
+        is_http = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_http = False
+    if not is_http:
+        raise ConfigError(f"an engine's address must be http://HOST:PORT, got {url!r}")
+    if not api_key and not is_loopback(url):
+        raise SecurityError(f"engine {url} is beyond loopback and needs a bearer token: set network.api_key_file")
 
 
 class _NoAnswerInTime(EngineUnavailable):

@@ -30,7 +30,7 @@ async def test_it_waits_for_an_engine_and_not_for_ever(engine) -> None:
     engine.weight_version = "run:2:1"
     engine.reply([1])
     async with pool() as p:
-        p.set_engines([EngineInfo(engine.url, 0), EngineInfo("http://127.0.0.1:9", 1, healthy=False)])
+        p.set_engines([EngineInfo(engine.url, 0)])
         waiting = asyncio.create_task(p.generate([3], SAMPLING, min_version=1))
         await asyncio.sleep(0)
         assert not waiting.done()
@@ -87,6 +87,30 @@ async def test_an_engine_that_comes_back_with_its_version_serves_again(engine) -
     async with pool() as p:
         p.set_engines([EngineInfo(engine.url, 5)])
         assert (await p.generate([3], SAMPLING, min_version=5)).token_ids.tolist() == [6, 1]
+
+
+async def test_a_retry_has_a_fresh_id_and_drops_partial_tokens(engine) -> None:
+    engine.reply([5, 6], finish={"type": "abort", "message": "weights"})
+    engine.fail(503, "starting")
+    engine.reply([7, 1])
+    async with pool() as p:
+        p.set_engines([EngineInfo(engine.url, 0)])
+        assert (await p.generate([3], SAMPLING, min_version=0, rid="t")).token_ids.tolist() == [7, 1]
+        assert p.num_retries == 2
+    assert [request["input_ids"] for request in engine.requests] == [[3], [3], [3]]
+    assert len({request["rid"] for request in engine.requests}) == 3
+
+
+async def test_an_engine_whose_address_may_not_be_used_is_left_out(engine, caplog: pytest.LogCaptureFixture) -> None:
+    engine.reply([1])
+    refused = [EngineInfo("http://10.0.0.1:1", 0), EngineInfo("nonsense", 0)]
+    async with pool() as p:
+        for _ in range(3):
+            p.set_engines([*refused, EngineInfo(engine.url, 0)])
+        assert (await p.generate([3], SAMPLING, min_version=0, prefer=refused[0].url)).engine == engine.url
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 2, "once each, not with every status"
+    assert "network.api_key_file" in warnings[0]
 
 
 async def test_a_refusal_is_final(start_engine) -> None:

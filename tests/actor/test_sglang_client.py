@@ -5,15 +5,14 @@ import pytest
 
 from actor.completion import Span
 from actor.sampling import SamplingParams
-from actor.sglang_client import Retry, SGLangClient, Timeouts
-from protocol.errors import ConfigError, EngineError, EngineRefused, EngineUnavailable, UnknownVersion
+from actor.sglang_client import SGLangClient, Timeouts
+from protocol.errors import ConfigError, EngineError, EngineRefused, EngineUnavailable, SecurityError, UnknownVersion
 
 SAMPLING = SamplingParams(max_new_tokens=8, stop_token_ids=(1,))
-FAST = Retry(num_attempts=3, base_s=0.001, max_s=0.001)
 
 
 def client(engine, **options) -> SGLangClient:
-    return SGLangClient(engine.url, retry=FAST, **options)
+    return SGLangClient(engine.url, **options)
 
 
 async def test_a_completion_has_ids_logprobs_and_spans(engine) -> None:
@@ -32,27 +31,18 @@ async def test_a_completion_has_ids_logprobs_and_spans(engine) -> None:
     assert request["sampling_params"]["stop_token_ids"] == [1]
 
 
-async def test_a_retry_has_a_fresh_id_and_drops_partial_tokens(engine) -> None:
+async def test_an_abort_or_a_failure_is_for_the_pool_to_retry(engine) -> None:
     engine.reply([5, 6], finish={"type": "abort", "message": "weights"})
-    engine.fail(503, "starting")
-    engine.reply([7, 1])
+    engine.fail(500, "boom")
     async with client(engine) as c:
-        completion = await c.generate([3], SAMPLING, rid="t")
-    assert completion.token_ids.tolist() == [7, 1]
-    assert [r["input_ids"] for r in engine.requests] == [[3], [3], [3]]
-    assert len({r["rid"] for r in engine.requests}) == 3
-    assert c.num_retries == 2
-
-
-async def test_the_last_attempt_raises(engine) -> None:
-    for _ in range(3):
-        engine.fail(500, "boom")
-    async with client(engine) as c:
+        with pytest.raises(EngineUnavailable, match="weights"):
+            await c.generate([3], SAMPLING, rid="t")
         with pytest.raises(EngineUnavailable, match="boom"):
-            await c.generate([3], SAMPLING)
+            await c.generate([3], SAMPLING, rid="t")
+    assert len({request["rid"] for request in engine.requests}) == 2
 
 
-async def test_a_refusal_is_not_retried_and_says_the_servers_words(engine) -> None:
+async def test_a_refusal_says_the_servers_words(engine) -> None:
     engine.fail(400, "token id 999 is out of the vocabulary")
     async with client(engine) as c:
         with pytest.raises(EngineRefused, match="token id 999"):
@@ -61,16 +51,29 @@ async def test_a_refusal_is_not_retried_and_says_the_servers_words(engine) -> No
 
 
 async def test_nobody_listens() -> None:
-    async with SGLangClient("http://127.0.0.1:9", retry=FAST) as c:
+    async with SGLangClient("http://127.0.0.1:9") as c:
         with pytest.raises(EngineUnavailable, match=r"127\.0\.0\.1:9"):
-            await c.health()
+            await c.model_info()
 
 
-async def test_a_request_without_answer_is_aborted_and_tried_again(engine) -> None:
+@pytest.mark.parametrize("url", ["http://10.0.0.1:30000", "https://engine.example:30000", "http://0.0.0.0:30000"])
+def test_beyond_loopback_it_needs_a_key(url: str) -> None:
+    with pytest.raises(SecurityError, match=r"network\.api_key_file"):
+        SGLangClient(url)
+    SGLangClient(url, api_key="s3cret")
+
+
+@pytest.mark.parametrize("url", ["", "127.0.0.1:3", "tcp://127.0.0.1:3", "http://", "http://[", "http://h:99999"])
+def test_an_address_that_is_none(url: str) -> None:
+    with pytest.raises(ConfigError, match="must be http://HOST:PORT"):
+        SGLangClient(url, api_key="s3cret")
+
+
+async def test_a_request_without_answer_is_aborted(engine) -> None:
     engine.hang_once()
-    engine.reply([1])
     async with client(engine, timeouts=Timeouts(generate_s=0.1)) as c:
-        await c.generate([3], SAMPLING)
+        with pytest.raises(EngineUnavailable, match=r"no answer in 0[.]1 s"):
+            await c.generate([3], SAMPLING)
     assert engine.aborted == [{"rid": engine.requests[0]["rid"]}]
 
 
