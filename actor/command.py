@@ -12,18 +12,20 @@ _SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", he
 
 @click.command()
 @_CONFIG
-@click.option("--name", default="actor-0", show_default=True, help="Unique among the run's actors.")
+@click.option("--name", help="Unique among the run's actors.  [default: actor-HOSTNAME-PID]")
 @_SET
-def actor(config: Path, name: str, overrides: tuple[str, ...]) -> None:
+def actor(config: Path, name: str | None, overrides: tuple[str, ...]) -> None:
     """Roll out trajectories for the run's learner until the run is over.
 
     CONFIG is the run's TOML or saved config.json; on another node, give the learner's addresses with --set
     network.host=… and the keys with --set network.keys=DIR. Actors may join and leave at any time.
     """
+    from actor.joining import role_name
     from actor.process import run_actor
     from protocol.config_file import load_config
     from protocol.process import run_async, start_role
 
+    name = role_name("actor", name)
     start_role(name)
     run_async(run_actor(load_config(config, overrides), name=name))
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import click
 
 from actor.engine_pool import EngineInfo, EnginePool
+from actor.joining import require_ports
 from actor.model_config import check_model
 from actor.rollout import Episodes, GroupRollout
 from actor.runner import Runner
@@ -94,6 +95,7 @@ async def run_actor(config: Config, *, name: str) -> None:
         sampling = SamplingParams(temperature=config.sampling.temperature)
         limit = config.actor.max_trajectories
         parts = await open_parts(config, task, stack, sampling=sampling, run_id=config.run.name, max_trajectories=limit)
+        require_ports(config, "network.control_port", "retriever.port")
 
         def on_engines(engines: Sequence[EngineFields]) -> None:
             parts.pool.set_engines([EngineInfo(url=engine.url, version=engine.version) for engine in engines])

@@ -1,11 +1,15 @@
 """An engine's one weight agent: brings it to the newest publication, all or nothing, and says what it serves.
 
-    Announcement or 1 s ─► report, learn the newest ─► fetch chunks, verify ─► prepare a folder
-        ─► pause (retract) ─► update, flush ─► continue ─► report
+    Announcement or 1 s ─► report, learn the newest              (a task of its own: never silent while weights move)
+                                  │
+                                  ▼
+    fetch chunks, verify ─► prepare a folder ─► pause ─► update, flush ─► continue ─► committed, report
 
-Until the engine has committed a first publication it serves no lease (`joining`). An engine that fails an update is
-`quarantined`, reported, and tried again. An engine that was restarted states another version than was committed,
-and joins anew.
+Until the engine has committed a first publication it serves no lease (`joining`). It goes on serving what it has while
+the next one is fetched (`serving`) and put in place (`updating`: requests wait in the engine). A publication is
+committed once the engine runs again: whatever fails before that leaves the engine `quarantined`, reported, and brought
+again from the start, which an engine that already states the version takes like any other update. An engine that was
+restarted states another version than was committed, and joins anew.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from actor.sglang_client import SGLangClient
+from actor.sglang_client import PauseMode, SGLangClient
 from protocol.errors import EngineError, ProtocolError, RemoteError, WeightsError
 from protocol.messages import (
     Chunk,
@@ -42,7 +46,14 @@ _CHUNKS_IN_FLIGHT = 4
 
 
 class WeightAgent:
-    """Runs until cancelled. `folder` is its own, for the weight files that the engine reads."""
+    """Runs until cancelled. `folder` is its own, for the weight files that the engine reads; `url` is where actors
+    find the engine.
+
+    `pause_mode` says what an update does to requests in flight. `retract` queues them up without their KV, and they go
+    on under the new weights: nothing sampled is lost. The embedded engine does it safely. SGLang up to 0.5.20 crashes
+    on a cache flush with retracted requests, and without a flush it would mix the KV of old weights into new tokens,
+    so a server that is attached to is paused with `abort`: the actors' pools sample the aborted completions again.
+    """
 
     def __init__(
         self,
@@ -53,54 +64,74 @@ class WeightAgent:
         announcements: Subscriber,
         base_model: Path,
         folder: Path,
+        url: str,
+        pause_mode: PauseMode,
     ) -> None:
         self._name = name
+        self._url = url
+        self._pause_mode: PauseMode = pause_mode
         self._engine = engine
         self._requests = requests
         self._announcements = announcements
         self._base_model = base_model
         self._folder = folder
         self._committed: PolicyTag | None = None
+        self._newest: PolicyTag | None = None
+        self._updating = False
         self._error = ""
         self._news = asyncio.Event()
+        self._learned = asyncio.Event()
         self.num_updates = 0
         self.num_failures = 0
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._listen())
-            while True:
-                try:
-                    await self._round()
-                except (EngineError, RemoteError, WeightsError, ProtocolError, TimeoutError) as error:
-                    self.num_failures += 1
-                    if str(error) != self._error:
-                        log.warning("engine %s: %s", self._name, error)
-                    self._error = str(error)
-                    await asyncio.sleep(_RETRY_S)
-
-    async def _round(self) -> None:
-        """One report, and one update if there is something newer."""
-        self._news.clear()
-        await self._check_engine()
-        newest = await self._report("quarantined" if self._error else "serving" if self._committed else "joining")
-        if newest is not None and newest != self._committed:
-            await self._bring(newest)
-            self._error = ""
-            self.num_updates += 1
-            await self._report("serving")
-            return
-        self._error = ""
-        try:
-            async with asyncio.timeout(_REPORT_EVERY_S):
-                await self._news.wait()
-        except TimeoutError:
-            pass
+            tasks.create_task(self._reports())
+            tasks.create_task(self._updates())
 
     async def _listen(self) -> None:
         while True:
             await self._announcements.recv()
             self._news.set()
+
+    async def _reports(self) -> None:
+        """A report each second and on each change; what it learns wakes `_updates`."""
+        while True:
+            self._news.clear()
+            try:
+                self._newest = await self._report()
+                self._learned.set()
+            except (RemoteError, ProtocolError, TimeoutError) as error:
+                self.num_failures += 1
+                log.warning("engine %s: %s", self._name, error)
+            try:
+                async with asyncio.timeout(_REPORT_EVERY_S):
+                    await self._news.wait()
+            except TimeoutError:
+                pass
+
+    async def _updates(self) -> None:
+        """After each report: look at the engine, and bring it to the newest publication if there is a newer one."""
+        while True:
+            await self._learned.wait()
+            self._learned.clear()
+            before = self._committed, self._error
+            try:
+                await self._check_engine()
+                if self._newest is not None and self._newest != self._committed:
+                    await self._bring(self._newest)
+                    self.num_updates += 1
+                self._error = ""
+            except (EngineError, RemoteError, WeightsError, ProtocolError, TimeoutError) as error:
+                self.num_failures += 1
+                if str(error) != self._error:
+                    log.warning("engine %s: %s", self._name, error)
+                self._error = str(error) or type(error).__name__
+                self._news.set()
+                await asyncio.sleep(_RETRY_S)
+            if before != (self._committed, self._error):
+                self._news.set()
 
     async def _check_engine(self) -> None:
         """An engine that states another version than was committed has been restarted: it joins anew."""
@@ -109,12 +140,19 @@ class WeightAgent:
             log.warning("engine %s serves %s, not %s: it joins anew", self._name, info.weight_version, self._committed)
             self._committed = None
 
-    async def _report(self, state: str) -> PolicyTag | None:
+    def _state(self) -> str:
+        if self._error:
+            return "quarantined"
+        if self._committed is None:
+            return "joining"
+        return "updating" if self._updating else "serving"
+
+    async def _report(self) -> PolicyTag | None:
         """The newest publication, None while there is none."""
         tag = self._committed
         fields = EngineFields(
             name=self._name,
-            url=self._engine.base_url,
+            url=self._url,
             version=tag.version if tag else -1,
             publication=tag.publication if tag else -1,
         )
@@ -122,7 +160,7 @@ class WeightAgent:
             {
                 "request_id": self._requests.next_id(),
                 "engine": fields,
-                "state": state,
+                "state": self._state(),
                 "error": self._error[:1000],
                 "counters": {"updates": float(self.num_updates), "failures": float(self.num_failures)},
             }
@@ -133,19 +171,25 @@ class WeightAgent:
         return PolicyTag(reply.run_id, reply.publication, reply.version)
 
     async def _bring(self, tag: PolicyTag) -> None:
-        """The engine serves `tag` when this returns; where it raises, the engine serves nothing that is reported."""
+        """The engine serves `tag` when this returns. Where fetching fails it serves what it did; where anything after
+        that fails, nothing is committed: it may be paused still, or hold either version."""
         prepared = await self._fetch(tag)
-        await self._report("updating")
-        previous, self._committed = self._committed, None
-        await self._engine.pause("retract")
+        previous = self._committed
+        self._updating = True
+        self._news.set()
         try:
-            await self._engine.update_weights_from_disk(str(prepared), weight_version=str(tag), flush_cache=True)
+            try:
+                await self._engine.pause(self._pause_mode)
+                await self._engine.update_weights_from_disk(str(prepared), weight_version=str(tag), flush_cache=True)
+            finally:
+                await self._engine.continue_()
             self._committed = tag
+        except BaseException:
+            self._committed = None
+            raise
         finally:
-            await self._engine.continue_()
-        for folder in self._folder.glob("publication-*"):
-            if folder != prepared:
-                shutil.rmtree(folder, ignore_errors=True)
+            self._updating = False
+        await asyncio.to_thread(self._remove_all_but, prepared)
         log.info("engine %s: %s -> %s", self._name, previous or "nothing", tag)
 
     async def _fetch(self, tag: PolicyTag) -> Path:
@@ -165,8 +209,7 @@ class WeightAgent:
         finally:
             for chunk in chunks:
                 chunk.cancel()
-        check_snapshot(data, manifest)
-        return self._prepare(tag, data)
+        return await asyncio.to_thread(self._prepare, tag, data, manifest)
 
     async def _fetch_chunk(self, manifest: Manifest, index: int, data: bytearray, slots: asyncio.Semaphore) -> None:
         async with slots:
@@ -180,14 +223,24 @@ class WeightAgent:
             raise WeightsError(f"chunk {index} of publication {manifest.publication} does not match its checksum")
         data[start : start + expected] = payload[0]
 
-    def _prepare(self, tag: PolicyTag, data: bytearray) -> Path:
+    def _prepare(self, tag: PolicyTag, data: bytearray, manifest: Manifest) -> Path:
+        """Checks the whole and writes it, in a thread: seconds for gigabytes. Raises: WeightsError."""
+        check_snapshot(data, manifest)
         folder = self._folder / f"publication-{tag.publication}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "model.safetensors").write_bytes(data)
-        for path in self._base_model.iterdir():
-            if path.is_file() and ".safetensors" not in path.name and path.suffix != ".bin":
-                shutil.copyfile(path, folder / path.name)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "model.safetensors").write_bytes(data)
+            for path in self._base_model.iterdir():
+                if path.is_file() and ".safetensors" not in path.name and path.suffix != ".bin":
+                    shutil.copyfile(path, folder / path.name)
+        except OSError as error:
+            raise WeightsError(f"{folder} cannot be written: {error.strerror or error}") from error
         return folder
+
+    def _remove_all_but(self, prepared: Path) -> None:
+        for folder in self._folder.glob("publication-*"):
+            if folder != prepared:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_snapshot(data: bytes | bytearray, manifest: Manifest) -> None:

@@ -10,35 +10,51 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
+    from actor.sglang_client import PauseMode
     from protocol.config import Config
 
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--name", default="engine-0", show_default=True, help="Unique among the run's engines.")
+@click.option("--name", help="Unique among the run's engines.  [default: engine-HOSTNAME-PID]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where the HTTP server listens.")
 @click.option("--port", default=0, show_default=True, help="0 takes a free one.")
 @click.option("--attach", metavar="URL", help="Start no server: bring the SGLang server at URL to each version.")
+@click.option("--advertise", metavar="URL", help="Where actors find the engine.  [default: the server's own URL]")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the config.")
-def engine(config: Path, name: str, host: str, port: int, attach: str | None, overrides: tuple[str, ...]) -> None:
+def engine(
+    config: Path,
+    name: str | None,
+    host: str,
+    port: int,
+    attach: str | None,
+    advertise: str | None,
+    overrides: tuple[str, ...],
+) -> None:
     """Serve the policy over SGLang's HTTP API and keep its weights current.
 
     CONFIG is the run's TOML or saved config.json. The engine serves leases once it has committed a first publication.
     Weight files are written under the run's folder; with --attach, the server must be able to read them there.
+    So far --attach has been exercised against the embedded engine's API only.
     """
+    from actor.joining import role_name
     from protocol.config_file import load_config
     from protocol.process import run_async, start_role
 
+    name = role_name("engine", name)
     start_role(name)
-    run_async(_run(load_config(config, overrides), name=name, host=host, port=port, attach=attach))
-
-
-async def _run(config: Config, *, name: str, host: str, port: int, attach: str | None) -> None:
-    from actor.engine.server import EngineServer
-
+    loaded = load_config(config, overrides)
     if attach is not None:
-        await _keep_current(config, name=name, url=attach)
-        return
+        # `abort`: what WeightAgent says of pause modes.
+        run_async(_keep_current(loaded, name=name, url=attach, advertise=advertise, pause_mode="abort"))
+    else:
+        run_async(_serve(loaded, name=name, host=host, port=port, advertise=advertise))
+
+
+async def _serve(config: Config, *, name: str, host: str, port: int, advertise: str | None) -> None:
+    from actor.engine.server import EngineServer
+    from actor.joining import fresh_seed
+
     server = EngineServer(
         model_path=config.model.path,
         host=host,
@@ -46,36 +62,44 @@ async def _run(config: Config, *, name: str, host: str, port: int, attach: str |
         api_key=config.network.api_key(),
         max_running_requests=config.engine.max_running_requests,
         max_total_tokens=config.engine.max_total_tokens,
+        context_length=config.workflow.context_tokens,
         torch_threads=config.engine.torch_threads,
-        seed=config.run.seed,
+        seed=fresh_seed(config.run.seed, name),
     )
     await server.start()
     try:
         click.echo(f"engine: ready at {server.url} ({name})")
-        await _first_to_end(server.wait(), _keep_current(config, name=name, url=server.url))
+        await _first_to_end(
+            server.wait(),
+            _keep_current(config, name=name, url=server.url, advertise=advertise, pause_mode="retract"),
+        )
     finally:
         await server.stop()
 
 
-async def _keep_current(config: Config, *, name: str, url: str) -> None:
+async def _keep_current(config: Config, *, name: str, url: str, advertise: str | None, pause_mode: PauseMode) -> None:
     """The weight agent, until cancelled; its weight files are in the run's folder.
 
-    Raises: UnreachableError where there is no engine at `url`.
+    Raises: UserError where there is no engine at `url`, or actors may not or cannot use its address.
     """
     import shutil
 
-    from actor.sglang_client import SGLangClient
+    from actor.joining import check_advertised, require_ports
+    from actor.sglang_client import SGLangClient, check_url
     from actor.weight_agent import WeightAgent
     from protocol.errors import EngineError, UnreachableError
     from protocol.rpc import RequestClient
     from protocol.transport import Transport
 
+    api_key = config.network.api_key()
+    check_url(advertise or url, api_key=api_key)
+    check_advertised(advertise or url, network_host=config.network.host)
     folder = config.run.dir / "engines" / name
     shutil.rmtree(folder, ignore_errors=True)
     transport = Transport(keys=config.network.keys)
     try:
         async with (
-            SGLangClient(url, api_key=config.network.api_key()) as client,
+            SGLangClient(url, api_key=api_key) as client,
             RequestClient(transport.dealer(config.network.weights_address)) as requests,
         ):
             try:
@@ -84,6 +108,7 @@ async def _keep_current(config: Config, *, name: str, url: str) -> None:
                 raise UnreachableError(
                     f"engine {name} cannot be used: {error}; start it, or correct its address"
                 ) from error
+            require_ports(config, "network.weights_port", "network.announce_port")
             agent = WeightAgent(
                 name=name,
                 engine=client,
@@ -91,6 +116,8 @@ async def _keep_current(config: Config, *, name: str, url: str) -> None:
                 announcements=transport.subscriber(config.network.announce_address),
                 base_model=config.model.path,
                 folder=folder,
+                url=advertise or client.base_url,
+                pause_mode=pause_mode,
             )
             await agent.run()
     finally:

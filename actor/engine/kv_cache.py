@@ -45,8 +45,9 @@ class KVCache:
         except RuntimeError as error:
             num_bytes = 2 * math.prod(shape) * dtype.itemsize
             raise ConfigError(
-                f"engine.max_running_requests {num_rows} x engine.context_length {length} needs {num_bytes} bytes of "
-                f"key-value cache, which this machine does not give: lower one of them"
+                f"engine.max_running_requests {num_rows} x context length {length} (workflow.context_tokens, at most "
+                f"the model's own) needs {num_bytes} bytes of key-value cache, which this machine does not give: lower "
+                "one of them"
             ) from error
 
     def move(self, moves: tuple[tuple[int, int], ...], *, length: int) -> None:

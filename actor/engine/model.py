@@ -69,17 +69,12 @@ class ModelRunner:
     def load(cls, folder: Path, *, max_running_requests: int, context_length: int | None) -> ModelRunner:
         """Load a Hugging Face folder: config, safetensors weights and tokenizer.
 
-        `context_length` defaults to the model's own. Raises: DataError where the folder cannot be served.
+        `context_length` bounds the model's own. Raises: DataError where the folder cannot be served.
         """
         tokenizer = _load_tokenizer(folder)
         model = _load_model(folder)
         info = _describe(model, tokenizer)
-        length = context_length or info.max_position_embeddings
-        if length > info.max_position_embeddings:
-            raise DataError(
-                f"context_length must be <= {info.max_position_embeddings} (max_position_embeddings of the model in "
-                f"{folder}), got {length}"
-            )
+        length = min(context_length or info.max_position_embeddings, info.max_position_embeddings)
         return cls(
             model=model,
             tokenizer=tokenizer,

@@ -25,8 +25,9 @@ class EngineServer:
     """SGLang's HTTP API over a transformers model on the CPU.
 
     `port` 0 takes a free one. `max_total_tokens` bounds the tokens that running requests can come to hold together
-    (by default `max_running_requests` full contexts); beyond that, requests queue. `context_length` is by default the
-    model's own. `seed` seeds the requests that bring no `sampling_seed`.
+    (by default `max_running_requests` full contexts); beyond that, requests queue. `context_length` bounds the model's
+    own: memory for `max_running_requests` contexts of that length is reserved. `seed` seeds the requests that bring no
+    `sampling_seed`.
     """
 
     def __init__(
@@ -49,9 +50,9 @@ class EngineServer:
             "torch_threads": torch_threads,
         }.items():
             if value is not None and value < 1:
-                raise ConfigError(f"engine.{name} must be >= 1, got {value}")
-        if api_key is None and not is_loopback_host(host):
-            raise SecurityError(f"engine.api_key is needed to listen beyond loopback, got none for host {host}")
+                raise ConfigError(f"the engine's {name} must be >= 1, got {value}")
+        if not api_key and not is_loopback_host(host):
+            raise SecurityError(f"network.api_key_file must be set to listen beyond loopback, got none for host {host}")
         self._model_path = Path(model_path)
         self._host = host
         self._port = port

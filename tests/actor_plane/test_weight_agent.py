@@ -90,10 +90,6 @@ class Plane:
         )
         self.serving = asyncio.create_task(self.publisher.serve())
 
-    async def publish(self, data: bytes, *, publication: int, version: int) -> None:
-        snapshot = make_snapshot(data, run_id=RUN, publication=publication, version=version, chunk_bytes=CHUNK_BYTES)
-        await self.publisher.offer(snapshot)
-
     async def _changed(self) -> None:
         self.num_changes += 1
 

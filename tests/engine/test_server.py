@@ -162,6 +162,14 @@ async def test_info(client: Client, folder: Path) -> None:
     assert server["max_total_num_tokens"] == 128 * CONTEXT_LENGTH
 
 
+async def test_the_context_length_bounds_the_models_own(serve: Callable, folder: Path) -> None:
+    for asked, served in ((64, 64), (CONTEXT_LENGTH + 1, CONTEXT_LENGTH)):
+        client: Client = await serve(folder, context_length=asked)
+        assert (await client.get("/server_info")).body["context_length"] == served
+        reply = await client.post("/generate", {"input_ids": [1] * served})
+        assert (reply.status, str(served) in reply.body["error"]["message"]) == (400, True)
+
+
 async def test_a_folder_that_cannot_be_served(folder: Path, tmp_path: Path) -> None:
     for name, word in (
         ("config.json", "config.json"),
@@ -192,7 +200,7 @@ async def test_addresses_and_bounds(client: Client, folder: Path) -> None:
     port = int(client.url.rpartition(":")[2])
     with pytest.raises(UnreachableError, match=str(port)):
         await EngineServer(model_path=folder, port=port).start()
-    with pytest.raises(SecurityError, match="api_key"):
+    with pytest.raises(SecurityError, match=r"network\.api_key_file"):
         EngineServer(model_path=folder, host="0.0.0.0")
     with pytest.raises(ConfigError, match="max_running_requests must be >= 1, got 0"):
         EngineServer(model_path=folder, max_running_requests=0)
