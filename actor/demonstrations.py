@@ -7,7 +7,7 @@ What is recorded is what a policy would have to sample, so it can be learned by 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -63,7 +63,7 @@ class ScriptedGenerator:
         )
 
 
-def save_demonstrations(path: Path, contexts: Sequence[Context]) -> None:
+def save_demonstrations(path: Path, contexts: Sequence[Context], *, metadata: Mapping[str, str] | None = None) -> None:
     """Writes contexts as the arrays that learner/sft.py reads, aside and renamed.
 
     safetensors: token_ids int32 [N], loss_mask bool [N], offsets int64 [C + 1] with context c at
@@ -81,5 +81,5 @@ def save_demonstrations(path: Path, contexts: Sequence[Context]) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".writing-{path.name}")
-    save_file(columns, aside)
+    save_file(columns, aside, metadata=dict(metadata or {}))
     aside.replace(path)

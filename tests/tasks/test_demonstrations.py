@@ -1,5 +1,6 @@
-"""Scripted episodes, judged by the parsers that judge the policy."""
+"""Scripted episodes, judged by the workflow that judges the policy."""
 
+import asyncio
 from pathlib import Path
 
 import numpy as np
@@ -9,73 +10,97 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from actor.tasks.toy.command import main
-from actor.tasks.toy.demonstrations import Noise, demonstrate, write_demonstrations
-from actor.tasks.toy.tokenizer import build_tokenizer, syllable_ids
+from actor.tasks.toy.demonstrations import Demonstration, Noise, demonstrate, write_demonstrations
+from actor.tasks.toy.tokenizer import syllable_ids, write_tokenizer
 from actor.tasks.toy.world import make_world
-from actor.workflows.rendering import Answer, Searches
+from actor.tokenizer import Tokenizer
 from actor.workflows.toy import ToyRendering
+from protocol.types import Context, Status
 
 RENDERING = ToyRendering()
 SILENT = Noise(answer_early=0, wrong_relation=0, wrong_entity=0, stale_memory=0)
 
 
-def test_without_noise_every_question_is_answered_in_hops_plus_one_turns():
-    for walk, episode in demonstrate([make_world(1)], rendering=RENDERING, num_episodes=60, seed=0, noise=SILENT):
-        assert episode.answer == walk.answer
-        assert len(episode.contexts) == len(walk.facts) + 1
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return Tokenizer.load(folder)
 
 
-def test_with_noise_about_half_are_answered_right():
-    played = list(demonstrate([make_world(1), make_world(2)], rendering=RENDERING, num_episodes=1500, seed=0))
-    share = np.mean([episode.answer == walk.answer for walk, episode in played])
-    assert 0.45 < share < 0.6
-    assert max(len(episode.contexts) for _, episode in played) == 5
+async def play(tokenizer: Tokenizer, *worlds: int, num: int, noise: Noise | None = None) -> list[Demonstration]:
+    played = demonstrate(
+        [make_world(world) for world in worlds],
+        rendering=RENDERING,
+        tokenizer=tokenizer,
+        num_episodes=num,
+        seed=0,
+        noise=noise,
+    )
+    return [each async for each in played]
 
 
-def test_the_workflow_can_read_all_that_is_written():
-    for _, episode in demonstrate([make_world(1)], rendering=RENDERING, num_episodes=200, seed=3):
-        for context in episode.contexts:
-            written = [piece.text for piece in context if piece.sampled]
-            action = RENDERING.parse_action(written[0])
-            if isinstance(action, Answer):
-                assert (context, action.text) == (episode.contexts[-1], episode.answer)
-            else:
-                assert isinstance(action, Searches)
-                assert len(written) == 2 or (context is episode.contexts[-1] and episode.answer is None)
-            if len(written) == 2:
-                assert RENDERING.parse_memory(written[1])
-                assert f"{written[0].split(' <search> ')[0]} " in f"{context[0].text} {written[0]} "
+def written(tokenizer: Tokenizer, context: Context) -> list[str]:
+    """The policy's pieces of a context."""
+    sampled = tokenizer.decode(context.token_ids[context.loss_mask].tolist())
+    return [piece.strip() for piece in sampled.split("<end>")[:-1]]
 
 
-def test_the_next_context_carries_the_memory_and_nothing_else():
-    for _, episode in demonstrate([make_world(1)], rendering=RENDERING, num_episodes=50, seed=4):
-        for before, after in zip(episode.contexts, episode.contexts[1:], strict=False):
-            memory = RENDERING.parse_memory(before[3].text)
-            assert f"<memory> {memory} <think>" in after[0].text
+async def test_without_noise_every_question_is_answered_in_hops_plus_one_turns(tokenizer: Tokenizer):
+    for played in await play(tokenizer, 1, num=60, noise=SILENT):
+        assert (played.episode.status, played.episode.answer) == (Status.COMPLETED, played.walk.answer)
+        assert len(played.contexts) == len(played.walk.facts) + 1
 
 
-def test_the_file_marks_exactly_what_the_policy_wrote(tmp_path: Path):
-    path = tmp_path / "demonstrations.safetensors"
-    worlds = [make_world(1)]
-    share = write_demonstrations(path, worlds, rendering=RENDERING, num_episodes=20, seed=0)
-    played = list(demonstrate(worlds, rendering=RENDERING, num_episodes=20, seed=0))
-    assert share == np.mean([episode.answer == walk.answer for walk, episode in played])
+async def test_with_noise_about_half_are_answered_right(tokenizer: Tokenizer):
+    played = await play(tokenizer, 1, 2, 3, 4, num=4000)
+    share = np.mean([each.episode.answer == each.walk.answer for each in played])
+    assert 0.50 <= share <= 0.52
+    assert max(len(each.contexts) for each in played) == 5
+    assert {each.episode.status for each in played} == {Status.COMPLETED, Status.OVER_BUDGET}
+
+
+async def test_the_last_context_is_an_answer_or_a_search_and_all_others_end_in_a_memory(tokenizer: Tokenizer):
+    for played in await play(tokenizer, 1, num=200):
+        pieces = [written(tokenizer, context) for context in played.contexts]
+        assert [len(each) for each in pieces] == [2] * (len(pieces) - 1) + [1]
+        assert [memory for _, memory in pieces[:-1]] == list(played.episode.memories)
+        assert ("<answer>" in pieces[-1][0]) == (played.episode.answer is not None)
+        assert all("<search>" in action for action, _ in pieces[:-1])
+
+
+async def test_thoughts_and_memories_are_read_from_the_context(tokenizer: Tokenizer):
+    for played in await play(tokenizer, 1, num=100):
+        for context in played.contexts:
+            text, pieces = tokenizer.decode(context.token_ids.tolist()), written(tokenizer, context)
+            prompt, _, rest = text.partition("<think>")
+            thought = pieces[0].split(" <")[0]
+            assert thought.split()[0] in prompt.split()
+            for memory in pieces[1:]:
+                assert f" {memory} " in rest.split("<information>")[1].split("<memory>")[0] or f" {memory} " in prompt
+
+
+async def test_the_file_holds_what_was_played(tmp_path: Path, tokenizer: Tokenizer):
+    played = await play(tokenizer, 1, num=20)
+    contexts = [context for each in played for context in each.contexts]
+    path = tmp_path / "file.safetensors"
+
+    def write() -> float:
+        return write_demonstrations(
+            path, [make_world(1)], rendering=RENDERING, tokenizer=tokenizer, num_episodes=20, seed=0
+        )
+
+    share = await asyncio.to_thread(write)
+    assert share == np.mean([each.episode.answer == each.walk.answer for each in played])
     arrays = load_file(path)
     assert {name: str(array.dtype) for name, array in arrays.items()} == {
         "token_ids": "int32",
         "loss_mask": "bool",
         "offsets": "int64",
     }
-    contexts = [context for _, episode in played for context in episode.contexts]
-    assert len(arrays["offsets"]) == len(contexts) + 1
-    tokenizer = build_tokenizer()
-    for k, context in enumerate(contexts):
-        span = slice(arrays["offsets"][k], arrays["offsets"][k + 1])
-        ids, mask = arrays["token_ids"][span], arrays["loss_mask"][span]
-        whole = " ".join(piece.text for piece in context)
-        assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == whole
-        sampled = " ".join(piece.text for piece in context if piece.sampled)
-        assert tokenizer.decode(ids[mask].tolist(), skip_special_tokens=False) == sampled
+    np.testing.assert_array_equal(arrays["token_ids"], np.concatenate([c.token_ids for c in contexts]))
+    np.testing.assert_array_equal(arrays["loss_mask"], np.concatenate([c.loss_mask for c in contexts]))
+    np.testing.assert_array_equal(arrays["offsets"], np.cumsum([0, *map(len, contexts)]))
     with safe_open(path, framework="np") as file:
         assert file.metadata()["permutable"] == f"{syllable_ids().start}:{syllable_ids().stop}"
 

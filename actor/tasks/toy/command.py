@@ -24,6 +24,7 @@ def main(out: Path, worlds: tuple[int, ...], eval_worlds: tuple[int, ...], episo
     from actor.tasks.toy.task import write_corpus
     from actor.tasks.toy.tokenizer import write_tokenizer
     from actor.tasks.toy.world import make_world
+    from actor.tokenizer import Tokenizer
     from actor.workflows.toy import ToyRendering
 
     training = [make_world(world) for world in worlds]
@@ -31,7 +32,12 @@ def main(out: Path, worlds: tuple[int, ...], eval_worlds: tuple[int, ...], episo
         write_corpus(out / "corpora" / f"{world.collection}.jsonl", world)
     write_tokenizer(out / "tokenizer")
     share = write_demonstrations(
-        out / "demonstrations.safetensors", training, rendering=ToyRendering(), num_episodes=episodes, seed=seed
+        out / "demonstrations.safetensors",
+        training,
+        rendering=ToyRendering(),
+        tokenizer=Tokenizer.load(out / "tokenizer"),
+        num_episodes=episodes,
+        seed=seed,
     )
     click.echo(f"{episodes} demonstrations, {share:.0%} answered right, in {out}")
 

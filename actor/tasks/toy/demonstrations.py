@@ -1,26 +1,37 @@
 """Scripted episodes of the toy: a demonstrator that knows the way, and errs on purpose.
 
-It plays the MemSearcher workflow turn by turn in the workflow's own rendering. The errors are what reinforcement
-learning has to remove: a demonstrator that never errs would leave it nothing to do.
+It stands where the policy would, in the MemSearcher workflow itself (actor/demonstrations.py). The errors are what
+reinforcement learning has to remove: a demonstrator that never errs would leave it nothing to do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer
 
+from actor.demonstrations import ScriptedGenerator, save_demonstrations
 from actor.rewards.reward import ExactMatchReward
+from actor.sampling import SamplingParams
+from actor.session import Session
 from actor.tasks.toy.search import ExactSearch
-from actor.tasks.toy.task import ToyQuestions, documents, question_text
-from actor.tasks.toy.tokenizer import build_tokenizer, syllable_ids, symbol_ids
+from actor.tasks.toy.task import ToyQuestions, documents
+from actor.tasks.toy.tokenizer import syllable_ids, symbol_ids
 from actor.tasks.toy.world import RELATIONS, Fact, Walk, World
-from actor.workflows.rendering import Rendering, Result, Search
-from protocol.types import Passage
+from actor.tokenizer import Tokenizer
+from actor.workflows.memsearcher import MemSearcher
+from actor.workflows.rendering import Rendering
+from actor.workflows.workflow import Episode
+from protocol.config import WorkflowConfig
+from protocol.types import Context, Passage
+
+# No scripted piece comes near these limits.
+_WORKFLOW = WorkflowConfig(
+    rendering="toy", max_turns=5, action_tokens=32, memory_tokens=32, context_tokens=256, top_n=3
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,88 +45,93 @@ class Noise:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A stretch of a context's text; `sampled` where the policy wrote it."""
+class Demonstration:
+    """One question as it was played."""
 
-    text: str
-    sampled: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ScriptedEpisode:
-    """`contexts` are lists of pieces as a session would record them; `answer` is None where turns ran out."""
-
-    contexts: tuple[tuple[Piece, ...], ...]
-    answer: str | None
+    walk: Walk
+    episode: Episode
+    contexts: tuple[Context, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Demonstrator:
-    """Plays questions about one world, with the budgets of the workflow."""
+    """Implements `Script` for one question: it writes an action, then a memory, in turn.
 
-    world: World
-    search: ExactSearch
-    rendering: Rendering
-    noise: Noise = Noise()
-    max_turns: int = 5
-    top_n: int = 3
+    It reads the passages from its context; the question's way and the fact in memory it simply knows.
+    """
 
-    def play(self, walk: Walk, rng: np.random.Generator) -> ScriptedEpisode:
-        """Plays one question to its answer, or to a last search that has no turn left to use it."""
-        memory: Fact | None = None
-        contexts: list[tuple[Piece, ...]] = []
-        for turn in range(self.max_turns):
-            prompt = Piece(self.rendering.prompt(question_text(walk), _written(memory)), sampled=False)
-            relation = _next_relation(walk, memory)
-            known = memory.object if memory else walk.start
-            anchor = memory.relation if memory else walk.start
-            if memory and (relation is None or rng.random() < self.noise.answer_early):
-                action = self.rendering.write_answer(f"{anchor} ?", known)
-                contexts.append((prompt, Piece(action, sampled=True)))
-                return ScriptedEpisode(tuple(contexts), known)
-            entity, relation = self._slip(known, relation or walk.relations[0], rng)
-            query = f"{entity} {relation}"
-            action = self.rendering.write_action_search(f"{anchor} {relation}", [query])
-            if turn == self.max_turns - 1:
-                contexts.append((prompt, Piece(action, sampled=True)))
-                break
-            found = self.search.search(query, top_n=self.top_n)
-            if rng.random() >= self.noise.stale_memory:
-                memory = _fact_found(found, entity, relation, rng)
-            contexts.append(
-                (
-                    prompt,
-                    Piece(action, sampled=True),
-                    Piece(self.rendering.observation([Result(Search(query), found)]), sampled=False),
-                    Piece(self.rendering.write_memory(_written(memory) or "none"), sampled=True),
-                )
-            )
-        return ScriptedEpisode(tuple(contexts), None)
+    def __init__(
+        self, *, world: World, walk: Walk, rendering: Rendering, noise: Noise, rng: np.random.Generator
+    ) -> None:
+        self._world = world
+        self._walk = walk
+        self._rendering = rendering
+        self._noise = noise
+        self._rng = rng
+        self._memory: Fact | None = None
+        self._asked: tuple[str, str] | None = None
 
-    def _slip(self, entity: str, relation: str, rng: np.random.Generator) -> tuple[str, str]:
-        if rng.random() < self.noise.wrong_relation:
-            relation = str(rng.choice([other for other in RELATIONS if other != relation]))
-        if rng.random() < self.noise.wrong_entity:
-            names = tuple(self.world.kinds)
-            entity = names[int(rng.integers(len(names)))]
+    def write(self, context: str) -> str:
+        if self._asked is None:
+            return self._act()
+        asked, self._asked = self._asked, None
+        if self._rng.random() >= self._noise.stale_memory:
+            self._memory = _fact_found(_facts_in(context), *asked, self._rng)
+        return self._rendering.write_memory(_written(self._memory) or "none")
+
+    def _act(self) -> str:
+        memory, walk = self._memory, self._walk
+        relation = _next_relation(walk, memory)
+        known = memory.object if memory else walk.start
+        anchor = memory.relation if memory else walk.start
+        if memory and (relation is None or self._rng.random() < self._noise.answer_early):
+            return self._rendering.write_answer(f"{anchor} ?", known)
+        entity, relation = self._asked = self._slip(known, relation or walk.relations[0])
+        return self._rendering.write_action_search(f"{anchor} {relation}", [f"{entity} {relation}"])
+
+    def _slip(self, entity: str, relation: str) -> tuple[str, str]:
+        if self._rng.random() < self._noise.wrong_relation:
+            relation = str(self._rng.choice([other for other in RELATIONS if other != relation]))
+        if self._rng.random() < self._noise.wrong_entity:
+            names = tuple(self._world.kinds)
+            entity = names[int(self._rng.integers(len(names)))]
         return entity, relation
 
 
-def demonstrate(
-    worlds: Sequence[World], *, rendering: Rendering, num_episodes: int, seed: int, noise: Noise | None = None
-) -> Iterator[tuple[Walk, ScriptedEpisode]]:
+class WorldSearch:
+    """Implements `Searcher` on worlds in memory."""
+
+    def __init__(self, worlds: Sequence[World]) -> None:
+        self._worlds = {world.collection: ExactSearch(documents(world)) for world in worlds}
+
+    async def search(self, queries: Sequence[str], *, top_n: int, collection: str = "") -> list[list[Passage]]:
+        return [list(self._worlds[collection].search(query, top_n=top_n)) for query in queries]
+
+
+async def demonstrate(
+    worlds: Sequence[World],
+    *,
+    rendering: Rendering,
+    tokenizer: Tokenizer,
+    num_episodes: int,
+    seed: int,
+    noise: Noise | None = None,
+) -> AsyncIterator[Demonstration]:
     """Episodes on questions that rotate over the worlds."""
     rng = np.random.default_rng([seed, 0xDE40])
     questions = ToyQuestions(worlds, reward=ExactMatchReward(), seed=seed)
-    players = {
-        world.seed: Demonstrator(
-            world=world, search=ExactSearch(documents(world)), rendering=rendering, noise=noise or Noise()
-        )
-        for world in worlds
-    }
+    workflow = MemSearcher(config=_WORKFLOW, rendering=rendering, search=WorldSearch(worlds))
     for cursor in range(num_episodes):
         world, walk = questions.walk(cursor)
-        yield walk, players[world.seed].play(walk, rng)
+        script = Demonstrator(world=world, walk=walk, rendering=rendering, noise=noise or Noise(), rng=rng)
+        session = Session(
+            pool=ScriptedGenerator(script=script, tokenizer=tokenizer),
+            tokenizer=tokenizer,
+            sampling=SamplingParams(),
+            run_id=None,
+            max_context_tokens=_WORKFLOW.context_tokens,
+        )
+        episode = await workflow.run(questions.question(cursor), session)
+        yield Demonstration(walk, episode, session.contexts)
 
 
 def write_demonstrations(
@@ -123,40 +139,30 @@ def write_demonstrations(
     worlds: Sequence[World],
     *,
     rendering: Rendering,
+    tokenizer: Tokenizer,
     num_episodes: int = 4000,
     seed: int,
     noise: Noise | None = None,
 ) -> float:
-    """Writes the contexts of `demonstrate` as the arrays that learner/sft.py reads; returns the share answered right.
+    """Saves the contexts of `demonstrate` (`save_demonstrations`); returns the share that is answered right.
 
-    safetensors: token_ids int32 [N], loss_mask bool [N], offsets int64 [C + 1] with context c at
-    [offsets[c], offsets[c + 1]); metadata: the ranges of ids `symbols` and `permutable`, as `start:stop`.
+    metadata: the ranges of ids `symbols` and `permutable`, as `start:stop`. Not for a running event loop.
     """
-    tokenizer = build_tokenizer()
-    contexts: list[tuple[Piece, ...]] = []
-    num_right = 0
-    for walk, episode in demonstrate(worlds, rendering=rendering, num_episodes=num_episodes, seed=seed, noise=noise):
-        contexts += episode.contexts
-        num_right += episode.answer == walk.answer
-    path.parent.mkdir(parents=True, exist_ok=True)
+
+    async def play() -> list[Demonstration]:
+        episodes = demonstrate(
+            worlds, rendering=rendering, tokenizer=tokenizer, num_episodes=num_episodes, seed=seed, noise=noise
+        )
+        return [played async for played in episodes]
+
+    demonstrations = asyncio.run(play())
     ranges = {"symbols": symbol_ids(), "permutable": syllable_ids()}
-    metadata = {name: f"{ids.start}:{ids.stop}" for name, ids in ranges.items()}
-    save_file(_columns(contexts, tokenizer), path, metadata=metadata)
-    return num_right / max(1, num_episodes)
-
-
-def _columns(contexts: Sequence[Sequence[Piece]], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """Each piece is encoded alone, as a session does, so that the tokens are those that a policy would sample."""
-    pieces = [piece for context in contexts for piece in context]
-    encoded = [encoding.ids for encoding in tokenizer.encode_batch([piece.text for piece in pieces])]
-    lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    first_pieces = np.concatenate([[0], np.cumsum([len(context) for context in contexts])]).astype(np.int64)
-    return {
-        "token_ids": np.fromiter((token for ids in encoded for token in ids), dtype=np.int32, count=int(starts[-1])),
-        "loss_mask": np.repeat(np.array([piece.sampled for piece in pieces], dtype=np.bool_), lengths),
-        "offsets": starts[first_pieces].astype(np.int64),
-    }
+    save_demonstrations(
+        path,
+        [context for played in demonstrations for context in played.contexts],
+        metadata={name: f"{ids.start}:{ids.stop}" for name, ids in ranges.items()},
+    )
+    return float(np.mean([played.episode.answer == played.walk.answer for played in demonstrations]))
 
 
 def _written(memory: Fact | None) -> str:
@@ -171,15 +177,16 @@ def _next_relation(walk: Walk, memory: Fact | None) -> str | None:
     return walk.relations[place] if place < len(walk.relations) else None
 
 
-def _fact_found(found: Sequence[Passage], entity: str, relation: str, rng: np.random.Generator) -> Fact:
+def _facts_in(context: str) -> list[Fact]:
+    """The facts in the context's observation, in the order shown."""
+    _, _, observation = context.rpartition("<information>")
+    words = observation.split()
+    return [Fact(*words[end - 3 : end]) for end, word in enumerate(words) if word == "."]
+
+
+def _fact_found(facts: Sequence[Fact], entity: str, relation: str, rng: np.random.Generator) -> Fact:
     """The fact that was asked for; where no passage states it, one that was found."""
-    facts = [_fact(passage) for passage in found]
     for fact in facts:
         if (fact.subject, fact.relation) == (entity, relation):
             return fact
     return facts[int(rng.integers(len(facts)))]
-
-
-def _fact(passage: Passage) -> Fact:
-    subject, relation, obj, *_ = passage.text.split()
-    return Fact(subject, relation, obj)
