@@ -1,8 +1,8 @@
 r"""A demonstrator that knows which passages hold the answer, and writes only what can be read in its context.
 
-    memory empty   look up the titles that the question names (if none, the question itself)
+    memory empty   look up the question itself
     observation    memory = the old lines and, for each wanted passage, `- Title: the sentence that leads on`
-    memory         look up the wanted titles that memory or question name … until none is left: \boxed{answer}
+    memory         look up a wanted title that memory or question names … until none is missing: \boxed{answer}
 
 What is copied follows a space, as in the text that it is from (parsers strip it): a word after a space is another token
 than one after a quote or a brace, and a model that copies tokens could not begin.
@@ -28,7 +28,7 @@ _SENTENCE_END = re.compile(r"(?<=[a-z0-9)\"]{2}[.!?]) +(?=[A-Z\"])")
 _UNTITLED = re.compile(r" \([^()]*\)$")
 FREE_ANSWERS = ("yes", "no")
 # Thoughts without names: what a small model samples most is what goes wrong most.
-NOTHING_YET = "The memory is empty. I look up what the question names."
+NOTHING_YET = "The memory is empty. I look up the question."
 MORE = "The memory does not have all of it. I look up what is missing."
 ENOUGH = "The memory has all that is needed."
 
@@ -48,12 +48,11 @@ class Example:
 
 
 class GoldScript:
-    """Implements `Script` for one episode. `max_calls`: searches at once."""
+    """Implements `Script` for one episode."""
 
-    def __init__(self, *, example: Example, rendering: Rendering, max_calls: int) -> None:
+    def __init__(self, *, example: Example, rendering: Rendering) -> None:
         self._example = example
         self._rendering = rendering
-        self._max_calls = max_calls
         self._wanted: tuple[str, ...] = ()
 
     def write(self, context: str) -> str:
@@ -67,22 +66,26 @@ class GoldScript:
         missing = [title for title in self._example.titles if title not in known]
         if not missing:
             return self._rendering.write_answer(ENOUGH, f" {self._answer(question, memory)}")
-        spelled = {title: spelling(title, f"{question}\n{memory}") for title in missing}
-        calls = {title: query for title, query in spelled.items() if query}
-        if not calls and memory:
-            raise OffScript("nothing names the next title")
-        self._wanted = tuple(calls)[: self._max_calls] or tuple(missing)
-        queries = [calls[title] for title in self._wanted] if calls else [question]
-        if any(mark in query for query in queries for mark in '"\\'):
+        if not memory:
+            self._wanted, query = tuple(missing), question
+        else:
+            self._wanted, query = self._next(missing, f"{question}\n{memory}")
+        if '"' in query or "\\" in query:
             raise OffScript("a query needs escapes")
-        return self._rendering.write_action_search(MORE if memory else NOTHING_YET, [f" {query}" for query in queries])
+        return self._rendering.write_action_search(MORE if memory else NOTHING_YET, [query])
+
+    def _next(self, missing: Sequence[str], text: str) -> tuple[tuple[str, ...], str]:
+        """The first of the missing titles that `text` names, and a query for it."""
+        for title in missing:
+            if seen := spelling(title, text):
+                return (title,), f" {seen}"
+        raise OffScript("nothing names a missing title")
 
     def _remember(self, context: str, memory: str) -> str:
-        found: list[str] = _PASSAGE.findall(context)
         lines = memory.splitlines()
-        for title in self._wanted:
-            passage = next((line for line in found if line.startswith(f"{title}: ")), None)
-            if passage is not None:
+        for passage in _PASSAGE.findall(context):
+            title = next((title for title in self._wanted if passage.startswith(f"{title}: ")), None)
+            if title is not None and not any(line.startswith(f"{_BULLET}{title}: ") for line in lines):
                 lines.append(f"{_BULLET}{title}: {self._sentence(passage.removeprefix(f'{title}: '), title)}")
         if len(lines) == len(memory.splitlines()):
             raise OffScript("no wanted passage was found")

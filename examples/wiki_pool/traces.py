@@ -17,14 +17,12 @@ from actor.session import Session
 from actor.tokenizer import Tokenizer
 from actor.workflows.chat import ChatRendering
 from actor.workflows.memsearcher import MemSearcher
+from actor.workflows.workflow import Episode
 from protocol.config import WorkflowConfig
 from protocol.errors import DataError
 from protocol.types import Context, Passage, Question, Status
 from retriever.search import Query
 from retriever.search import Searcher as IndexSearcher
-
-_MAX_CALLS = (1, 2)
-"""Each question is played once with every number of searches at once."""
 
 
 class LocalSearch:
@@ -67,34 +65,34 @@ async def record(
     config: WorkflowConfig,
     on_progress: Callable[[int, int], None],
 ) -> Traces:
-    """Plays every question; keeps the episodes that complete in two contexts or more, each different one once."""
+    """Plays every question; keeps the episodes that complete in two contexts or more."""
     rendering = ChatRendering(fidelity=config.fidelity, top_n=config.top_n)
     workflow = MemSearcher(config=config, rendering=rendering, search=search)
     traces = Traces()
     for done, example in enumerate(examples, start=1):
-        seen: set[bytes] = set()
-        for max_calls in _MAX_CALLS:
-            script = GoldScript(example=example, rendering=rendering, max_calls=max_calls)
-            session = Session(
-                pool=ScriptedGenerator(script=script, tokenizer=tokenizer),
-                tokenizer=tokenizer,
-                sampling=SamplingParams(),
-                run_id=None,
-                max_context_tokens=config.context_tokens,
-            )
-            try:
-                episode = await workflow.run(Question(example.id, example.question, example.answers), session)
-            except OffScript as error:
-                traces.refused[str(error)] += 1
-                continue
-            tokens = b"".join(context.token_ids.tobytes() for context in session.contexts)
-            if episode.status is not Status.COMPLETED or len(session.contexts) < 2:
-                traces.refused[episode.status.value] += 1
-            elif episode.stats["num_truncated_memories"] > 0:
-                traces.refused["a memory above its limit"] += 1
-            elif tokens not in seen:
-                seen.add(tokens)
-                traces.contexts += session.contexts
-                traces.num_episodes += 1
+        script = GoldScript(example=example, rendering=rendering)
+        session = Session(
+            pool=ScriptedGenerator(script=script, tokenizer=tokenizer),
+            tokenizer=tokenizer,
+            sampling=SamplingParams(),
+            run_id=None,
+            max_context_tokens=config.context_tokens,
+        )
+        try:
+            episode = await workflow.run(Question(example.id, example.question, example.answers), session)
+            _check(episode)
+        except OffScript as error:
+            traces.refused[str(error)] += 1
+        else:
+            traces.contexts += session.contexts
+            traces.num_episodes += 1
         on_progress(done, len(examples))
     return traces
+
+
+def _check(episode: Episode) -> None:
+    """Raises: OffScript where the workflow did not let the script come to its end as it is written."""
+    if episode.status is not Status.COMPLETED:
+        raise OffScript(f"it ended as {episode.status.value}")
+    if len(episode.transcripts) < 2 or episode.stats["num_truncated_memories"]:
+        raise OffScript("a memory is missing or above its limit")

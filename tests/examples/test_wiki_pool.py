@@ -34,6 +34,7 @@ from protocol.types import Passage  # noqa: E402
 DATA = Path(os.environ.get("PALIMPSEST_DATA", ROOT.parent / "shared" / "data")) / "wiki_pool"
 FILM = Passage("p0", "Red Boat (film)", "Red Boat is a 1950 film. It was directed by Ann Fox and shot in Peru.", 1.0)
 DIRECTOR = Passage("p1", "Ann Fox", "Ann Fox was born in Oslo in 1911. She directed nine films.", 0.9)
+OTHER = Passage("p2", "Director of photography", "The director of photography lights a film.", 0.8)
 BRIDGE = Example("q0", "Where was the director of film Red Boat born?", ("Oslo",), (FILM.title, DIRECTOR.title))
 
 
@@ -104,11 +105,11 @@ def test_tokenizer_folder_is_read_by_transformers(tokenizer: Tokenizer, tmp_path
 
 def test_script_follows_the_bridge_and_copies_what_leads_on() -> None:
     rendering = ChatRendering(top_n=2)
-    script = GoldScript(example=BRIDGE, rendering=rendering, max_calls=2)
+    script = GoldScript(example=BRIDGE, rendering=rendering)
     prompt = rendering.prompt(BRIDGE.question, "")
     action = script.write(prompt)
-    assert rendering.parse_action(action) == Searches((Search("Red Boat"),))
-    observed = prompt + action + rendering.observation([Result(Search("Red Boat"), (FILM,))])
+    assert rendering.parse_action(action) == Searches((Search(BRIDGE.question),))
+    observed = prompt + action + rendering.observation([Result(Search(BRIDGE.question), (FILM,))])
     memory = rendering.parse_memory(script.write(observed))
     assert memory == "- Red Boat (film): It was directed by Ann Fox and shot in Peru."
     assert rendering.parse_action(script.write(rendering.prompt(BRIDGE.question, memory))) == Searches(
@@ -121,13 +122,13 @@ def test_script_follows_the_bridge_and_copies_what_leads_on() -> None:
 def test_script_writes_nothing_that_cannot_be_read() -> None:
     rendering = ChatRendering(top_n=2)
     unread = Example("q", BRIDGE.question, ("Bergen",), (DIRECTOR.title,))
-    script = GoldScript(example=unread, rendering=rendering, max_calls=1)
+    script = GoldScript(example=unread, rendering=rendering)
     with pytest.raises(OffScript, match="answer"):
         script.write(rendering.prompt(unread.question, "- Ann Fox: Ann Fox was born in Oslo."))
-    lost = GoldScript(example=BRIDGE, rendering=rendering, max_calls=1)
+    lost = GoldScript(example=BRIDGE, rendering=rendering)
     prompt = rendering.prompt(BRIDGE.question, "")
     with pytest.raises(OffScript, match="found"):
-        lost.write(prompt + lost.write(prompt) + rendering.observation([Result(Search("Red Boat"), (DIRECTOR,))]))
+        lost.write(prompt + lost.write(prompt) + rendering.observation([Result(Search(BRIDGE.question), (OTHER,))]))
 
 
 def test_spelling_is_that_of_the_text() -> None:
@@ -136,11 +137,11 @@ def test_spelling_is_that_of_the_text() -> None:
 
 
 def test_traces_are_what_the_workflow_records(tokenizer: Tokenizer, run_config: Config) -> None:
-    traces = play([BRIDGE], (FILM, DIRECTOR), tokenizer, run_config.workflow)
+    traces = play([BRIDGE], (FILM, OTHER, DIRECTOR), tokenizer, run_config.workflow)
     assert (traces.num_episodes, len(traces.contexts), dict(traces.refused)) == (1, 3, {})
     first, second, last = traces.contexts
     sampled = tokenizer.decode(first.token_ids[first.loss_mask].tolist())
-    assert sampled.startswith("\nThe memory is empty. I look up what the question names.\n</think>\n<tool_call>")
+    assert sampled.startswith("\nThe memory is empty. I look up the question.\n</think>\n<tool_call>")
     assert sampled.endswith("shot in Peru.\n</memory><|im_end|>")
     assert "Ann Fox was born" in tokenizer.decode(first.token_ids[~first.loss_mask].tolist())
     assert "It was directed by Ann Fox" in tokenizer.decode(second.token_ids[~second.loss_mask].tolist())
@@ -148,7 +149,7 @@ def test_traces_are_what_the_workflow_records(tokenizer: Tokenizer, run_config: 
 
 
 def test_demonstrations_are_read_as_they_were_written(tokenizer: Tokenizer, run_config: Config, tmp_path: Path) -> None:
-    contexts = play([BRIDGE], (FILM, DIRECTOR), tokenizer, run_config.workflow).contexts
+    contexts = play([BRIDGE], (FILM, OTHER, DIRECTOR), tokenizer, run_config.workflow).contexts
     save_demonstrations(tmp_path / "demonstrations.safetensors", contexts)
     read = Demonstrations.load(tmp_path / "demonstrations.safetensors")
     assert read.lengths.tolist() == [len(context) for context in contexts]
@@ -160,7 +161,7 @@ def test_demonstrations_are_read_as_they_were_written(tokenizer: Tokenizer, run_
 
 def test_a_scripted_piece_is_cut_where_an_engine_would(tokenizer: Tokenizer, run_config: Config) -> None:
     short = run_config.workflow.model_copy(update={"action_tokens": 8})
-    assert dict(play([BRIDGE], (FILM, DIRECTOR), tokenizer, short).refused) == {"over_budget": 2}
+    assert dict(play([BRIDGE], (FILM, OTHER, DIRECTOR), tokenizer, short).refused) == {"it ended as over_budget": 1}
 
 
 def _write_data(folder: Path) -> None:
@@ -238,7 +239,7 @@ def test_real_questions_make_traces(run_config: Config) -> None:
     fast = train_tokenizer([plain(p.text) for p in passages], vocab_size=2000, top_n=2)
     loaded = Tokenizer(fast, eos_token=END, source="here")
     traces = play(examples, passages, loaded, run_config.workflow)
-    assert traces.num_episodes >= len(examples) // 3
+    assert traces.num_episodes >= len(examples) // 8
     assert max(map(len, traces.contexts)) <= run_config.workflow.context_tokens
     for context in traces.contexts:
         text = loaded.decode(context.token_ids.tolist())
