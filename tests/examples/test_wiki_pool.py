@@ -143,7 +143,7 @@ def test_traces_are_what_the_workflow_records(tokenizer: Tokenizer, run_config: 
     sampled = tokenizer.decode(first.token_ids[first.loss_mask].tolist())
     assert sampled.startswith("\nThe memory is empty. I look up the question.\n</think>\n<tool_call>")
     assert sampled.endswith("shot in Peru.\n</memory><|im_end|>")
-    assert "Ann Fox was born" in tokenizer.decode(first.token_ids[~first.loss_mask].tolist())
+    assert "[2] Director of photography: The" in tokenizer.decode(first.token_ids[~first.loss_mask].tolist())
     assert "It was directed by Ann Fox" in tokenizer.decode(second.token_ids[~second.loss_mask].tolist())
     assert tokenizer.decode(last.token_ids[last.loss_mask].tolist()).endswith("\\boxed{ Oslo}<|im_end|>")
 
