@@ -44,9 +44,11 @@ def admit(
     rids = _rids(body.rid, num=num)
     params = _spread(body.sampling_params, name="sampling_params", num=num)
     logprobs = _spread(body.return_logprob, name="return_logprob", num=num)
+    seen: set[str] = set()
     for rid in rids:
-        if in_flight(rid) or rids.count(rid) > 1:
+        if in_flight(rid) or rid in seen:
             raise EngineRefused(f"rid must be unique among requests in flight, got {rid!r} again")
+        seen.add(rid)
     return [
         Sequence(
             rid=rids[i],

@@ -21,6 +21,12 @@ _Body = TypeVar("_Body", bound=BaseModel)
 Zero = Annotated[float, Field(ge=0, le=0)]
 One = Annotated[float, Field(ge=1, le=1)]
 
+# Lists are refused at their first wrong entry: bodies are read in the loop that makes the engine's steps, and an error
+# for each of 10^5 entries would stop it for seconds.
+_Item = TypeVar("_Item")
+Listed = Annotated[list[_Item], Field(fail_fast=True)]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -34,8 +40,8 @@ class SamplingParams(_Strict):
     top_k: Annotated[int, Field(ge=-1)] = -1
     max_new_tokens: Annotated[int, Field(ge=0)] | None = 128
     min_new_tokens: Annotated[int, Field(ge=0)] = 0
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Listed[str] | None = None
+    stop_token_ids: TokenIds | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
@@ -63,11 +69,11 @@ class GenerateBody(_Strict):
     `extra_key` salts SGLang's prefix cache; here there is none, so it is accepted and does nothing.
     """
 
-    input_ids: list[int] | list[list[int]]
-    sampling_params: SamplingParams | list[SamplingParams] = SamplingParams()
-    rid: str | list[str] | None = None
-    return_logprob: bool | list[bool] = False
-    extra_key: str | list[str] | None = None
+    input_ids: TokenIds | Listed[TokenIds]
+    sampling_params: SamplingParams | Listed[SamplingParams] = SamplingParams()
+    rid: str | Listed[str] | None = None
+    return_logprob: bool | Listed[bool] = False
+    extra_key: str | Listed[str] | None = None
 
     stream: bool = False
     logprob_start_len: Annotated[int, Field(ge=-1, le=-1)] | None = None

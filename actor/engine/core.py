@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from actor.engine.admission import Limits, admit
+from actor.engine.admission import Limits, admit, is_batch
 from actor.engine.api import GenerateBody, PauseMode, UpdateBody
 from actor.engine.request import Finish, FinishType, Sequence
 from actor.engine.scheduler import Scheduler, Step
@@ -75,9 +75,11 @@ class Engine:
     async def generate(self, body: GenerateBody) -> list[Sequence]:
         """Run a request to its end. Where the caller is cancelled, so is the request.
 
-        Raises: EngineRefused where the request is wrong, EngineUnavailable where the engine has failed.
+        Raises: EngineRefused where the request is wrong, EngineUnavailable where the engine has failed or its queue is
+            full.
         """
         self.check_alive()
+        self._check_room(len(body.input_ids) if is_batch(body) else 1)
         sequences = admit(body, limits=self._limits, random_source=self._random, in_flight=self._sequences.__contains__)
         loop = asyncio.get_running_loop()
         futures = []
@@ -105,6 +107,16 @@ class Engine:
         """Raises: EngineUnavailable where a step has failed: the process is then about to end with its error."""
         if self._failure is not None:
             raise EngineUnavailable(f"the engine has failed: {self._failure!r}")
+
+    def _check_room(self, num: int) -> None:
+        scheduler = self.scheduler
+        if num > scheduler.max_queued:
+            raise EngineRefused(f"input_ids must have <= {scheduler.max_queued} sequences in a batch, got {num}")
+        if num > scheduler.num_free:
+            raise EngineUnavailable(
+                f"the queue holds at most {scheduler.max_queued} requests and has room for "
+                f"{max(0, scheduler.num_free)}, got {num} more: ask another engine, or later"
+            )
 
     def close(self) -> None:
         """End what is in flight, so that clients have their partial answers before the sockets close."""

@@ -15,7 +15,11 @@ from actor.engine.api import AbortBody, ContinueBody, GenerateBody, PauseBody, U
 from actor.engine.core import Engine
 from protocol.errors import EngineRefused, EngineUnavailable
 
-_MAX_BODY_BYTES = 64 * 2**20
+# A body holds at most as much as a batch of so many full contexts, ten digits and commas a token, and some parameters:
+# it is parsed in the loop that makes the engine's steps.
+_MAX_CONTEXTS_A_BODY = 16
+_BYTES_A_TOKEN = 10
+_MAX_OTHER_BYTES = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,8 @@ class ServerFacts:
 
 def build_app(*, engine: Engine, facts: ServerFacts, api_key: str | None) -> web.Application:
     """Every route but /health needs `Authorization: Bearer <api_key>` where a key is set."""
-    app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[_guard(api_key)])
+    max_body_bytes = _MAX_CONTEXTS_A_BODY * facts.context_length * _BYTES_A_TOKEN + _MAX_OTHER_BYTES
+    app = web.Application(client_max_size=max_body_bytes, middlewares=[_guard(api_key)])
     routes = _Routes(engine=engine, facts=facts)
     app.router.add_get("/health", routes.health)
     app.router.add_get("/model_info", routes.model_info)

@@ -16,6 +16,12 @@ from dataclasses import dataclass, field
 
 from actor.engine.request import Sequence
 
+# Requests that may queue for each that may run. One that finds more rounds than that before it would wait longer than
+# its client does: refused at once, it can go to another engine, and what queues cannot come to fill the memory.
+_NUM_QUEUED_PER_ROW = 32
+# But always as many as some actors and an evaluation bring, however few rows an engine has.
+_MIN_QUEUED = 1_024
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -54,6 +60,15 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return sum(sequence.finish is None for sequence in self.running)
+
+    @property
+    def max_queued(self) -> int:
+        return max(_MIN_QUEUED, _NUM_QUEUED_PER_ROW * self.max_running_requests)
+
+    @property
+    def num_free(self) -> int:
+        """How many newcomers may queue. What an update retracts queues up beyond the bound, so it may be negative."""
+        return self.max_queued - len(self.waiting) - len(self.held)
 
     @property
     def is_drained(self) -> bool:

@@ -8,10 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import aiohttp
+import orjson
 import pytest
+from pydantic import ValidationError
 
+from actor.engine import scheduler
+from actor.engine.api import GenerateBody, parse
 from actor.engine.server import EngineServer
-from protocol.errors import ConfigError, DataError, SecurityError, UnreachableError
+from protocol.errors import ConfigError, DataError, EngineRefused, SecurityError, UnreachableError
 from tests.engine.conftest import CONTEXT_LENGTH, VOCAB_SIZE, Client
 
 BAD_BODIES = [
@@ -69,6 +73,43 @@ async def test_bad_requests_are_refused_and_the_server_goes_on(client: Client) -
     odd = {"stop_token_ids": [-1000, 10**12], "min_new_tokens": 3, "sampling_seed": -(2**70), "max_new_tokens": 5}
     assert len((await client.generate([1], **odd))["output_ids"]) == 5
     assert (await client.get("/health")).status == 200
+
+
+async def test_a_long_bad_body_is_refused_at_its_first_bad_entry(client: Client) -> None:
+    """The loop that reads bodies is the one that makes steps: it must not stop for a foe's sake."""
+    num = 16 * CONTEXT_LENGTH // 2  # of the longest that is read at all
+    for bad in (["x"] * num, [["x"]] * num, [[1, "x"]] * num, [None] * num):
+        with pytest.raises(EngineRefused) as raised:
+            parse(GenerateBody, orjson.dumps({"input_ids": bad}))
+        cause = raised.value.__cause__
+        assert isinstance(cause, ValidationError)
+        assert cause.error_count() <= 4, "not one for each entry"
+    too_long = {"input_ids": [10**9] * 16 * CONTEXT_LENGTH * 2}
+    assert (await client.post("/generate", too_long)).status == 413
+    assert len((await client.generate([1], max_new_tokens=2))["output_ids"]) == 2
+
+
+async def test_a_full_queue_sends_requests_elsewhere(
+    serve: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "_MIN_QUEUED", 1)
+    client: Client = await serve(folder, max_running_requests=1)
+    await client.post("/pause_generation", {"mode": "retract"})
+    batch = {"input_ids": [[1]] * 31, "sampling_params": {"max_new_tokens": 1}}
+    waiting = [asyncio.create_task(client.post("/generate", batch))]
+    while (await client.get("/server_info")).body["internal_states"][0]["num_waiting_reqs"] < 31:
+        pass
+    waiting.append(asyncio.create_task(client.post("/generate", {**batch, "input_ids": [1]})))
+    while (await client.get("/server_info")).body["internal_states"][0]["num_waiting_reqs"] < 32:
+        pass
+    reply = await client.post("/generate", {**batch, "input_ids": [1]})
+    assert reply.status == 503
+    assert "at most 32 requests and has room for 0, got 1 more" in reply.body["error"]["message"]
+    reply = await client.post("/generate", {**batch, "input_ids": [[1]] * 33})
+    assert (reply.status, "<= 32 sequences" in reply.body["error"]["message"]) == (400, True)
+    await client.post("/continue_generation")
+    assert [(await task).status for task in waiting] == [200, 200]
+    assert (await client.post("/generate", batch)).status == 200
 
 
 async def test_a_batch_is_answered_in_order(client: Client) -> None:
