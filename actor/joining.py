@@ -10,7 +10,6 @@ import secrets
 import socket
 from urllib.parse import urlsplit
 
-from protocol.config import Config
 from protocol.errors import ConfigError
 from protocol.transport import is_loopback_host
 
@@ -36,21 +35,6 @@ def default_name(role: str, *, host: str, pid: int) -> str:
     """The host's name gives way where it is too long."""
     host = re.sub(r"[^A-Za-z0-9_.-]", "-", host)
     return f"{role}-{host[: _MAX_NAME_CHARS - len(f'{role}--{pid}')]}-{pid}"
-
-
-def require_ports(config: Config, *keys: str) -> None:
-    """Port 0 is for a launcher to resolve; a socket that connects to it would wait for ever. Raises: ConfigError."""
-    ports = {
-        "network.control_port": config.network.control_port,
-        "network.weights_port": config.network.weights_port,
-        "network.announce_port": config.network.announce_port,
-        "retriever.port": config.retriever.port,
-    }
-    if missing := [key for key in keys if not ports[key]]:
-        names, verb, them = " and ".join(missing), *(("is", "it") if len(missing) == 1 else ("are", "them"))
-        raise ConfigError(
-            f"{names} {verb} 0: set {them}, or give the config.json that `palimpsest up` saved in the run's folder"
-        )
 
 
 def check_advertised(url: str, *, network_host: str) -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import click
 
 from actor.engine_pool import EngineInfo, EnginePool
-from actor.joining import require_ports
 from actor.model_config import check_model
 from actor.rollout import Episodes, GroupRollout
 from actor.runner import Runner
@@ -25,6 +24,7 @@ from actor.workflows.memsearcher import MemSearcher
 from actor.workflows.rendering import Rendering
 from actor.workflows.toy import ToyRendering
 from protocol.config import Config, WorkflowConfig
+from protocol.config_file import require_ports
 from protocol.messages import EngineFields
 from protocol.transport import Transport
 

@@ -36,6 +36,7 @@ from learner.step_metrics import StepMetrics
 from learner.store import Store, finished_path, store_path
 from learner.trainer import Trainer
 from protocol.config import Config
+from protocol.config_file import require_ports
 from protocol.errors import ConfigError, DataError
 from protocol.types import TrajectoryGroup
 
@@ -70,6 +71,7 @@ def run_learner(config: Config) -> None:
 
 
 def _serve(config: Config, trainer: Trainer, store: Store, *, step: int) -> None:
+    require_ports(config, "network.control_port", "network.weights_port", "network.announce_port")
     learner = config.learner
     ledger = Ledger.restore(
         groups_per_batch=learner.groups_per_batch,

@@ -77,6 +77,21 @@ def save_config(config: Config, path: Path) -> None:
     aside.replace(path)
 
 
+def require_ports(config: Config, *keys: str) -> None:
+    """Port 0 is for a launcher to resolve; a socket that connects to it would wait for ever. Raises: ConfigError."""
+    ports = {
+        "network.control_port": config.network.control_port,
+        "network.weights_port": config.network.weights_port,
+        "network.announce_port": config.network.announce_port,
+        "retriever.port": config.retriever.port,
+    }
+    if missing := [key for key in keys if not ports[key]]:
+        names, verb, them = " and ".join(missing), *(("is", "it") if len(missing) == 1 else ("are", "them"))
+        raise ConfigError(
+            f"{names} {verb} 0: set {them}, or give the config.json that `palimpsest up` saved in the run's folder"
+        )
+
+
 def _resolve(tree: object, key: tuple[str, ...], base: Path) -> None:
     for part in key[:-1]:
         tree = tree.get(part) if isinstance(tree, dict) else None

@@ -84,9 +84,10 @@ async def _keep_current(config: Config, *, name: str, url: str, advertise: str |
     """
     import shutil
 
-    from actor.joining import check_advertised, require_ports
+    from actor.joining import check_advertised
     from actor.sglang_client import SGLangClient, check_url
     from actor.weight_agent import WeightAgent
+    from protocol.config_file import require_ports
     from protocol.errors import EngineError, UnreachableError
     from protocol.rpc import RequestClient
     from protocol.transport import Transport

@@ -63,7 +63,7 @@ class Options:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--seed", type=click.IntRange(0, 1_000_000), default=0, help="Of the worlds, the model and the sampling.")
+@click.option("--seed", type=click.IntRange(0, 1_000_000), default=0, help="Of worlds, first model and evaluation.")
 @click.option("--steps", type=click.IntRange(1), default=120, help="Training steps of 16 questions x 8 trajectories.")
 @click.option(
     "--run-dir", type=click.Path(path_type=Path, file_okay=False), help="[default: the next free runs/demo-N]"

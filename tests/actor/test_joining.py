@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from actor.joining import check_advertised, default_name, fresh_seed, require_ports, role_name
+from actor.joining import check_advertised, default_name, fresh_seed, role_name
 from protocol.config import Config, ModelConfig, NetworkConfig, RetrieverConfig, TaskConfig
+from protocol.config_file import require_ports
 from protocol.errors import ConfigError
 
 
