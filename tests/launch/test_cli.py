@@ -143,7 +143,10 @@ def test_an_unreachable_engine(run: TinyRun) -> None:
 def test_a_port_in_use(run: TinyRun, taken_port: int) -> None:
     address = f"tcp://127.0.0.1:{taken_port}"
     assert f"cannot listen on {address}" in refused("retriever", run.index, "--address", address)
-    said = refused("learner", run.config, "--set", f"network.control_port={taken_port}")
+    assert "network.control_port and network.weights_port" in refused("learner", run.config)
+    ports = {"control_port": taken_port, "weights_port": 1, "announce_port": 1}
+    sets = [argument for key, port in ports.items() for argument in ("--set", f"network.{key}={port}")]
+    said = refused("learner", run.config, *sets)
     assert f"cannot listen on {address}: Address already in use" in said
     assert str(taken_port) in refused("engine", run.config, "--port", str(taken_port))
 
