@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -32,11 +32,10 @@ _TENSORS = "training.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class TrainingState:
-    """Where training stands: the version `step` that the weights are, counters, and named notes of the caller's."""
+    """Where training stands: the version `step` that the weights are, and counters."""
 
     step: int
     num_skipped_updates: int = 0
-    notes: dict[str, str] = field(default_factory=dict)
 
 
 def save_checkpoint(

@@ -112,10 +112,6 @@ class MetricsWriter:
         """A trajectory as text (Markdown), such as `render_trajectory` makes, under `trajectories/<tag>`."""
         self._writer.add_text(f"trajectories/{tag}", text, global_step=step)
 
-    def flush(self) -> None:
-        """Puts what was written on disk now."""
-        self._writer.flush()
-
     def close(self) -> None:
         """Flushes and closes the event file."""
         self._writer.close()

@@ -24,8 +24,10 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 from protocol.errors import DataError, SecurityError, UnreachableError
 from protocol.wire import MAX_FRAME_BYTES, Buffer
 
-# Messages queued towards one peer before sending waits (DEALER) or drops (ROUTER, PUB): bounds memory, not throughput.
-_HIGH_WATER_MARK = 1_000
+# Messages queued towards one peer before sending waits (DEALER) or drops (ROUTER, PUB).
+_SEND_LIMIT = 1_000
+# Messages of one peer received and not yet read. With MAX_FRAME_BYTES it bounds what a hostile peer can make us hold.
+_RECEIVE_LIMIT = 64
 
 
 @dataclass(frozen=True)
@@ -260,8 +262,8 @@ class Subscriber(Socket):
 
 def _set_limits(socket: zmq.asyncio.Socket) -> None:
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-    socket.setsockopt(zmq.SNDHWM, _HIGH_WATER_MARK)
-    socket.setsockopt(zmq.RCVHWM, _HIGH_WATER_MARK)
+    socket.setsockopt(zmq.SNDHWM, _SEND_LIMIT)
+    socket.setsockopt(zmq.RCVHWM, _RECEIVE_LIMIT)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.HANDSHAKE_IVL, 10_000)
     socket.setsockopt(zmq.HEARTBEAT_IVL, 5_000)

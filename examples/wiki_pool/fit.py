@@ -8,7 +8,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from bpe import END, PAD, START, word_ids, write_tokenizer
+from bpe import END, PAD, word_ids, write_tokenizer
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -25,6 +25,7 @@ MAX_PASSAGE_TOKENS = 160
 _BATCH = 16
 _CONTEXTS = 4
 _SCRAMBLED_SHARE = 0.75
+_SLIP_SHARE = 0.08
 _MAX_GAP = 400
 """How far a copy in a context is from what it copies: an observation's length."""
 
@@ -119,32 +120,22 @@ def imitate(
     """Supervised fine-tuning of the model in `start` on what the script wrote; saves a model folder.
 
     In most contexts all ids but `fixed` are exchanged at random, so that what is written there can only be copied:
-    some hundred questions are otherwise learned by heart, and nothing is copied on others. Three steps of four are on
-    twice as many contexts without the system message, which is half of a context and the same in all.
+    some hundred questions are otherwise learned by heart, and nothing is copied on others. Some words that the policy
+    wrote are replaced and not trained on, so that it learns to go on after a slip.
     """
     rng = np.random.default_rng([seed, 0x1417])
     model = cast(Qwen2ForCausalLM, AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32))
     examples = Demonstrations.load(demonstrations)
     by_length = np.argsort(examples.lengths, kind="stable")
     free = np.array([token for token in word_ids(tokenizer) if token not in fixed])
-    system_tokens = _system_tokens(examples, tokenizer)
     fit = NextTokenFit(model, optimizer, num_steps=steps)
     for step in range(1, steps + 1):
-        whole = step % 4 == 0
-        num = _CONTEXTS if whole else 2 * _CONTEXTS
-        at = int(rng.integers(max(1, len(by_length) - num + 1)))
-        ids, mask = padded(examples, by_length[at : at + num])
+        at = int(rng.integers(max(1, len(by_length) - _CONTEXTS + 1)))
+        ids, mask = padded(examples, by_length[at : at + _CONTEXTS])
         ids = scrambled(ids, free, share=_SCRAMBLED_SHARE, rng=rng)
-        cut = 0 if whole else system_tokens
-        fit.step(ids[:, cut:], mask[:, cut:])
+        fit.step(*with_slips(ids, mask, free, share=_SLIP_SHARE, rng=rng))
         on_progress("imitation", step, fit.mean_loss)
     save_model(model, tokenizer, out)
-
-
-def _system_tokens(examples: Demonstrations, tokenizer: Tokenizer) -> int:
-    """How many tokens of a context come before its second message."""
-    first = examples.token_ids[: examples.offsets[1]]
-    return int(np.flatnonzero(first == tokenizer.token_to_id(START))[1])
 
 
 def scrambled(
@@ -158,6 +149,22 @@ def scrambled(
             mapping[free] = rng.permutation(free)
             row[:] = mapping[row]
     return rows
+
+
+def with_slips(
+    token_ids: NDArray[np.int64],
+    loss_mask: NDArray[np.bool_],
+    free: NDArray[np.int64],
+    *,
+    share: float,
+    rng: np.random.Generator,
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Replaces a `share` of the trained tokens that are in `free` [n] at random, and leaves them out of the mask.
+
+    token_ids int64 and loss_mask bool, [B, L].
+    """
+    slips = loss_mask & np.isin(token_ids, free) & (rng.random(token_ids.shape) < share)
+    return np.where(slips, rng.choice(free, size=token_ids.shape), token_ids), loss_mask & ~slips
 
 
 def save_model(model: Qwen2ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:

@@ -67,7 +67,7 @@ class GoldScript:
         if not missing:
             return self._rendering.write_answer(ENOUGH, f" {self._answer(question, memory)}")
         if not memory:
-            self._wanted, query = tuple(missing), question
+            self._wanted, query = tuple(missing), question.rstrip("?")
         else:
             self._wanted, query = self._next(missing, f"{question}\n{memory}")
         if '"' in query or "\\" in query:

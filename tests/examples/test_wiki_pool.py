@@ -108,8 +108,8 @@ def test_script_follows_the_bridge_and_copies_what_leads_on() -> None:
     script = GoldScript(example=BRIDGE, rendering=rendering)
     prompt = rendering.prompt(BRIDGE.question, "")
     action = script.write(prompt)
-    assert rendering.parse_action(action) == Searches((Search(BRIDGE.question),))
-    observed = prompt + action + rendering.observation([Result(Search(BRIDGE.question), (FILM,))])
+    assert rendering.parse_action(action) == Searches((Search(BRIDGE.question[:-1]),))
+    observed = prompt + action + rendering.observation([Result(Search(BRIDGE.question[:-1]), (FILM,))])
     memory = rendering.parse_memory(script.write(observed))
     assert memory == "- Red Boat (film): It was directed by Ann Fox and shot in Peru."
     assert rendering.parse_action(script.write(rendering.prompt(BRIDGE.question, memory))) == Searches(
@@ -128,7 +128,9 @@ def test_script_writes_nothing_that_cannot_be_read() -> None:
     lost = GoldScript(example=BRIDGE, rendering=rendering)
     prompt = rendering.prompt(BRIDGE.question, "")
     with pytest.raises(OffScript, match="found"):
-        lost.write(prompt + lost.write(prompt) + rendering.observation([Result(Search(BRIDGE.question), (OTHER,))]))
+        lost.write(
+            prompt + lost.write(prompt) + rendering.observation([Result(Search(BRIDGE.question[:-1]), (OTHER,))])
+        )
 
 
 def test_spelling_is_that_of_the_text() -> None:

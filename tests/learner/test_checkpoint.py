@@ -34,7 +34,7 @@ def groups_of(step: int) -> list[TrajectoryGroup]:
 
 
 def save(trainer: Trainer, root: Path, step: int, keep: int = 2) -> Path:
-    state = TrainingState(step=step, num_skipped_updates=trainer.num_skipped_updates, notes={"run": "test"})
+    state = TrainingState(step=step, num_skipped_updates=trainer.num_skipped_updates)
     return save_checkpoint(root, policy=trainer.policy, optimizer=trainer.optimizer, state=state, keep=keep)
 
 
@@ -49,7 +49,7 @@ def test_four_steps_equal_two_then_resume_then_two_bit_for_bit(trainer: Trainer,
     torch.manual_seed(99)
     resumed = Trainer(policy=load_policy(folder), config=CONFIG)
     state = restore_training(folder, policy=resumed.policy, optimizer=resumed.optimizer)
-    assert state == TrainingState(step=2, num_skipped_updates=7, notes={"run": "test"})
+    assert state == TrainingState(step=2, num_skipped_updates=7)
     assert torch.equal(torch.rand(4), noise)
     found = [resumed.train_step(groups_of(step), step=step) for step in (2, 3)]
 
