@@ -27,7 +27,7 @@ from protocol.messages import (
     Goodbye,
     Heartbeat,
     Lease,
-    Status,
+    RunStatus,
     SubmitReply,
 )
 from protocol.transport import Dealer
@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 
 Rollout = Callable[[Lease], Awaitable[TrajectoryGroup]]
 
-# A group is sent again when it is not acknowledged for so long and a Status came since: the learner was restarted, or
-# the message was lost. Without the Status, a learner that does not read would find each group many times over.
+# A group is sent again when it is not acknowledged for so long and a RunStatus came since: the learner was restarted,
+# or the message was lost. Without the RunStatus, a learner that does not read would find each group many times over.
 RESEND_S = 5.0
 
 
@@ -102,7 +102,7 @@ class Runner:
                 log.warning("refused a message: %s", error)
                 continue
             match message:
-                case Status():
+                case RunStatus():
                     self._status_s = asyncio.get_running_loop().time()
                     self._on_engines(message.engines)
                 case Lease() if message.lease_id not in self._running and message.lease_id not in self._held:

@@ -29,7 +29,7 @@ from protocol.messages import (
     Goodbye,
     Heartbeat,
     Lease,
-    Status,
+    RunStatus,
     SubmitGroup,
     SubmitReply,
 )
@@ -185,7 +185,7 @@ class Coordinator:
         if self._draining:
             await self._send(peer, Drain(reason=self._draining))
             return
-        status = Status(
+        status = RunStatus(
             run_id=self._rules.run_id,
             step=self._ledger.step,
             num_steps=self._ledger.num_steps,

@@ -1,7 +1,7 @@
 """Every message that crosses a process boundary.
 
 actor    → coordinator   Heartbeat, SubmitGroup (+ 4 column frames), Goodbye
-coordinator → actor      Status, Lease, SubmitReply, Drain
+coordinator → actor      RunStatus, Lease, SubmitReply, Drain
 agent    → publisher     EngineReport, ManifestRequest, ChunkRequest
 publisher → agent        EngineReply, Manifest, Chunk (+ 1 frame)      and Announcement on PUB/SUB
 actor    → retriever     SearchRequest
@@ -73,7 +73,7 @@ class EngineFields(BaseModel):
     publication: Annotated[int, Field(ge=-1)]
 
 
-class Status(Message):
+class RunStatus(Message):
     """The coordinator's answer to a heartbeat: the run, its step, and the engines that may serve."""
 
     kind: ClassVar[str] = "status"

@@ -13,13 +13,13 @@ from actor import runner as runner_module
 from actor.runner import Runner
 from protocol.codec import decode_group
 from protocol.errors import MalformedMessage
-from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, Lease, Status, SubmitGroup, SubmitReply
+from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, Lease, RunStatus, SubmitGroup, SubmitReply
 from protocol.transport import Transport
 from protocol.types import Context, Question, Trajectory, TrajectoryGroup, VersionSpan
 from protocol.wire import Message, decode, encode
 
 WAIT_S = 20.0
-STATUS = Status(run_id="run", step=0, num_steps=1, engines=[])
+STATUS = RunStatus(run_id="run", step=0, num_steps=1, engines=[])
 
 
 @dataclass
@@ -105,7 +105,7 @@ async def test_heartbeats_say_everything(stage: Stage) -> None:
     await stage.lease(1)
     await stage.receive(Heartbeat, held=[1, 2])
     engine = EngineFields(name="e", url="http://127.0.0.1:1", version=3, publication=4)
-    await stage.send(Status(run_id="run", step=0, num_steps=1, engines=[engine]))
+    await stage.send(RunStatus(run_id="run", step=0, num_steps=1, engines=[engine]))
     await stage.receive(Heartbeat)
     await stage.receive(Heartbeat)
     assert stage.engines == [[engine]]

@@ -25,7 +25,7 @@ from protocol.messages import (
     Goodbye,
     Heartbeat,
     Lease,
-    Status,
+    RunStatus,
     SubmitReply,
 )
 from protocol.transport import Transport
@@ -115,7 +115,7 @@ class Actor:
         self.name, self.incarnation, self.capacity = name, incarnation, capacity
         self.leases: list[Lease] = []
         self.replies: list[SubmitReply] = []
-        self.statuses: list[Status] = []
+        self.statuses: list[RunStatus] = []
         self.drains: list[Drain] = []
         self.held: set[int] = set()
         self._address = address
@@ -169,7 +169,7 @@ class Actor:
         await self.until(lambda: len(self.leases) >= num)
         return self.leases
 
-    async def until_status(self) -> Status:
+    async def until_status(self) -> RunStatus:
         """A heartbeat and the answer to it: whatever was sent before has been dealt with."""
         num = len(self.statuses)
         await self.heartbeat()
@@ -185,7 +185,7 @@ class Actor:
                     self.held.add(message.lease_id)
                 case SubmitReply():
                     self.replies.append(message)
-                case Status():
+                case RunStatus():
                     self.statuses.append(message)
                 case Drain():
                     self.drains.append(message)
