@@ -21,11 +21,13 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """How Qwen2 cuts text into words before merging."""
+_QUESTION_COPIES = 20
+"""An encyclopedia asks nothing: without its own words a question would begin in pieces such as W and hat."""
 _PROMPT_COPIES = 500
 """The prompt stands in every context: its words are counted so often that each becomes one token or two."""
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int, top_n: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], *, questions: Iterable[str] = (), vocab_size: int, top_n: int) -> Tokenizer:
     """Control tokens have the first ids, then bytes and merges; tags come last and are ordinary text, as in Qwen3."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -41,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, top_n: int) -> Tok
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_all_texts(texts, top_n=top_n), trainer)
+    tokenizer.train_from_iterator(_all_texts(texts, questions, top_n=top_n), trainer)
     tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
     return tokenizer
 
@@ -83,8 +85,10 @@ def _pieces(top_n: int) -> list[str]:
     ]
 
 
-def _all_texts(texts: Iterable[str], *, top_n: int) -> Iterator[str]:
+def _all_texts(texts: Iterable[str], questions: Iterable[str], *, top_n: int) -> Iterator[str]:
     yield from texts
+    for question in questions:
+        yield from [question] * _QUESTION_COPIES
     for piece in _pieces(top_n):
         # Control tokens are no words: their borders must not be learned as such.
         for token in (*CONTROL, *TAGS):

@@ -68,8 +68,8 @@ class Options:
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_OUT, help="Folder to fill.")
 @click.option("--encoder", default="minilm", help="As of `palimpsest index`.")
 @click.option("--vocab-size", type=click.IntRange(512), default=8192, help="Tokens of the tokenizer.")
-@click.option("--copying-steps", type=click.IntRange(1), default=80, help="On random words.")
-@click.option("--language-steps", type=click.IntRange(1), default=100, help="On 16 passages each, and on copying.")
+@click.option("--copying-steps", type=click.IntRange(1), default=250, help="On random words.")
+@click.option("--language-steps", type=click.IntRange(1), default=60, help="On 16 passages each, and on copying.")
 @click.option("--imitation-steps", type=click.IntRange(1), default=600, help="Of round 1; later ones have a third.")
 @click.option("--max-rounds", type=click.IntRange(1), default=4, help="Of imitation, at most.")
 @click.option("--eval-questions", type=click.IntRange(1), default=128, help="To measure a round on.")
@@ -155,11 +155,17 @@ def build_index(options: Options) -> None:
 
 def make_tokenizer(options: Options) -> None:
     from bpe import train_tokenizer, write_tokenizer
+    from traces import read_examples
 
+    from actor.workflows.chat import plain
     from protocol.config_file import load_config
 
-    top_n = load_config(RUN_TOML).workflow.top_n
-    tokenizer = train_tokenizer(_passages(options.corpus), vocab_size=options.vocab_size, top_n=top_n)
+    tokenizer = train_tokenizer(
+        _passages(options.corpus),
+        questions=[plain(example.question) for example in read_examples(options.out / "questions_train.jsonl")],
+        vocab_size=options.vocab_size,
+        top_n=load_config(RUN_TOML).workflow.top_n,
+    )
     aside = options.out / ".writing-tokenizer"
     write_tokenizer(tokenizer, aside)
     aside.rename(options.out / "tokenizer")
