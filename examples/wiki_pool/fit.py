@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from bpe import END, PAD, word_ids, write_tokenizer
+from bpe import END, PAD, START, word_ids, write_tokenizer
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -23,9 +24,7 @@ OPTIMIZER = OptimizerConfig(
 LATER_ROUNDS = OPTIMIZER.model_copy(update={"learning_rate": 7e-4})
 MAX_PASSAGE_TOKENS = 160
 _BATCH = 16
-_CONTEXTS = 4
 _SCRAMBLED_SHARE = 0.75
-_SLIP_SHARE = 0.08
 _MAX_GAP = 400
 """How far a copy in a context is from what it copies: an observation's length."""
 
@@ -105,37 +104,52 @@ def copying_batch(
     return ids, mask.copy()
 
 
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """Steps on one file of demonstrations. Without `system`, contexts begin at their second message."""
+
+    demonstrations: Path
+    steps: int
+    num_contexts: int
+    system: bool
+
+
 def imitate(
     start: Path,
     out: Path,
     *,
     tokenizer: Tokenizer,
-    demonstrations: Path,
+    lessons: Sequence[Lesson],
     fixed: frozenset[int],
     optimizer: OptimizerConfig,
-    steps: int,
     seed: int,
     on_progress: OnProgress,
 ) -> None:
     """Supervised fine-tuning of the model in `start` on what the script wrote; saves a model folder.
 
     In most contexts all ids but `fixed` are exchanged at random, so that what is written there can only be copied:
-    some hundred questions are otherwise learned by heart, and nothing is copied on others. Some words that the policy
-    wrote are replaced and not trained on, so that it learns to go on after a slip.
+    some hundred questions are otherwise learned by heart, and nothing is copied on others.
     """
     rng = np.random.default_rng([seed, 0x1417])
     model = cast(Qwen2ForCausalLM, AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32))
-    examples = Demonstrations.load(demonstrations)
-    by_length = np.argsort(examples.lengths, kind="stable")
     free = np.array([token for token in word_ids(tokenizer) if token not in fixed])
-    fit = NextTokenFit(model, optimizer, num_steps=steps)
-    for step in range(1, steps + 1):
-        at = int(rng.integers(max(1, len(by_length) - _CONTEXTS + 1)))
-        ids, mask = padded(examples, by_length[at : at + _CONTEXTS])
-        ids = scrambled(ids, free, share=_SCRAMBLED_SHARE, rng=rng)
-        fit.step(*with_slips(ids, mask, free, share=_SLIP_SHARE, rng=rng))
-        on_progress("imitation", step, fit.mean_loss)
+    fit = NextTokenFit(model, optimizer, num_steps=sum(lesson.steps for lesson in lessons))
+    for lesson in lessons:
+        examples = Demonstrations.load(lesson.demonstrations)
+        by_length = np.argsort(examples.lengths, kind="stable")
+        cut = 0 if lesson.system else _system_tokens(examples, tokenizer)
+        for _ in range(lesson.steps):
+            at = int(rng.integers(max(1, len(by_length) - lesson.num_contexts + 1)))
+            ids, mask = padded(examples, by_length[at : at + lesson.num_contexts])
+            fit.step(scrambled(ids[:, cut:], free, share=_SCRAMBLED_SHARE, rng=rng), mask[:, cut:])
+            on_progress("imitation", fit.num_steps_done, fit.mean_loss)
     save_model(model, tokenizer, out)
+
+
+def _system_tokens(examples: Demonstrations, tokenizer: Tokenizer) -> int:
+    """How many tokens of a context come before its second message."""
+    first = examples.token_ids[: examples.offsets[1]]
+    return int(np.flatnonzero(first == tokenizer.token_to_id(START))[1])
 
 
 def scrambled(
@@ -149,22 +163,6 @@ def scrambled(
             mapping[free] = rng.permutation(free)
             row[:] = mapping[row]
     return rows
-
-
-def with_slips(
-    token_ids: NDArray[np.int64],
-    loss_mask: NDArray[np.bool_],
-    free: NDArray[np.int64],
-    *,
-    share: float,
-    rng: np.random.Generator,
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Replaces a `share` of the trained tokens that are in `free` [n] at random, and leaves them out of the mask.
-
-    token_ids int64 and loss_mask bool, [B, L].
-    """
-    slips = loss_mask & np.isin(token_ids, free) & (rng.random(token_ids.shape) < share)
-    return np.where(slips, rng.choice(free, size=token_ids.shape), token_ids), loss_mask & ~slips
 
 
 def save_model(model: Qwen2ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:

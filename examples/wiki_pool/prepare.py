@@ -25,6 +25,8 @@ import click
 RUN_TOML = Path(__file__).resolve().parent / "run.toml"
 DEFAULT_OUT = RUN_TOML.parents[2] / "runs" / "wiki_pool"
 TARGET_SHARE = 0.8
+SHORTER_BY = 100
+"""Tokens of a context. With shorter passages, four times as many contexts can be learned from in the same time."""
 VECTORS = "minilm_passages_fp16.npz"
 
 
@@ -70,7 +72,9 @@ class Options:
 @click.option("--vocab-size", type=click.IntRange(512), default=8192, help="Tokens of the tokenizer.")
 @click.option("--copying-steps", type=click.IntRange(1), default=250, help="On random words.")
 @click.option("--language-steps", type=click.IntRange(1), default=60, help="On 16 passages each, and on copying.")
-@click.option("--imitation-steps", type=click.IntRange(1), default=600, help="Of round 1; later ones have a third.")
+@click.option(
+    "--imitation-steps", type=click.IntRange(1), default=900, help="Of round 1; later ones have a third."
+)
 @click.option("--max-rounds", type=click.IntRange(1), default=4, help="Of imitation, at most.")
 @click.option("--eval-questions", type=click.IntRange(1), default=128, help="To measure a round on.")
 @click.option("--threads", type=click.IntRange(1), default=min(2, os.cpu_count() or 1), help="Of torch.")
@@ -121,7 +125,7 @@ def _run_stages(options: Options) -> None:
         ("questions", "questions_dev.jsonl", copy_questions),
         ("index", "index", build_index),
         ("tokenizer", "tokenizer", make_tokenizer),
-        ("traces", "demonstrations.safetensors", record_traces),
+        ("traces", "demonstrations-whole.safetensors", record_traces),
         ("base", "base", train_base),
         ("model", "model", train_policy),
     ]:
@@ -184,19 +188,22 @@ def record_traces(options: Options) -> None:
 
     tokenizer = Tokenizer.load(options.out / "tokenizer")
     collections = open_collections([str(options.out / "index")], compute=Compute(num_threads=options.threads))
-    traces = asyncio.run(
-        record(
-            read_examples(options.out / "questions_train.jsonl"),
-            search=LocalSearch(Searcher(collections)),
-            tokenizer=tokenizer,
-            config=load_config(RUN_TOML).workflow,
-            on_progress=Pace("traces"),
+    config = load_config(RUN_TOML).workflow
+    short = config.model_copy(update={"context_tokens": config.context_tokens - SHORTER_BY})
+    for name, workflow in (("short", short), ("whole", config)):
+        traces = asyncio.run(
+            record(
+                read_examples(options.out / "questions_train.jsonl"),
+                search=LocalSearch(Searcher(collections)),
+                tokenizer=tokenizer,
+                config=workflow,
+                on_progress=Pace(f"{name} traces"),
+            )
         )
-    )
-    click.echo(f"  {traces.num_episodes} episodes of {len(traces.contexts)} contexts; left out:")
-    for reason, count in traces.refused.most_common():
-        click.echo(f"    {count:4d} {reason}")
-    save_demonstrations(options.out / "demonstrations.safetensors", traces.contexts)
+        click.echo(f"  {traces.num_episodes} episodes of {len(traces.contexts)} contexts; left out:")
+        for reason, count in traces.refused.most_common():
+            click.echo(f"    {count:4d} {reason}")
+        save_demonstrations(options.out / f"demonstrations-{name}.safetensors", traces.contexts)
 
 
 def train_base(options: Options) -> None:
@@ -240,7 +247,7 @@ def train_policy(options: Options) -> None:
 def _imitation_round(options: Options, number: int, *, start: Path, folder: Path) -> float:
     """Trains and measures what is not there yet; the share of well-formed trajectories."""
     from bpe import fixed_ids
-    from fit import LATER_ROUNDS, OPTIMIZER, imitate
+    from fit import LATER_ROUNDS, OPTIMIZER, Lesson, imitate
     from measure import measure, read_measured
     from pace import Pace
     from tokenizers import Tokenizer
@@ -250,16 +257,20 @@ def _imitation_round(options: Options, number: int, *, start: Path, folder: Path
     _set_up_torch(options.threads)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_file(str(options.out / "tokenizer" / "tokenizer.json"))
-    steps = options.imitation_steps if number == 1 else max(1, options.imitation_steps // 3)
+    short, whole = (options.out / f"demonstrations-{name}.safetensors" for name in ("short", "whole"))
+    third = max(1, options.imitation_steps // 3)
+    lessons = [Lesson(whole, steps=third, num_contexts=4, system=True)]
+    if number == 1:
+        lessons.insert(0, Lesson(short, steps=2 * third, num_contexts=16, system=False))
+    steps = sum(lesson.steps for lesson in lessons)
     if not (folder / "model").is_dir():
         imitate(
             start,
             folder / "model",
             tokenizer=tokenizer,
-            demonstrations=options.out / "demonstrations.safetensors",
+            lessons=lessons,
             fixed=fixed_ids(tokenizer, top_n=load_config(RUN_TOML).workflow.top_n),
             optimizer=OPTIMIZER if number == 1 else LATER_ROUNDS,
-            steps=steps,
             seed=options.seed + number,
             on_progress=Pace(f"imitation, round {number}").of_steps(steps),
         )

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from actor.workflows.rendering import Rendering
 from protocol.errors import PalimpsestError
 
-MAX_LINE_CHARS = 240
+MAX_LINE_CHARS = 160
 _BULLET = "- "
 _STATE = re.compile(r"<question>\n(.*?)\n</question>\n<memory>\n(.*?)\n?</memory>", re.DOTALL)
 _PASSAGE = re.compile(r"^\[\d+\] (.*)$", re.MULTILINE)
