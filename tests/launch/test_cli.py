@@ -165,7 +165,9 @@ def test_a_model_folder_without_tokenizer(run: TinyRun, tmp_path: Path, role: st
 
 def test_beyond_loopback_keys_are_needed(run: TinyRun, tmp_path: Path) -> None:
     for role in ("up", "learner", "actor"):
-        said = refused(role, run.config, "--set", "network.host=0.0.0.0", "--set", f"run.dir={tmp_path}")
+        network = ["network.host=0.0.0.0", *(f"network.{key}_port=1" for key in ("control", "weights", "announce"))]
+        sets = [argument for value in (*network, f"run.dir={tmp_path}") for argument in ("--set", value)]
+        said = refused(role, run.config, *sets)
         assert "beyond loopback and needs CURVE keys" in said, role
     assert "palimpsest keys" in refused("retriever", run.index, "--address", "tcp://0.0.0.0:0")
 
