@@ -21,10 +21,12 @@ from protocol.config import OptimizerConfig
 OPTIMIZER = OptimizerConfig(
     learning_rate=2e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=20, schedule="linear", final_fraction=0.1
 )
-LATER_ROUNDS = OPTIMIZER.model_copy(update={"learning_rate": 7e-4})
+LATER_ROUNDS = OPTIMIZER.model_copy(update={"learning_rate": 1e-3})
 MAX_PASSAGE_TOKENS = 160
 _BATCH = 16
 _SCRAMBLED_SHARE = 0.75
+_GARBLED_SHARE = 0.4
+_LOOP_SHARE = 0.3
 _MAX_GAP = 400
 """How far a copy in a context is from what it copies: an observation's length."""
 
@@ -128,7 +130,8 @@ def imitate(
     """Supervised fine-tuning of the model in `start` on what the script wrote; saves a model folder.
 
     In most contexts all ids but `fixed` are exchanged at random, so that what is written there can only be copied:
-    some hundred questions are otherwise learned by heart, and nothing is copied on others.
+    some hundred questions are otherwise learned by heart, and nothing is copied on others. In some, what the policy
+    copied is garbled, so that it learns to end a piece well after words that were sampled by mistake.
     """
     rng = np.random.default_rng([seed, 0x1417])
     model = cast(Qwen2ForCausalLM, AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32))
@@ -141,7 +144,8 @@ def imitate(
         for _ in range(lesson.steps):
             at = int(rng.integers(max(1, len(by_length) - lesson.num_contexts + 1)))
             ids, mask = padded(examples, by_length[at : at + lesson.num_contexts])
-            fit.step(scrambled(ids[:, cut:], free, share=_SCRAMBLED_SHARE, rng=rng), mask[:, cut:])
+            ids = scrambled(ids[:, cut:], free, share=_SCRAMBLED_SHARE, rng=rng)
+            fit.step(*garbled(ids, mask[:, cut:], free, share=_GARBLED_SHARE, rng=rng))
             on_progress("imitation", fit.num_steps_done, fit.mean_loss)
     save_model(model, tokenizer, out)
 
@@ -163,6 +167,27 @@ def scrambled(
             mapping[free] = rng.permutation(free)
             row[:] = mapping[row]
     return rows
+
+
+def garbled(
+    token_ids: NDArray[np.int64],
+    loss_mask: NDArray[np.bool_],
+    free: NDArray[np.int64],
+    *,
+    share: float,
+    rng: np.random.Generator,
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """In a `share` of the rows, half of the trained ids that are in `free` [n] become others, and none is trained on.
+
+    In some of these rows it is the same one everywhere: a loop. token_ids int64 and loss_mask bool, [B, L].
+    """
+    chosen = (rng.random(len(token_ids)) < share)[:, None]
+    content = loss_mask & np.isin(token_ids, free) & chosen
+    words = rng.choice(free, size=token_ids.shape)
+    loops = rng.random(len(token_ids)) < _LOOP_SHARE
+    words[loops] = words[loops, :1]
+    replaced = content & ((rng.random(token_ids.shape) < 0.5) | loops[:, None])
+    return np.where(replaced, words, token_ids), loss_mask & ~content
 
 
 def save_model(model: Qwen2ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:

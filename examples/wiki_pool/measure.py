@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from actor.evaluation.evaluate import EvaluationPlan, run_evaluation
 from learner.launch.plan import plan, with_ports
 from learner.launch.supervisor import Supervisor
 from protocol.config import Config
+from protocol.types import Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +28,10 @@ class Measured:
     mean_turns: float
 
 
-async def measure(config: Config, *, num_questions: int, folder: Path, threads: int) -> Measured:
-    """Samples at T = 1 on the first evaluation questions; FOLDER gets trajectories.jsonl, the summary and logs."""
+@asynccontextmanager
+async def serving(config: Config, *, folder: Path, threads: int) -> AsyncIterator[Config]:
+    """An embedded engine here and the retriever as a process of its own; yields how to reach them. FOLDER gets logs."""
     config = with_ports(config)
-    trajectories = folder / "trajectories.jsonl"
     server = EngineServer(
         model_path=config.model.path,
         max_running_requests=config.engine.max_running_requests,
@@ -36,32 +39,36 @@ async def measure(config: Config, *, num_questions: int, folder: Path, threads: 
         torch_threads=threads,
         seed=config.run.seed,
     )
-    evaluation = EvaluationPlan(
-        engines=(),
-        num_questions=num_questions,
-        temperature=1.0,
-        concurrency=config.engine.max_running_requests,
-        trajectories=trajectories,
-    )
     async with Supervisor(folder) as supervisor:
         processes = plan(config, config_path=folder / "unused.json")
         await supervisor.start([process for process in processes if process.role == "retriever"])
         await server.start()
         try:
-            config = config.model_copy(
-                update={"engine": config.engine.model_copy(update={"urls": (server.url,), "ports": ()})}
-            )
-            summary = await run_evaluation(config, evaluation)
+            engine = config.engine.model_copy(update={"urls": (server.url,), "ports": ()})
+            yield config.model_copy(update={"engine": engine})
         finally:
             await server.stop()
+
+
+async def measure(config: Config, *, num_questions: int, folder: Path, threads: int) -> Measured:
+    """Samples at T = 1 on the first evaluation questions; FOLDER gets trajectories.jsonl, the summary and logs."""
+    evaluation = EvaluationPlan(
+        engines=(),
+        num_questions=num_questions,
+        temperature=1.0,
+        concurrency=config.engine.max_running_requests,
+        trajectories=folder / "trajectories.jsonl",
+    )
+    async with serving(config, folder=folder, threads=threads) as served:
+        summary = await run_evaluation(served, evaluation)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return read_measured(trajectories)
+    return read_measured(folder / "trajectories.jsonl")
 
 
 def read_measured(trajectories: Path) -> Measured:
     """From what `palimpsest eval --trajectories` wrote."""
     rows = [json.loads(line) for line in trajectories.read_text(encoding="utf-8").splitlines()]
-    well_formed = [row["status"] == "completed" and len(row["contexts"]) >= 2 for row in rows]
+    well_formed = [row["status"] == Status.COMPLETED and len(row["contexts"]) >= 2 for row in rows]
     return Measured(
         share=sum(well_formed) / len(rows),
         num_trajectories=len(rows),

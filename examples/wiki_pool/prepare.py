@@ -72,10 +72,8 @@ class Options:
 @click.option("--vocab-size", type=click.IntRange(512), default=8192, help="Tokens of the tokenizer.")
 @click.option("--copying-steps", type=click.IntRange(1), default=250, help="On random words.")
 @click.option("--language-steps", type=click.IntRange(1), default=60, help="On 16 passages each, and on copying.")
-@click.option(
-    "--imitation-steps", type=click.IntRange(1), default=900, help="Of round 1; later ones have a third."
-)
-@click.option("--max-rounds", type=click.IntRange(1), default=4, help="Of imitation, at most.")
+@click.option("--imitation-steps", type=click.IntRange(1), default=900, help="Of round 1; later ones have a third.")
+@click.option("--max-rounds", type=click.IntRange(1), default=8, help="Of imitation, at most.")
 @click.option("--eval-questions", type=click.IntRange(1), default=128, help="To measure a round on.")
 @click.option("--threads", type=click.IntRange(1), default=min(2, os.cpu_count() or 1), help="Of torch.")
 @click.option("--seed", type=click.IntRange(0), default=0)
@@ -225,62 +223,19 @@ def train_base(options: Options) -> None:
 
 
 def train_policy(options: Options) -> None:
-    """Imitation in rounds, each measured, until enough trajectories are well formed. Raises: DataError."""
-    from protocol.errors import DataError
-
-    previous, share = options.out / "base", 0.0
-    for number in range(1, options.max_rounds + 1):
-        folder = options.out / "rounds" / str(number)
-        share = _imitation_round(options, number, start=previous, folder=folder)
-        previous = folder / "model"
-        if share >= TARGET_SHARE:
-            aside = options.out / ".writing-model"
-            shutil.copytree(previous, aside, dirs_exist_ok=True)
-            aside.rename(options.out / "model")
-            return
-    raise DataError(
-        f"after {options.max_rounds} rounds {share:.0%} of the trajectories are well formed, {TARGET_SHARE:.0%} are "
-        f"wanted; read {previous.parent / 'trajectories.jsonl'}, then give more --max-rounds or --imitation-steps"
-    )
-
-
-def _imitation_round(options: Options, number: int, *, start: Path, folder: Path) -> float:
-    """Trains and measures what is not there yet; the share of well-formed trajectories."""
-    from bpe import fixed_ids
-    from fit import LATER_ROUNDS, OPTIMIZER, Lesson, imitate
-    from measure import measure, read_measured
-    from pace import Pace
-    from tokenizers import Tokenizer
-
-    from protocol.config_file import load_config
+    from rounds import Rounds
 
     _set_up_torch(options.threads)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer.from_file(str(options.out / "tokenizer" / "tokenizer.json"))
-    short, whole = (options.out / f"demonstrations-{name}.safetensors" for name in ("short", "whole"))
-    third = max(1, options.imitation_steps // 3)
-    lessons = [Lesson(whole, steps=third, num_contexts=4, system=True)]
-    if number == 1:
-        lessons.insert(0, Lesson(short, steps=2 * third, num_contexts=16, system=False))
-    steps = sum(lesson.steps for lesson in lessons)
-    if not (folder / "model").is_dir():
-        imitate(
-            start,
-            folder / "model",
-            tokenizer=tokenizer,
-            lessons=lessons,
-            fixed=fixed_ids(tokenizer, top_n=load_config(RUN_TOML).workflow.top_n),
-            optimizer=OPTIMIZER if number == 1 else LATER_ROUNDS,
-            seed=options.seed + number,
-            on_progress=Pace(f"imitation, round {number}").of_steps(steps),
-        )
-    if not (folder / "summary.json").is_file():
-        click.echo(f"  measuring {options.num_eval_questions} trajectories …")
-        config = load_config(RUN_TOML, (*options.overrides, f"model.path={folder / 'model'}"))
-        asyncio.run(measure(config, num_questions=options.num_eval_questions, folder=folder, threads=options.threads))
-    measured = read_measured(folder / "trajectories.jsonl")
-    click.echo(f"  round {number}: {measured}")
-    return measured.share
+    rounds = Rounds(
+        out=options.out,
+        run_toml=RUN_TOML,
+        overrides=options.overrides,
+        imitation_steps=options.imitation_steps,
+        num_eval_questions=options.num_eval_questions,
+        threads=options.threads,
+        seed=options.seed,
+    )
+    rounds.run_until(TARGET_SHARE, max_rounds=options.max_rounds)
 
 
 def _passages(corpus: Path) -> list[str]:

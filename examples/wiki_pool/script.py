@@ -1,6 +1,6 @@
 r"""A demonstrator that knows which passages hold the answer, and writes only what can be read in its context.
 
-    memory empty   look up the question itself
+    memory empty   look up the question itself, to its end or to what JSON would have to escape
     observation    memory = the old lines and, for each wanted passage, `- Title: the sentence that leads on`
     memory         look up a wanted title that memory or question names … until none is missing: \boxed{answer}
 
@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from actor.workflows.rendering import Rendering
 from protocol.errors import PalimpsestError
 
-MAX_LINE_CHARS = 160
+MAX_LINE_CHARS = 200
 _BULLET = "- "
 _STATE = re.compile(r"<question>\n(.*?)\n</question>\n<memory>\n(.*?)\n?</memory>", re.DOTALL)
 _PASSAGE = re.compile(r"^\[\d+\] (.*)$", re.MULTILINE)
 _SENTENCE_END = re.compile(r"(?<=[a-z0-9)\"]{2}[.!?]) +(?=[A-Z\"])")
 _UNTITLED = re.compile(r" \([^()]*\)$")
+_QUERY_END = re.compile(r'["\\?]')
 FREE_ANSWERS = ("yes", "no")
 # Thoughts without names: what a small model samples most is what goes wrong most.
 NOTHING_YET = "The memory is empty. I look up the question."
@@ -67,11 +68,11 @@ class GoldScript:
         if not missing:
             return self._rendering.write_answer(ENOUGH, f" {self._answer(question, memory)}")
         if not memory:
-            self._wanted, query = tuple(missing), question.rstrip("?")
+            self._wanted, query = tuple(missing), _QUERY_END.split(question)[0].rstrip()
         else:
             self._wanted, query = self._next(missing, f"{question}\n{memory}")
-        if '"' in query or "\\" in query:
-            raise OffScript("a query needs escapes")
+        if not query:
+            raise OffScript("the question begins with a quotation")
         return self._rendering.write_action_search(MORE if memory else NOTHING_YET, [query])
 
     def _next(self, missing: Sequence[str], text: str) -> tuple[tuple[str, ...], str]:

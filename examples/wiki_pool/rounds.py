@@ -1,0 +1,88 @@
+"""Imitation in rounds, each measured, until enough trajectories are well formed.
+
+Each round has many short contexts first, then whole ones; the first round is three times as long as a later one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+from bpe import fixed_ids
+from fit import LATER_ROUNDS, OPTIMIZER, Lesson, imitate
+from measure import measure, read_measured
+from pace import Pace
+from tokenizers import Tokenizer
+
+from protocol.config import Config
+from protocol.config_file import load_config
+from protocol.errors import DataError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounds:
+    """Works in OUT/rounds; what is there already is not made again."""
+
+    out: Path
+    run_toml: Path
+    overrides: tuple[str, ...]
+    imitation_steps: int
+    num_eval_questions: int
+    threads: int
+    seed: int
+
+    def run_until(self, wanted_share: float, *, max_rounds: int) -> None:
+        """Leaves the model of the first round that is good enough in OUT/model. Raises: DataError where none is."""
+        previous, share = self.out / "base", 0.0
+        for number in range(1, max_rounds + 1):
+            folder = self.out / "rounds" / str(number)
+            share = self._round(number, start=previous, folder=folder)
+            previous = folder / "model"
+            if share >= wanted_share:
+                aside = self.out / ".writing-model"
+                shutil.copytree(previous, aside, dirs_exist_ok=True)
+                aside.rename(self.out / "model")
+                return
+        raise DataError(
+            f"after {max_rounds} rounds {share:.0%} of the trajectories are well formed, {wanted_share:.0%} are "
+            f"wanted; read {previous.parent / 'trajectories.jsonl'}, then give more --max-rounds or --imitation-steps"
+        )
+
+    def _round(self, number: int, *, start: Path, folder: Path) -> float:
+        """The share of well-formed trajectories after it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "model").is_dir():
+            tokenizer = Tokenizer.from_file(str(self.out / "tokenizer" / "tokenizer.json"))
+            lessons = self._lessons(number)
+            imitate(
+                start,
+                folder / "model",
+                tokenizer=tokenizer,
+                lessons=lessons,
+                fixed=fixed_ids(tokenizer, top_n=load_config(self.run_toml).workflow.top_n),
+                optimizer=OPTIMIZER if number == 1 else LATER_ROUNDS,
+                seed=self.seed + number,
+                on_progress=Pace(f"round {number}, imitation").of_steps(sum(lesson.steps for lesson in lessons)),
+            )
+        if not (folder / "summary.json").is_file():
+            click.echo(f"  round {number}, measuring {self.num_eval_questions} trajectories …")
+            config = self._config(folder / "model")
+            asyncio.run(measure(config, num_questions=self.num_eval_questions, folder=folder, threads=self.threads))
+        measured = read_measured(folder / "trajectories.jsonl")
+        click.echo(f"  round {number}: {measured}")
+        return measured.share
+
+    def _lessons(self, number: int) -> list[Lesson]:
+        short, whole = (self.out / f"demonstrations-{name}.safetensors" for name in ("short", "whole"))
+        third = max(1, self.imitation_steps // 3)
+        num_short, num_whole = (2 * third, third) if number == 1 else (max(1, third // 2), max(1, third // 2))
+        return [
+            Lesson(short, steps=num_short, num_contexts=16, system=False),
+            Lesson(whole, steps=num_whole, num_contexts=4, system=True),
+        ]
+
+    def _config(self, model: Path) -> Config:
+        return load_config(self.run_toml, (*self.overrides, f"model.path={model}"))
