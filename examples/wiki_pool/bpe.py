@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from script import ENOUGH, FREE_ANSWERS, MORE, NOTHING_YET
+from script import ENOUGH, FREE_ANSWERS, NOTHING_YET
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from actor.workflows.chat import ChatRendering
@@ -77,7 +77,7 @@ def _pieces(top_n: int) -> list[str]:
     nothing = Passage("", "", "")
     return [
         rendering.prompt("", ""),
-        *(rendering.write_action_search(thought, [""]) for thought in (NOTHING_YET, MORE)),
+        *(rendering.write_action_search(thought, [""]) for thought in (NOTHING_YET)),
         rendering.observation([Result(Search(""), (nothing,) * top_n)]),
         rendering.write_memory(""),
         rendering.write_answer(ENOUGH, ""),

@@ -51,11 +51,11 @@ async def serving(config: Config, *, folder: Path, threads: int) -> AsyncIterato
 
 
 async def measure(config: Config, *, num_questions: int, folder: Path, threads: int) -> Measured:
-    """Samples at T = 1 on the first evaluation questions; FOLDER gets trajectories.jsonl, the summary and logs."""
+    """Samples as the run does; FOLDER gets trajectories.jsonl, the summary and logs."""
     evaluation = EvaluationPlan(
         engines=(),
         num_questions=num_questions,
-        temperature=1.0,
+        temperature=config.sampling.temperature,
         concurrency=config.engine.max_running_requests,
         trajectories=folder / "trajectories.jsonl",
     )

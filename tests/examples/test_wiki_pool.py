@@ -19,7 +19,7 @@ EXAMPLE = ROOT / "examples" / "wiki_pool"
 sys.path.insert(0, str(EXAMPLE))
 
 from bpe import CONTROL, END, TAGS, train_tokenizer, word_ids, write_tokenizer  # noqa: E402
-from script import Example, GoldScript, OffScript, spelling  # noqa: E402
+from script import NOTHING_YET, Example, GoldScript, OffScript, spelling  # noqa: E402
 from traces import Traces, read_examples, record  # noqa: E402
 
 from actor.demonstrations import save_demonstrations  # noqa: E402
@@ -103,34 +103,29 @@ def test_tokenizer_folder_is_read_by_transformers(tokenizer: Tokenizer, tmp_path
     assert fast.id_to_token(words.stop) == TAGS[0]
 
 
-def test_script_follows_the_bridge_and_copies_what_leads_on() -> None:
+def test_script_searches_remembers_and_answers() -> None:
     rendering = ChatRendering(top_n=2)
     script = GoldScript(example=BRIDGE, rendering=rendering)
     prompt = rendering.prompt(BRIDGE.question, "")
     action = script.write(prompt)
-    assert rendering.parse_action(action) == Searches((Search(BRIDGE.question[:-1]),))
-    observed = prompt + action + rendering.observation([Result(Search(BRIDGE.question[:-1]), (FILM,))])
+    query = " ".join(BRIDGE.question.split()[:5])
+    assert rendering.parse_action(action) == Searches((Search(query),))
+    observed = prompt + action + rendering.observation([Result(Search(query), (OTHER, FILM))])
     memory = rendering.parse_memory(script.write(observed))
-    assert memory == "- Red Boat (film): It was directed by Ann Fox and shot in Peru."
-    assert rendering.parse_action(script.write(rendering.prompt(BRIDGE.question, memory))) == Searches(
-        (Search("Ann Fox"),)
+    assert memory == f"- {FILM.title}: {' '.join(FILM.text.split()[:5]).rstrip('.,')}", (
+        "the wanted passage, not the first"
     )
-    full = f"{memory}\n- Ann Fox: Ann Fox was born in Oslo in 1911."
-    assert rendering.parse_action(script.write(rendering.prompt(BRIDGE.question, full))) == Answer("Oslo")
+    with_answer = rendering.prompt(BRIDGE.question, "- Ann Fox: Ann Fox was born in Oslo")
+    assert rendering.parse_action(script.write(with_answer)) == Answer("Oslo")
+    assert rendering.parse_action(script.write(rendering.prompt(BRIDGE.question, memory))) == Answer(FILM.title)
 
 
-def test_script_writes_nothing_that_cannot_be_read() -> None:
+def test_script_needs_something_to_remember() -> None:
     rendering = ChatRendering(top_n=2)
-    unread = Example("q", BRIDGE.question, ("Bergen",), (DIRECTOR.title,))
-    script = GoldScript(example=unread, rendering=rendering)
-    with pytest.raises(OffScript, match="answer"):
-        script.write(rendering.prompt(unread.question, "- Ann Fox: Ann Fox was born in Oslo."))
-    lost = GoldScript(example=BRIDGE, rendering=rendering)
+    script = GoldScript(example=BRIDGE, rendering=rendering)
     prompt = rendering.prompt(BRIDGE.question, "")
     with pytest.raises(OffScript, match="found"):
-        lost.write(
-            prompt + lost.write(prompt) + rendering.observation([Result(Search(BRIDGE.question[:-1]), (OTHER,))])
-        )
+        script.write(prompt + script.write(prompt) + rendering.observation([Result(Search("x"), ())]))
 
 
 def test_spelling_is_that_of_the_text() -> None:
@@ -140,14 +135,16 @@ def test_spelling_is_that_of_the_text() -> None:
 
 def test_traces_are_what_the_workflow_records(tokenizer: Tokenizer, run_config: Config) -> None:
     traces = play([BRIDGE], (FILM, OTHER, DIRECTOR), tokenizer, run_config.workflow)
-    assert (traces.num_episodes, len(traces.contexts), dict(traces.refused)) == (1, 3, {})
-    first, second, last = traces.contexts
+    assert (traces.num_episodes, len(traces.contexts), dict(traces.refused)) == (1, 2, {})
+    first, last = traces.contexts
     sampled = tokenizer.decode(first.token_ids[first.loss_mask].tolist())
-    assert sampled.startswith("\nThe memory is empty. I look up the question.\n</think>\n<tool_call>")
-    assert sampled.endswith("shot in Peru.\n</memory><|im_end|>")
-    assert "[2] Director of photography: The" in tokenizer.decode(first.token_ids[~first.loss_mask].tolist())
-    assert "It was directed by Ann Fox" in tokenizer.decode(second.token_ids[~second.loss_mask].tolist())
-    assert tokenizer.decode(last.token_ids[last.loss_mask].tolist()).endswith("\\boxed{ Oslo}<|im_end|>")
+    assert sampled.startswith(f"\n{NOTHING_YET}\n</think>\n<tool_call>")
+    assert sampled.endswith("\n</memory><|im_end|>")
+    read = tokenizer.decode(first.token_ids[~first.loss_mask].tolist())
+    assert "<tool_response>" in read
+    memory = sampled[sampled.index("- ") : sampled.index("\n</memory>")]
+    assert memory in tokenizer.decode(last.token_ids[~last.loss_mask].tolist()), "it is all that survives"
+    assert tokenizer.decode(last.token_ids[last.loss_mask].tolist()).endswith("}<|im_end|>")
 
 
 def test_demonstrations_are_read_as_they_were_written(tokenizer: Tokenizer, run_config: Config, tmp_path: Path) -> None:
