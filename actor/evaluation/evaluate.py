@@ -18,6 +18,7 @@ from actor.process import open_parts
 from actor.sampling import SamplingParams
 from actor.sglang_client import SGLangClient
 from actor.tasks.build import evaluation_task
+from actor.tasks.task import Task
 from actor.workflows.workflow import Episode
 from protocol.config import Config
 from protocol.errors import ConfigError, DataError, EngineError, EngineUnavailable, UnknownVersion, UnreachableError
@@ -60,12 +61,7 @@ async def run_evaluation(config: Config, plan: EvaluationPlan) -> dict[str, floa
     questions = [task.question(cursor) for cursor in range(num_questions)]
     sampling = SamplingParams(temperature=plan.temperature, seed=config.run.seed, allow_truncation=True)
     started = time.perf_counter()
-    async with AsyncExitStack() as stack:
-        parts = await open_parts(config, task, stack, sampling=sampling, run_id=None, max_trajectories=plan.concurrency)
-        parts.pool.set_engines([EngineInfo(url=url, version=0) for url in urls])
-        async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(parts.episodes.run(question, rid=question.id)) for question in questions]
-        results = [each.result() for each in running]
+    results = await play(config, task, questions, urls=urls, sampling=sampling, concurrency=plan.concurrency)
     if plan.trajectories is not None:
         _save(plan.trajectories, "".join(_lines(questions, results)))
     summary = summarise([trajectory for trajectory, _ in results])
@@ -78,6 +74,24 @@ async def run_evaluation(config: Config, plan: EvaluationPlan) -> dict[str, floa
     if plan.out is not None:
         _save(plan.out, json.dumps(report, indent=2) + "\n")
     return report
+
+
+async def play(
+    config: Config,
+    task: Task,
+    questions: Sequence[Question],
+    *,
+    urls: Sequence[str],
+    sampling: SamplingParams,
+    concurrency: int,
+) -> list[tuple[Trajectory, Episode]]:
+    """One episode a question on the engines at `urls`, in the questions' order. Raises: UserError."""
+    async with AsyncExitStack() as stack:
+        parts = await open_parts(config, task, stack, sampling=sampling, run_id=None, max_trajectories=concurrency)
+        parts.pool.set_engines([EngineInfo(url=url, version=0) for url in urls])
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(parts.episodes.run(question, rid=question.id)) for question in questions]
+        return [each.result() for each in running]
 
 
 def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float | int]:

@@ -21,7 +21,7 @@ from protocol.config import OptimizerConfig
 OPTIMIZER = OptimizerConfig(
     learning_rate=2e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=20, schedule="linear", final_fraction=0.1
 )
-LATER_ROUNDS = OPTIMIZER.model_copy(update={"learning_rate": 1e-3})
+LATER_ROUNDS = OPTIMIZER.model_copy(update={"learning_rate": 5e-4})
 MAX_PASSAGE_TOKENS = 160
 _BATCH = 16
 _SCRAMBLED_SHARE = 0.75
@@ -108,12 +108,18 @@ def copying_batch(
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """Steps on one file of demonstrations. Without `system`, contexts begin at their second message."""
+    """Steps on one file of demonstrations. Without `system`, contexts begin at their second message.
+
+    With `exchange`, in most contexts all ids but the fixed ones are exchanged at random, so that what is written there
+    can only be copied: some hundred questions are otherwise learned by heart, and nothing is copied on others. In some,
+    what the policy copied is garbled, so that it learns to end a piece well after words that were sampled by mistake.
+    """
 
     demonstrations: Path
     steps: int
     num_contexts: int
     system: bool
+    exchange: bool
 
 
 def imitate(
@@ -127,11 +133,9 @@ def imitate(
     seed: int,
     on_progress: OnProgress,
 ) -> None:
-    """Supervised fine-tuning of the model in `start` on what the script wrote; saves a model folder.
+    """Supervised fine-tuning of the model in `start` on the lessons, one after another; saves a model folder.
 
-    In most contexts all ids but `fixed` are exchanged at random, so that what is written there can only be copied:
-    some hundred questions are otherwise learned by heart, and nothing is copied on others. In some, what the policy
-    copied is garbled, so that it learns to end a piece well after words that were sampled by mistake.
+    fixed: ids that keep their meaning where others are exchanged.
     """
     rng = np.random.default_rng([seed, 0x1417])
     model = cast(Qwen2ForCausalLM, AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32))
@@ -144,8 +148,11 @@ def imitate(
         for _ in range(lesson.steps):
             at = int(rng.integers(max(1, len(by_length) - lesson.num_contexts + 1)))
             ids, mask = padded(examples, by_length[at : at + lesson.num_contexts])
-            ids = scrambled(ids[:, cut:], free, share=_SCRAMBLED_SHARE, rng=rng)
-            fit.step(*garbled(ids, mask[:, cut:], free, share=_GARBLED_SHARE, rng=rng))
+            ids, mask = ids[:, cut:], mask[:, cut:]
+            if lesson.exchange:
+                ids = scrambled(ids, free, share=_SCRAMBLED_SHARE, rng=rng)
+                ids, mask = garbled(ids, mask, free, share=_GARBLED_SHARE, rng=rng)
+            fit.step(ids, mask)
             on_progress("imitation", fit.num_steps_done, fit.mean_loss)
     save_model(model, tokenizer, out)
 

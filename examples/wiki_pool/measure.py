@@ -1,4 +1,4 @@
-"""Trajectories of a model as `palimpsest eval` runs them: embedded engine, retriever service, real workflow."""
+"""Trajectories of a model through embedded engine, retriever service and real workflow: measured, or learned from."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actor.engine.server import EngineServer
-from actor.evaluation.evaluate import EvaluationPlan, run_evaluation
+from actor.evaluation.evaluate import EvaluationPlan, play, run_evaluation
+from actor.sampling import SamplingParams
+from actor.tasks.build import training_task
 from learner.launch.plan import plan, with_ports
 from learner.launch.supervisor import Supervisor
 from protocol.config import Config
-from protocol.types import Status
+from protocol.types import Context, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,18 @@ async def measure(config: Config, *, num_questions: int, folder: Path, threads: 
         summary = await run_evaluation(served, evaluation)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return read_measured(folder / "trajectories.jsonl")
+
+
+async def well_formed_contexts(config: Config, *, folder: Path, threads: int) -> list[Context]:
+    """Contexts of the well-formed ones of a trajectory sampled for each training question; FOLDER gets logs."""
+    task = training_task(config.task, seed=config.run.seed)
+    questions = [task.question(cursor) for cursor in range(task.num_questions or 0)]
+    sampling = SamplingParams(temperature=config.sampling.temperature, seed=config.run.seed)
+    async with serving(config, folder=folder, threads=threads) as served:
+        limit, urls = served.engine.max_running_requests, served.engine.urls
+        played = await play(served, task, questions, urls=urls, sampling=sampling, concurrency=limit)
+    well_formed = [t for t, _ in played if t.status is Status.COMPLETED and len(t.contexts) >= 2]
+    return [context for trajectory in well_formed for context in trajectory.contexts]
 
 
 def read_measured(trajectories: Path) -> Measured:

@@ -1,6 +1,8 @@
 """Imitation in rounds, each measured, until enough trajectories are well formed.
 
-Each round has many short contexts first, then whole ones; the first round is three times as long as a later one.
+The first round imitates the script: many short contexts, then whole ones. Each later one imitates the policy itself,
+on its own trajectories of the training questions that were well formed (rejection-sampling fine-tuning, Yuan et al.
+2023): what a small model gets right when it samples, it gets right more often afterwards.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from pathlib import Path
 import click
 from bpe import fixed_ids
 from fit import LATER_ROUNDS, OPTIMIZER, Lesson, imitate
-from measure import measure, read_measured
+from measure import measure, read_measured, well_formed_contexts
 from pace import Pace
 from tokenizers import Tokenizer
 
+from actor.demonstrations import save_demonstrations
 from protocol.config import Config
 from protocol.config_file import load_config
 from protocol.errors import DataError
@@ -56,7 +59,7 @@ class Rounds:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "model").is_dir():
             tokenizer = Tokenizer.from_file(str(self.out / "tokenizer" / "tokenizer.json"))
-            lessons = self._lessons(number)
+            lessons = self._script_lessons() if number == 1 else self._own_lessons(start, folder)
             imitate(
                 start,
                 folder / "model",
@@ -75,14 +78,23 @@ class Rounds:
         click.echo(f"  round {number}: {measured}")
         return measured.share
 
-    def _lessons(self, number: int) -> list[Lesson]:
+    def _script_lessons(self) -> list[Lesson]:
         short, whole = (self.out / f"demonstrations-{name}.safetensors" for name in ("short", "whole"))
         third = max(1, self.imitation_steps // 3)
-        num_short, num_whole = (2 * third, third) if number == 1 else (max(1, third // 2), max(1, third // 2))
         return [
-            Lesson(short, steps=num_short, num_contexts=16, system=False),
-            Lesson(whole, steps=num_whole, num_contexts=4, system=True),
+            Lesson(short, steps=2 * third, num_contexts=16, system=False, exchange=True),
+            Lesson(whole, steps=third, num_contexts=4, system=True, exchange=True),
         ]
+
+    def _own_lessons(self, model: Path, folder: Path) -> list[Lesson]:
+        own = folder / "demonstrations.safetensors"
+        if not own.is_file():
+            click.echo("  sampling on the training questions …")
+            contexts = asyncio.run(well_formed_contexts(self._config(model), folder=folder, threads=self.threads))
+            click.echo(f"  {len(contexts)} contexts of well-formed trajectories to learn from")
+            save_demonstrations(own, contexts)
+        steps = max(1, self.imitation_steps // 6)
+        return [Lesson(own, steps=steps, num_contexts=8, system=True, exchange=False)]
 
     def _config(self, model: Path) -> Config:
         return load_config(self.run_toml, (*self.overrides, f"model.path={model}"))
