@@ -17,7 +17,7 @@ from actor.tasks.task import Task
 from actor.tokenizer import Tokenizer
 from actor.workflows.workflow import Episode, Workflow
 from protocol.messages import Lease
-from protocol.types import Question, Trajectory, TrajectoryGroup
+from protocol.types import Context, Question, Trajectory, TrajectoryGroup
 
 
 class Episodes:
@@ -69,7 +69,7 @@ class Episodes:
         episode = await self._workflow.run(question, session)
         score = self._reward.score(question=question, answer=episode.answer, status=episode.status)
         trajectory = Trajectory(
-            contexts=session.contexts,
+            contexts=_with_rewards(session.contexts, episode.context_rewards),
             reward=score.reward,
             status=episode.status,
             reward_parts=dict(score.parts),
@@ -77,6 +77,12 @@ class Episodes:
             answer=episode.answer or "",
         )
         return trajectory, episode
+
+
+def _with_rewards(contexts: tuple[Context, ...], rewards: tuple[float, ...]) -> tuple[Context, ...]:
+    if not rewards:
+        return contexts
+    return tuple(replace(context, reward=reward) for context, reward in zip(contexts, rewards, strict=True))
 
 
 class GroupRollout:

@@ -44,6 +44,7 @@ def encode_group(group: TrajectoryGroup, *, lease_id: int) -> list[Buffer]:
         context_roles=role_index,
         context_policies=policy_index,
         context_edges=[context.edge.value for context in contexts],
+        context_rewards=[float(context.reward) for context in contexts],
         role_names=roles,
         policy_names=policies,
     )
@@ -87,6 +88,7 @@ def decode_group(header: SubmitGroup, payload: Sequence[Buffer]) -> TrajectoryGr
             policy=header.policy_names[header.context_policies[k]],
             turn=header.context_turns[k],
             edge=Edge(header.context_edges[k]),
+            reward=header.context_rewards[k],
         )
         for k, ((start, end), (first, last)) in enumerate(
             zip(pairwise(token_offsets), pairwise(span_offsets), strict=True)
@@ -127,9 +129,10 @@ def _check_header(header: SubmitGroup) -> None:
     for name, column in per_trajectory.items():
         if len(column) != num_trajectories:
             raise MalformedMessage(f"group: {name} must have {num_trajectories} entries, got {len(column)}")
-    for name in ("context_num_spans", "context_turns", "context_roles", "context_policies", "context_edges"):
-        if len(getattr(header, name)) != num_contexts:
-            raise MalformedMessage(f"group: {name} must have {num_contexts} entries, got {len(getattr(header, name))}")
+    for name in ("num_spans", "turns", "roles", "policies", "edges", "rewards"):
+        column = getattr(header, f"context_{name}")
+        if len(column) != num_contexts:
+            raise MalformedMessage(f"group: context_{name} must have {num_contexts} entries, got {len(column)}")
     if sum(header.num_contexts) != num_contexts:
         raise MalformedMessage(f"group: num_contexts must add up to {num_contexts}, got {sum(header.num_contexts)}")
     for name, index, names in (
@@ -138,7 +141,7 @@ def _check_header(header: SubmitGroup) -> None:
     ):
         if max(index, default=-1) >= len(names):
             raise MalformedMessage(f"group: {name} must be below {len(names)}, got {max(index)}")
-    if not np.isfinite(header.rewards).all():
+    if not (np.isfinite(header.rewards).all() and np.isfinite(header.context_rewards).all()):
         raise MalformedMessage("group: rewards must be finite")
 
 

@@ -124,6 +124,7 @@ class SubmitGroup(Message):
     context_roles: Counts
     context_policies: Counts
     context_edges: Annotated[list[Literal["start", "memory_reset", "sub_agent"]], FailFast()]
+    context_rewards: Annotated[list[float], FailFast()]
     role_names: list[Name]
     policy_names: list[Name]
 

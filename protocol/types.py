@@ -82,6 +82,7 @@ class Context:
     loss_mask          bool    [L]  true where the policy sampled the token
     behavior_logprobs  float32 [L]  log-probability under the behaviour policy at its temperature; 0 where not sampled
     policy_versions    spans that cover exactly the sampled positions, ascending and disjoint
+    reward             of this context alone, beside the trajectory's; 0 where the task gives none
     """
 
     token_ids: NDArray[np.int32]
@@ -92,6 +93,7 @@ class Context:
     policy: str = "main"
     turn: int = 0
     edge: Edge = Edge.START
+    reward: float = 0.0
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -19,6 +19,7 @@ class Episode:
     transcripts  each context as text, special tokens included: what format rules are checked against
     memories     the memory that each context but the first began with
     stats        counts for metrics
+    context_rewards  of single contexts, beside the trajectory's; empty where the workflow gives none
     """
 
     status: Status
@@ -27,6 +28,7 @@ class Episode:
     transcripts: tuple[str, ...] = ()
     memories: tuple[str, ...] = ()
     stats: dict[str, float] = field(default_factory=dict)
+    context_rewards: tuple[float, ...] = ()
 
 
 class Workflow(Protocol):

@@ -43,6 +43,7 @@ def contexts(draw: st.DrawFn) -> Context:
         policy=draw(_NAME),
         turn=draw(_STEP),
         edge=draw(st.sampled_from(Edge)),
+        reward=draw(st.floats(-1e6, 1e6)),
     )
 
 

@@ -76,7 +76,8 @@ def assert_same_bits(a: TrajectoryGroup, b: TrajectoryGroup) -> None:
         assert np.float64(mine.reward).tobytes() == np.float64(other.reward).tobytes()
         for left, right in zip(mine.contexts, other.contexts, strict=True):
             assert left.policy_versions == right.policy_versions
-            assert (left.role, left.policy, left.turn, left.edge) == (right.role, right.policy, right.turn, right.edge)
+            for name in ("role", "policy", "turn", "edge", "reward"):
+                assert getattr(left, name) == getattr(right, name)
             for name in ("token_ids", "loss_mask", "behavior_logprobs"):
                 array, copy = getattr(left, name), getattr(right, name)
                 assert array.dtype == copy.dtype
