@@ -5,20 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from protocol.algorithms import AdvantageConfig, LossConfig
 from protocol.errors import DataError
+from protocol.section import Fraction, NonNegative, Port, Positive, Seconds, Section
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Port = Annotated[int, Field(ge=0, le=65_535)]
-Seconds = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class RunConfig(Section):
@@ -115,9 +108,20 @@ class WorkflowConfig(Section):
 
 
 class SamplingConfig(Section):
-    """Training samples from the whole distribution: truncating samplers would need their own accounting."""
+    """Training samples from the whole distribution: under a truncating sampler the recorded log-probs, which are those
+    of the whole distribution, are not those of the behaviour policy, and pi_prox / pi_behave is wrong."""
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_truncating(cls, values: object) -> object:
+        if isinstance(values, dict) and (given := sorted({"top_p", "top_k", "min_p"} & values.keys())):
+            raise ValueError(
+                f"{given[0]} is refused: a truncating sampler's log-probs are not those that it records, so that "
+                "importance weights would be wrong; set temperature"
+            )
+        return values
 
 
 class ActorConfig(Section):
@@ -144,45 +148,11 @@ class EngineConfig(Section):
 class RetrieverConfig(Section):
     """`indexes`: name → index folder made by `palimpsest index`, all served by one process."""
 
-    indexes: dict[str, Path] = {}
+    indexes: dict[str, Path] = Field(default_factory=dict)
     port: Port = 0
     max_batch: Positive = 64
     threads: Positive = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
-
-
-class AdvantageConfig(Section):
-    """A_i = (R_i - mean R) / (std R + eps) over trajectories, std with `ddof`; only centred if not `normalize_std`."""
-
-    normalize_std: bool = True
-    ddof: Literal[0, 1] = 1
-    eps: Annotated[float, Field(gt=0)] = 1e-6
-
-
-class CorrectionConfig(Section):
-    """What is done to w = pi_prox / pi_behave: `truncate` caps it at `high`, `mask` drops it outside [low, high]."""
-
-    kind: Literal["none", "truncate", "mask"] = "truncate"
-    scope: Literal["token", "context", "trajectory"] = "token"
-    low: Annotated[float, Field(ge=0)] = 0.0
-    high: Annotated[float, Field(gt=0)] = 2.0
-
-    @model_validator(mode="after")
-    def _ordered(self) -> CorrectionConfig:
-        if self.low > self.high:
-            raise ValueError(f"learner.loss.correction.low must be <= high = {self.high}, got {self.low}")
-        return self
-
-
-class LossConfig(Section):
-    """See DESIGN: -w~ * min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), aggregated with a global denominator."""
-
-    aggregation: Literal["trajectory", "context", "token", "constant"] = "trajectory"
-    constant: Annotated[float, Field(gt=0)] = 1024.0
-    clip_low: Fraction = 0.2
-    clip_high: Annotated[float, Field(ge=0)] = 0.2
-    minibatches: Positive = 1
-    correction: CorrectionConfig = CorrectionConfig()
 
 
 class OptimizerConfig(Section):
@@ -233,6 +203,11 @@ class LearnerConfig(Section):
             raise ValueError(
                 f"learner.loss.minibatches must be <= groups_per_batch * group_size = "
                 f"{self.groups_per_batch * self.group_size}, got {self.loss.minibatches}"
+            )
+        if self.advantage.estimator == "maxrl" and self.loss.kl_in == "reward" and self.loss.kl_coefficient:
+            raise ValueError(
+                "learner.loss.kl_in must be 'loss' where learner.advantage.estimator is 'maxrl', whose rewards must "
+                "be >= 0, got 'reward'"
             )
         return self
 

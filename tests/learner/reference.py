@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from protocol.config import LearnerConfig, LossConfig
+from learner.advantage import Credit
+from protocol.algorithms import AdvantageConfig, Correction, LossConfig
+from protocol.config import LearnerConfig
 from protocol.types import Context, Status, Trajectory, TrajectoryGroup
 
 LogprobsOf = Callable[[Context], NDArray[np.float64]]
@@ -72,26 +74,53 @@ def reference_loss(
     current: LogprobsOf,
     proximal: LogprobsOf,
     config: LearnerConfig,
+    reference: LogprobsOf | None = None,
 ) -> Reference:
     sampled = list(tokens_of(trajectories))
     trained = [token for token in sampled if token.version >= step - config.staleness_bound]
-    cache_current = {id(t.source): current(t.source) for t in trained}
-    cache_proximal = {id(t.source): proximal(t.source) for t in trained}
-    loss = 0.0
-    slopes = []
-    for token in trained:
-        logp, prox = (c[id(token.source)][token.position] for c in (cache_current, cache_proximal))
-        factor = weight_of(token, sampled, config.loss) * correction_of(token, trained, cache_proximal, config.loss)
+    logps, proxs = ([of(t.source)[t.position] for t in trained] for of in (current, proximal))
+    refs = [reference(t.source)[t.position] for t in trained] if reference else None
+    weights = [weight_of(token, sampled, config.loss) for token in trained]
+    corrections = reference_corrections(trained, proxs, config.loss.corrections)
+    loss, slopes = reference_objective(trained, logps, proxs, refs, weights, corrections, config.loss)
+    return Reference(loss, list(zip(trained, slopes, strict=True)))
 
-        def term(x: float, *, factor: float = factor, prox: float = prox, advantage: float = token.advantage) -> float:
-            r = np.exp(x - prox)
-            clipped = np.clip(r, 1 - config.loss.clip_low, 1 + config.loss.clip_high)
-            return float(-factor * min(r * advantage, clipped * advantage))
+
+def reference_objective(
+    trained: Sequence[Token],
+    logps: Sequence[float],
+    proxs: Sequence[float],
+    refs: Sequence[float] | None,
+    weights: Sequence[float],
+    corrections: Sequence[float],
+    config: LossConfig,
+) -> tuple[float, list[float]]:
+    """(loss, d loss / d log-prob of each token), slopes by central differences with what is under sg() held fixed."""
+    loss, slopes = 0.0, []
+    for n, token in enumerate(trained):
+        fellows = [m for m, other in enumerate(trained) if other.context == token.context]
+        mean = sum(logps[m] - proxs[m] for m in fellows) / len(fellows)
+
+        def term(x: float, *, n: int = n, mean: float = mean, a: float = token.advantage) -> float:
+            now = {"ppo": x - proxs[n], "gspo": mean + x - logps[n], "cispo": logps[n] - proxs[n]}[config.policy_loss]
+            r = np.exp(now)
+            clipped = min(max(r, 1 - config.clip_low), 1 + config.clip_high)
+            if config.policy_loss == "cispo":
+                policy = -clipped * a * x
+            else:
+                policy = -min(r * a, clipped * a)
+                if config.dual_clip and a < 0:
+                    policy = min(policy, -config.dual_clip * a)
+            kl = 0.0
+            if refs is not None and config.kl_in == "loss":
+                d = refs[n] - x
+                kl = {"k1": -d, "k2": d * d / 2, "k3": np.exp(d) - 1 - d}[config.kl_estimator]
+            return float(weights[n] * (corrections[n] * policy + config.kl_coefficient * kl))
 
         h = 1e-5
-        loss += term(logp)
-        slopes.append((token, (term(logp + h) - term(logp - h)) / (2 * h)))
-    return Reference(loss, slopes)
+        loss += term(logps[n])
+        slopes.append((term(logps[n] + h) - term(logps[n] - h)) / (2 * h))
+    return loss, slopes
 
 
 def weight_of(token: Token, sampled: Sequence[Token], config: LossConfig) -> float:
@@ -105,22 +134,38 @@ def weight_of(token: Token, sampled: Sequence[Token], config: LossConfig) -> flo
     return 1 / len({t.context for t in sampled}) / sum(t.context == token.context for t in sampled)
 
 
-def correction_of(
-    token: Token, trained: Sequence[Token], proximal: dict[int, NDArray[np.float64]], config: LossConfig
-) -> float:
-    kind, scope, low, high = (getattr(config.correction, name) for name in ("kind", "scope", "low", "high"))
-    if kind == "none":
-        return 1.0
+def reference_corrections(
+    trained: Sequence[Token], proxs: Sequence[float], corrections: Sequence[Correction]
+) -> list[float]:
+    return [
+        float(np.prod([correction_of(n, trained, proxs, each) for each in corrections])) for n in range(len(trained))
+    ]
+
+
+def correction_of(n: int, trained: Sequence[Token], proxs: Sequence[float], correction: Correction) -> float:
+    token = trained[n]
+    if correction.kind == "second_moment":
+        squares = sorted((p - t.behavior) ** 2 for t, p in zip(trained, proxs, strict=True))
+        while squares and sum(squares) / len(squares) > correction.threshold:
+            largest = squares[-1]
+            squares = [square for square in squares if square != largest]
+        return float(bool(squares) and (proxs[n] - token.behavior) ** 2 <= squares[-1])
     fellows = {
-        "token": [token],
-        "context": [t for t in trained if t.context == token.context],
-        "trajectory": [t for t in trained if t.trajectory == token.trajectory],
-    }[scope]
-    ratios = [np.exp(proximal[id(t.source)][t.position] - t.behavior) for t in fellows]
-    w = float(np.prod(ratios) ** (1 / len(ratios)))
-    if kind == "truncate":
-        return min(w, high)
-    return w if low <= w <= high else 0.0
+        "token": [n],
+        "context": [m for m, t in enumerate(trained) if t.context == token.context],
+        "trajectory": [m for m, t in enumerate(trained) if t.trajectory == token.trajectory],
+    }[correction.scope]
+    ratios = [float(np.exp(proxs[m] - trained[m].behavior)) for m in fellows]
+    if correction.kind == "reject_negative":
+        distance = -sum(np.log(ratio) for ratio in ratios) / len(ratios)
+        return float(not (token.advantage < 0 and distance > correction.threshold))
+    if correction.kind == "reject" and correction.ratio == "worst":
+        return float(all(correction.low <= ratio <= correction.high for ratio in ratios))
+    w = float(np.prod(ratios)) if correction.ratio == "product" else float(np.prod(ratios) ** (1 / len(ratios)))
+    if correction.kind == "truncate":
+        return min(w, correction.high)
+    within = correction.low <= w <= correction.high
+    return float(within) if correction.kind == "reject" else w * within
 
 
 def full_logprobs(model: PreTrainedModel, context: Context, *, temperature: float) -> torch.Tensor:
@@ -154,3 +199,76 @@ def frozen(model: PreTrainedModel, *, temperature: float, contexts: Sequence[Con
     for context in contexts:
         of(context)
     return of
+
+
+def reference_token_advantages(
+    credit: Credit,
+    config: AdvantageConfig,
+    *,
+    values: Sequence[float] | None = None,
+    penalty: Sequence[float] | None = None,
+) -> tuple[list[float], list[float] | None]:
+    """(advantages, returns), one token after the other."""
+    num_tokens = len(credit.trajectory)
+    penalty = penalty if penalty is not None else [0.0] * num_tokens
+    tokens = list(zip(credit.trajectory.tolist(), credit.context.tolist(), credit.policy.tolist(), strict=True))
+    with_contexts = config.context_rewards == "add"
+    returns: list[float] | None = None
+    advantages = []
+    if config.estimator in ("gae", "reinforce_pp"):
+        rewards = [-p for p in penalty]
+        for n, (i, k, policy) in enumerate(tokens):
+            if not any((i, policy) == (j, other) for j, _, other in tokens[n + 1 :]):
+                rewards[n] += credit.reward[i]
+            if with_contexts and all(k != c for _, c, _ in tokens[n + 1 :]):
+                rewards[n] += credit.context_reward[k]  # pyright: ignore[reportOptionalSubscript]
+        returns = [0.0] * num_tokens
+        advantages = [0.0] * num_tokens
+        for n in reversed(range(num_tokens)):
+            i, _, policy = tokens[n]
+            later = [m for m in range(n + 1, num_tokens) if (tokens[m][0], tokens[m][2]) == (i, policy)]
+            if config.estimator == "reinforce_pp":
+                advantages[n] = rewards[n] + (config.gamma * advantages[later[0]] if later else 0.0)
+                continue
+            assert values is not None
+            delta = rewards[n] + (config.gamma * values[later[0]] if later else 0.0) - values[n]
+            advantages[n] = delta + (config.gamma * config.lam * advantages[later[0]] if later else 0.0)
+            returns[n] = advantages[n] + values[n]
+        if config.whiten and num_tokens > 1:
+            mean = sum(advantages) / num_tokens
+            std = (sum((a - mean) ** 2 for a in advantages) / (num_tokens - 1)) ** 0.5
+            advantages = [(a - mean) / (std + config.eps) for a in advantages]
+    else:
+        scores = [
+            float(reward) - sum(p for p, token in zip(penalty, tokens, strict=True) if token[0] == i)
+            for i, reward in enumerate(credit.reward)
+        ]
+        for i, k, _ in tokens:
+            fellows = [j for j in range(len(scores)) if credit.group[j] == credit.group[i]]
+            advantage = reference_estimate(scores[i], [scores[j] for j in fellows], config)
+            if with_contexts:
+                assert credit.context_reward is not None
+                like = [c for c in range(len(credit.owner)) if anchor_of(credit, c) == anchor_of(credit, k)]
+                alike = [float(credit.context_reward[c]) for c in like]
+                advantage += reference_estimate(float(credit.context_reward[k]), alike, config)
+            advantages.append(advantage)
+    weights = [config.role_weights.get(credit.roles[credit.role[k]], 1.0) for _, k, _ in tokens]
+    weighted = [a * w for a, w in zip(advantages, weights, strict=True)]
+    return weighted, returns if config.estimator == "gae" else None
+
+
+def anchor_of(credit: Credit, context: int) -> tuple[int, int, int]:
+    return int(credit.group[credit.owner[context]]), int(credit.role[context]), int(credit.turn[context])
+
+
+def reference_estimate(reward: float, rewards: Sequence[float], config: AdvantageConfig) -> float:
+    """A of one reward among those of its group, itself among them."""
+    if len(rewards) < 2 or len(set(rewards)) == 1:
+        return 0.0
+    mean = sum(rewards) / len(rewards)
+    if config.estimator == "rloo":
+        return reward - (sum(rewards) - reward) / (len(rewards) - 1)
+    if config.estimator == "maxrl":
+        return (reward - mean) / (mean + config.eps) if mean > 0 else 0.0
+    std = (sum((r - mean) ** 2 for r in rewards) / (len(rewards) - config.ddof)) ** 0.5
+    return (reward - mean) / (std + config.eps) if config.normalize_std else reward - mean

@@ -1,25 +1,74 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from typing import get_args
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.advantage import group_advantages, grpo_advantages, has_signal
-from protocol.config import AdvantageConfig
+from learner.advantage import (
+    Credit,
+    group_advantages,
+    grpo_advantages,
+    has_signal,
+    maxrl_advantages,
+    rloo_advantages,
+    token_advantages,
+)
+from learner.returns import discounted_sums, generalized_advantages, whitened
+from protocol.algorithms import AdvantageConfig
+from protocol.errors import ConfigError
 from protocol.types import Status
-from tests.learner.reference import reference_advantages
+from tests.learner.reference import reference_advantages, reference_token_advantages
 from tests.learner.tiny import group
 
 REWARDS = st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=12)
+ESTIMATORS = get_args(AdvantageConfig.model_fields["estimator"].annotation)
+
+
+def credit_of(seed: int, *, num_trajectories: int | None = None, max_tokens: int = 4) -> Credit:
+    """A batch of uneven groups; contexts of two roles and two policies, some of them without a sampled token."""
+    rng = np.random.default_rng(seed)
+    num = int(rng.integers(0, 7)) if num_trajectories is None else num_trajectories
+    owner = np.repeat(np.arange(num), rng.integers(1, 4, size=num))
+    context = np.repeat(np.arange(len(owner)), rng.integers(0, max_tokens + 1, size=len(owner)))
+    role = rng.integers(0, 2, size=len(owner))
+    return Credit(
+        reward=rng.choice([0.0, 0.25, 1.0], size=num),
+        group=np.sort(rng.integers(0, 3, size=num)),
+        owner=owner,
+        role=role,
+        turn=rng.integers(0, 2, size=len(owner)),
+        trajectory=owner[context],
+        context=context,
+        policy=role[context],
+        roles=("memory-manager", "answerer"),
+        context_reward=rng.choice([0.0, 0.5, 1.0], size=len(owner)),
+    )
 
 
 def test_the_baseline_counts_trajectories_and_not_contexts() -> None:
+    """Rewards [1 with 3 contexts, 0 with 1 context]: the baseline is 0.5."""
     one = group(0, num_contexts=(3, 1), rewards=(1.0, 0.0))
-    centred = group_advantages(one, AdvantageConfig(normalize_std=False))
-    assert centred.tolist() == [0.5, -0.5]
+    assert group_advantages(one, AdvantageConfig(normalize_std=False)).tolist() == [0.5, -0.5]
+    credit = dataclasses.replace(
+        credit_of(0, num_trajectories=0),
+        reward=np.array([1.0, 0.0]),
+        group=np.array([0, 0]),
+        owner=np.array([0, 0, 0, 1]),
+        role=np.zeros(4, dtype=np.int64),
+        turn=np.array([0, 1, 2, 0]),
+        trajectory=np.array([0, 0, 0, 0, 1]),
+        context=np.array([0, 1, 1, 2, 3]),
+        policy=np.zeros(5, dtype=np.int64),
+    )
+    found = token_advantages(credit, AdvantageConfig(normalize_std=False))
+    assert found.advantage.tolist() == [0.5, 0.5, 0.5, 0.5, -0.5]
+    assert found.advantage.dtype == np.float32
+    assert found.returns is None
 
 
 @given(REWARDS)
@@ -30,35 +79,113 @@ def test_equals_the_reference(rewards: list[float]) -> None:
         np.testing.assert_allclose(found, reference_advantages(one, ddof=ddof), rtol=1e-9, atol=1e-6)
 
 
-@given(REWARDS, st.integers(0, 12))
-def test_failed_trajectories_change_nothing(rewards: list[float], at: int) -> None:
-    at = min(at, len(rewards))
-    wanted = grpo_advantages(rewards, [True] * len(rewards))
-    valid = [True] * len(rewards)
-    found = grpo_advantages([*rewards[:at], float("nan"), *rewards[at:]], [*valid[:at], False, *valid[at:]])
-    assert found[at] == 0.0
-    np.testing.assert_array_equal(np.delete(found, at), wanted)
-
-
-@pytest.mark.parametrize(
-    ("rewards", "valid"),
-    [([0.1] * 7, [True] * 7), ([1.0], [True]), ([1.0, 0.0], [True, False]), ([1.0, 0.0], [False, False]), ([], [])],
+@pytest.mark.parametrize(("estimator", "context_rewards"), itertools.product(ESTIMATORS, ("none", "add")))
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    gamma=st.sampled_from([0.0, 0.5, 1.0]),
+    lam=st.sampled_from([0.0, 0.9, 1.0]),
+    flag=st.booleans(),
+    with_penalty=st.booleans(),
 )
-def test_no_signal_is_exactly_zero(rewards: list[float], valid: list[bool]) -> None:
-    assert not has_signal(rewards, valid)
-    assert not grpo_advantages(rewards, valid).any()
+def test_token_advantages_equal_the_reference(
+    estimator: str, context_rewards: str, seed: int, gamma: float, lam: float, flag: bool, with_penalty: bool
+) -> None:
+    credit = credit_of(seed)
+    rng = np.random.default_rng(seed)
+    values, penalty = rng.normal(size=(2, len(credit.trajectory)))
+    config = AdvantageConfig(
+        estimator=estimator,  # pyright: ignore[reportArgumentType]
+        context_rewards=context_rewards,  # pyright: ignore[reportArgumentType]
+        gamma=gamma,
+        lam=lam,
+        whiten=flag,
+        normalize_std=flag,
+        eps=1e-3,
+        role_weights={"answerer": 0.25, "nobody": 9.0},
+    )
+    penalty = penalty * 0.1 if with_penalty and estimator != "maxrl" else None
+    found = token_advantages(credit, config, values=values, kl_penalty=penalty)
+    wanted, returns = reference_token_advantages(
+        credit, config, values=values.tolist(), penalty=None if penalty is None else penalty.tolist()
+    )
+    np.testing.assert_allclose(found.advantage, wanted, rtol=1e-5, atol=1e-5)
+    assert (found.returns is None) == (returns is None)
+    if returns is not None:
+        np.testing.assert_allclose(found.returns, returns, rtol=1e-5, atol=1e-5)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("rewards", [[0.1] * 7, [1.0], [0.0], []])
+def test_no_signal_is_exactly_zero(estimator: str, rewards: list[float]) -> None:
+    """A token each: equal rewards, a group of one, nothing at all. Along tokens a batch of one is not whitened."""
+    num = len(rewards)
+    index = np.arange(num)
+    nothing = np.zeros(num, dtype=np.int64)
+    credit = Credit(np.array(rewards), nothing, index, nothing, nothing, index, index, nothing, ("agent",))
+    config = AdvantageConfig(estimator=estimator)  # pyright: ignore[reportArgumentType]
+    found = token_advantages(credit, config, values=np.zeros(num)).advantage
+    along_tokens = estimator in ("gae", "reinforce_pp")
+    assert found.tolist() == (rewards if along_tokens and num == 1 else [0.0] * num)
+    assert not has_signal(rewards)
+
+
+def test_trajectories_without_sampled_tokens_count_in_their_group_and_nowhere_else() -> None:
+    nothing = np.zeros(1, dtype=np.int64)
+    credit = Credit(
+        np.array([1.0, 0.0]), np.array([0, 0]), np.arange(2), np.zeros(2, dtype=np.int64),
+        np.zeros(2, dtype=np.int64), nothing, nothing, nothing, ("agent",),
+    )  # fmt: skip
+    assert token_advantages(credit, AdvantageConfig(estimator="rloo")).advantage.tolist() == [1.0]
+    found = token_advantages(credit, AdvantageConfig(estimator="gae"), values=[0.25])
+    assert found.returns is not None
+    assert (found.advantage.tolist(), found.returns.tolist()) == ([0.75], [1.0])
 
 
 def test_a_group_with_failures_uses_the_others() -> None:
     statuses = (Status.COMPLETED, Status.FAILED, Status.OVER_BUDGET, Status.FORMAT_ERROR)
-    one = group(0, rewards=(1.0, 5.0, 0.0, 0.0), statuses=statuses)
+    one = group(0, rewards=(1.0, float("nan"), 0.0, 0.0), statuses=statuses)
     found = group_advantages(one, AdvantageConfig())
     kept = tuple(t for t in one.trajectories if t.status is not Status.FAILED)
     wanted = group_advantages(dataclasses.replace(one, trajectories=kept), AdvantageConfig())
     np.testing.assert_array_equal(found[[0, 2, 3]], wanted)
     assert found[1] == 0.0
+    nobody = dataclasses.replace(
+        one, trajectories=tuple(dataclasses.replace(t, status=Status.FAILED) for t in one.trajectories)
+    )
+    assert not group_advantages(nobody, AdvantageConfig()).any()
 
 
-def test_shapes_must_agree() -> None:
-    with pytest.raises(ValueError, match=r"\[G\] alike"):
-        grpo_advantages([1.0, 2.0], [True])
+def test_estimators_by_hand() -> None:
+    assert grpo_advantages([1.0, 0.0, 0.0, 0.0], normalize_std=False).tolist() == [0.75, -0.25, -0.25, -0.25]
+    assert rloo_advantages([1.0, 0.0, 0.0, 0.0]) == pytest.approx([1.0, -1 / 3, -1 / 3, -1 / 3])
+    assert maxrl_advantages([1.0, 0.0, 0.0, 0.0]) == pytest.approx([3.0, -1.0, -1.0, -1.0], rel=1e-5)
+    assert maxrl_advantages([-1.0, 0.0]).tolist() == [0.0, 0.0]
+
+
+def test_gae_crosses_contexts_and_keeps_policies_apart() -> None:
+    """Two chains, interleaved: 0, 2, 3 and 1, 4."""
+    chain = np.array([0, 1, 0, 0, 1])
+    rewards, values = np.array([0.0, 0.0, 0.0, 8.0, 4.0]), np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    advantages, returns = generalized_advantages(rewards, values, chain, gamma=0.5, lam=0.5)
+    last, before = 8.0 - 4.0, 0.5 * 4.0 - 3.0
+    first = 0.5 * 3.0 - 1.0
+    wanted = [first + 0.25 * (before + 0.25 * last), 0.5 * 5.0 - 2.0 + 0.25 * -1.0, before + 0.25 * last, last, -1.0]
+    assert advantages == pytest.approx(wanted)
+    assert returns == pytest.approx(np.array(wanted) + values)
+    assert discounted_sums(rewards, chain, discount=0.5).tolist() == [2.0, 2.0, 4.0, 8.0, 4.0]
+
+
+def test_whitening() -> None:
+    assert whitened(np.array([1.0, 3.0]), eps=1e-9) == pytest.approx([-(0.5**0.5), 0.5**0.5])
+    assert whitened(np.array([0.1] * 7), eps=1e-9).tolist() == [0.0] * 7
+    assert whitened(np.array([5.0]), eps=1e-9).tolist() == [5.0]
+    assert whitened(np.zeros(0), eps=1e-9).tolist() == []
+
+
+def test_what_is_missing_is_named() -> None:
+    credit = dataclasses.replace(credit_of(1, num_trajectories=3), context_reward=None)
+    with pytest.raises(ConfigError, match=r"learner.advantage.context_rewards must be 'none' .*, got 'add'"):
+        token_advantages(credit, AdvantageConfig(context_rewards="add"))
+    with pytest.raises(ValueError, match=r"gae needs values \[N\], got None"):
+        token_advantages(credit, AdvantageConfig(estimator="gae"))

@@ -1,212 +1,215 @@
-"""Loss and corrections against the published vectors, and by hand."""
+"""Losses and what is watched, against the slow reference and by hand."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
-from pathlib import Path
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from learner.advantage import grpo_advantages
-from learner.batching import aggregation_weights
-from learner.corrections import masked_weights, scoped_log_ratio, truncated_weights
-from learner.loss import approx_kl, clipped_surrogate, policy_loss
+from learner.diagnostics import NUM_BUCKETS, Diagnostics
+from learner.loss import (
+    LossTokens,
+    approx_kl,
+    cispo,
+    clipped_surrogate,
+    policy_loss,
+    sequence_log_ratio,
+    total_loss,
+    value_loss,
+)
+from protocol.algorithms import LossConfig, ValueConfig
+from tests.learner.flat import flat_tokens
+from tests.learner.reference import reference_objective
 
-DATA = Path(os.environ.get("PALIMPSEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
-VECTORS = DATA / "vectors" / "rl_vectors.jsonl"
-
-NOT_BUILT = {
-    "maxrl_advantage": "issue 3: MaxRL",
-    "maxrl_scalar_advantage": "issue 3: MaxRL",
-    "rloo_advantage": "issue 3: RLOO",
-    "gae": "issue 3: PPO with a value head",
-    "reinforce_pp_returns": "issue 3: REINFORCE++",
-    "reinforce_whitened_advantage": "issue 3: REINFORCE++",
-    "outlier_sequence_mask": "issue 3: sequence masks by their worst token",
-    "cispo_loss": "issue 3: CISPO",
-    "gspo_loss_adv_mean": "issue 3: GSPO",
-    "prox_logp_loglinear": "never needed: proximal log-probs are computed, not interpolated",
-    "prox_logp_linear": "never needed: proximal log-probs are computed, not interpolated",
-    "off_policy_sequence_mask": "issue 3: sequence masks by the sign of the advantage",
-}
-"""Operations of the vectors that the learner does not have yet, and why."""
-
-
-class Row:
-    """One vector: inputs as float64 tensors, all contexts [R, L] with a mask."""
-
-    def __init__(self, raw: dict) -> None:
-        self.op: str = raw["op"]
-        self.params: dict = raw["params"]
-        self.expected: dict = raw["expected"]
-        self.inputs: dict = raw["inputs"]
-        self.tolerance = {"rtol": raw["rtol"], "atol": raw["atol"]}
-
-    def tensor(self, name: str) -> Tensor:
-        return torch.tensor(self.inputs[name], dtype=torch.float64)
-
-    @property
-    def mask(self) -> Tensor:
-        return self.tensor("mask").bool()
-
-    def flat(self, name: str) -> Tensor:
-        return self.tensor(name)[self.mask]
-
-    @property
-    def segment(self) -> Tensor:
-        """The row of each unmasked token."""
-        return torch.nonzero(self.mask)[:, 0]
-
-    def check(self, found: Tensor | np.ndarray | float, key: str) -> None:
-        np.testing.assert_allclose(np.asarray(found), np.asarray(self.expected[key], dtype=float), **self.tolerance)
+CONFIGS = [
+    LossConfig(clip_low=0.1, clip_high=0.3),
+    LossConfig(clip_low=0.1, clip_high=0.3, dual_clip=1.2),
+    LossConfig(policy_loss="gspo", clip_low=0.1, clip_high=0.05),
+    LossConfig(policy_loss="cispo", clip_low=0.1, clip_high=0.2),
+    LossConfig(kl_coefficient=0.3, kl_estimator="k1"),
+    LossConfig(kl_coefficient=0.3, kl_estimator="k2"),
+    LossConfig(kl_coefficient=0.3, kl_estimator="k3"),
+    LossConfig(kl_coefficient=0.3, kl_in="reward"),
+]
 
 
-def check_grpo_advantage(row: Row) -> None:
-    rewards, groups = row.tensor("token_level_rewards").sum(1).numpy(), np.array(row.inputs["group"])
-    found = np.zeros(len(rewards))
-    for one in set(groups.tolist()):
-        member = groups == one
-        found[member] = grpo_advantages(rewards[member], [True] * member.sum(), normalize_std=row.params["norm_by_std"])
-    row.check(found[:, None] * row.tensor("response_mask").numpy(), "advantages")
+def gradient(loss: torch.Tensor, of: torch.Tensor) -> np.ndarray:
+    return torch.autograd.grad(loss, of)[0].numpy()
 
 
-def check_group_centered_advantage(row: Row) -> None:
-    rewards = row.inputs["rewards"]
-    row.check(grpo_advantages(rewards, [True] * len(rewards), normalize_std=False).sum(), "sum")
-
-
-def check_masked_loss_sum(row: Row) -> None:
-    owner = row.segment.numpy()
-    weight = aggregation_weights(owner, owner, aggregation="constant", constant=1 / len(row.inputs["loss"]))
-    row.check((row.flat("loss").numpy() * weight).sum(), "value")
-
-
-def check_approx_kl(row: Row) -> None:
-    found = torch.zeros(row.mask.shape, dtype=torch.float64)
-    found[row.mask] = approx_kl(row.flat("logprobs"), row.flat("ref_logprobs"), estimator=row.params["estimator"])
-    row.check(found, "kl")
-
-
-def check_tis_ratio(row: Row) -> None:
-    log_ratio = row.flat("old_logprobs") - row.flat("rollout_logprobs")
-    if row.params["level"] == "sequence":
-        log_ratio = scoped_log_ratio(log_ratio, row.segment, product=True)[:1]
-    found = truncated_weights(log_ratio, high=row.params["cap"])
-    row.check(found[None], "ratio")
-    row.check((log_ratio.exp() > row.params["cap"]).double().mean(), "capped_fraction")
-
-
-def check_sequence_mask(row: Row) -> None:
-    log_ratio = row.flat("old_logprobs") - row.flat("rollout_logprobs")
-    scoped = scoped_log_ratio(log_ratio, row.segment, product=row.params["metric"] == "product")
-    kept = masked_weights(scoped, low=row.params["low"], high=row.params["high"]) > 0
-    row.check(kept[:1, None].double(), "mask")
-
-
-def check_ppo_dual_clip_loss(row: Row) -> None:
-    """The tokens on which the dual clip (issue 3) does not bind: the last is at its bound c |A|."""
-    found, clipped = clipped_surrogate(
-        row.flat("logprobs"),
-        row.flat("old_logprobs"),
-        row.flat("advantages"),
-        clip_low=row.params["eps_low"],
-        clip_high=row.params["eps_high"],
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_dump_json(exclude_defaults=True))
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_loss_and_gradient_equal_the_reference(config: LossConfig, seed: int) -> None:
+    flat = flat_tokens(seed)
+    importance = torch.from_numpy(np.random.default_rng(seed).choice([0.0, 0.5, 2.0], size=len(flat.tokens)))
+    tokens = flat.loss_tokens(importance=importance)
+    loss, seen = total_loss(tokens, config)
+    wanted, slopes = reference_objective(
+        flat.tokens, flat.logprobs, flat.proximal, flat.reference, flat.weight, importance.tolist(), config
     )
-    wanted = torch.tensor(row.expected["per_token"], dtype=torch.float64)[0]
-    free = wanted < row.params["clip_c"] * row.flat("advantages").abs() - 1e-6
-    assert free.tolist() == [True, True, False]
-    torch.testing.assert_close(found[free], wanted[free], **row.tolerance)
-    assert not clipped.any()
-
-
-def check_sequence_ratio_geomean(row: Row) -> None:
-    log_ratio = row.flat("logprobs") - row.flat("proximal_logprobs")
-    row.check(scoped_log_ratio(log_ratio, row.segment).exp().reshape(row.mask.shape), "ratio")
-
-
-def check_behave_weight_clamp(row: Row) -> None:
-    log_ratio = row.flat("proximal_logprobs") - row.flat("old_logprobs")
-    row.check(truncated_weights(log_ratio, high=row.params["upper"])[None], "weight")
-
-
-def check_reject_mask_ratio(row: Row) -> None:
-    log_ratio = row.flat("proximal_logprobs") - row.flat("old_logprobs")
-    row.check((masked_weights(log_ratio, low=0.0, high=row.params["upper"]) > 0)[None].double(), "mask")
-
-
-CHECKS: dict[str, Callable[[Row], None]] = {
-    name.removeprefix("check_"): function for name, function in globals().items() if name.startswith("check_")
-}
-
-
-@pytest.mark.skipif(not VECTORS.exists(), reason=f"no vectors at {VECTORS}; set PALIMPSEST_DATA")
-def test_every_vector_of_an_operation_that_we_have_passes() -> None:
-    rows = [Row(json.loads(line)) for line in VECTORS.read_text().splitlines()]
-    operations = {row.op for row in rows}
-    assert operations == CHECKS.keys() | NOT_BUILT.keys()
-    for row in rows:
-        if row.op in CHECKS:
-            CHECKS[row.op](row)
+    assert float(loss.detach()) == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+    np.testing.assert_allclose(gradient(loss, tokens.logprobs), slopes, rtol=1e-5, atol=1e-8)
+    assert seen.loss == pytest.approx(wanted if len(flat.tokens) else 0.0, rel=1e-9, abs=1e-9)
 
 
 def test_one_token_with_both_signs_is_clipped_for_each_by_itself() -> None:
     """r = 1.5 with A = +1 and -1 gives -1.2 + 1.5, not 0."""
     ratio = torch.tensor([1.5, 1.5], dtype=torch.float64)
-    loss, clipped = clipped_surrogate(
-        ratio.log(), torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, -1.0]), clip_low=0.2, clip_high=0.2
-    )
+    loss, clipped = clipped_surrogate(ratio.log(), torch.tensor([1.0, -1.0]), clip_low=0.2, clip_high=0.2)
     assert loss.tolist() == pytest.approx([-1.2, 1.5])
     assert clipped.tolist() == [True, False]
+
+
+def test_the_dual_clip_binds_on_negative_advantages_alone() -> None:
+    ratio = torch.tensor([10.0, 10.0, 2.0, 0.1], dtype=torch.float64)
+    advantages = torch.tensor([-1.0, 1.0, -1.0, -1.0])
+    loss, clipped = clipped_surrogate(ratio.log(), advantages, clip_low=0.2, clip_high=0.2, dual_clip=3.0)
+    assert loss.tolist() == pytest.approx([3.0, -1.2, 2.0, 0.8])
+    assert clipped.tolist() == [True, True, False, True]
+
+
+def test_gspo_gives_every_token_of_a_context_its_ratio_and_gradient() -> None:
+    """d/d log pi_t of sum_t w s A with s = (prod r)^(1/3) is w s A for each of the three tokens."""
+    logprobs = torch.tensor([0.1, -0.2, 0.4, 1.0], dtype=torch.float64, requires_grad=True)
+    context = torch.tensor([0, 0, 0, 2])
+    log_ratio = sequence_log_ratio(logprobs, context)
+    assert log_ratio.tolist() == pytest.approx([0.1, 0.1, 0.1, 1.0])
+    found = gradient(log_ratio.exp().sum(), logprobs)
+    geometric = torch.stack([3 * logprobs[:3].mean().exp(), logprobs[3].exp()]).sum()
+    np.testing.assert_allclose(found, gradient(geometric, logprobs))
+
+
+def test_cispo_clips_the_weight_and_never_the_gradient() -> None:
+    ratio = torch.tensor([3.0, 0.1, 1.1], dtype=torch.float64)
+    logprobs = ratio.log().requires_grad_()
+    loss, clipped = cispo(logprobs, logprobs, torch.tensor([1.0, 1.0, -2.0]), clip_low=0.5, clip_high=0.2)
+    np.testing.assert_allclose(gradient(loss.sum(), logprobs), [-1.2, -0.5, 2.2])
+    assert clipped.tolist() == [True, True, False]
+
+
+def test_entropy_and_value_terms() -> None:
+    tokens = flat_tokens(1).loss_tokens()
+    num = len(tokens.logprobs)
+    assert num > 3
+    entropy = torch.rand(num, dtype=torch.float64, requires_grad=True)
+    values = torch.linspace(-1, 1, num, dtype=torch.float64, requires_grad=True)
+    returns = torch.linspace(1, 0, num, dtype=torch.float64)
+    plain, _ = total_loss(tokens, LossConfig())
+    full = dataclasses.replace(
+        tokens, entropy=entropy, values=values, old_values=torch.zeros_like(returns), returns=returns
+    )
+    loss, seen = total_loss(full, LossConfig(entropy_coefficient=0.1, value=ValueConfig(coefficient=0.25, clip=0.2)))
+    errors = torch.maximum((values - returns) ** 2, (values.clamp(-0.2, 0.2) - returns) ** 2) / 2
+    wanted = plain + (tokens.weight * (0.25 * errors - 0.1 * entropy)).sum()
+    torch.testing.assert_close(loss, wanted)
+    np.testing.assert_allclose(gradient(loss, entropy), -0.1 * tokens.weight)
+    assert seen.value_loss == pytest.approx(errors.sum().item())
+    assert seen.entropy == pytest.approx(entropy.sum().item())
+
+
+def test_the_value_clip_never_makes_the_loss_smaller() -> None:
+    values, old, returns = torch.tensor([1.0, 1.0, 0.1]), torch.zeros(3), torch.tensor([2.0, 0.0, 1.0])
+    assert value_loss(values, old, returns).tolist() == pytest.approx([0.5, 0.5, 0.405])
+    assert value_loss(values, old, returns, clip=0.2).tolist() == pytest.approx([1.62, 0.5, 0.405])
+
+
+def test_terms_without_their_columns_are_refused() -> None:
+    tokens = dataclasses.replace(flat_tokens(1).loss_tokens(), reference=None)
+    with pytest.raises(ValueError, match=r"kl_coefficient = 0.1 needs reference \[N\], got None"):
+        total_loss(tokens, LossConfig(kl_coefficient=0.1))
+    total_loss(tokens, LossConfig(kl_coefficient=0.1, kl_in="reward"))
+    with pytest.raises(ValueError, match=r"values \[N\] need old_values"):
+        total_loss(dataclasses.replace(tokens, values=tokens.weight), LossConfig())
+
+
+def test_diagnostics_add_up_over_any_split() -> None:
+    flat = flat_tokens(3)
+    importance = torch.linspace(0, 2, len(flat.tokens), dtype=torch.float64)
+    _, whole = total_loss(flat.loss_tokens(importance=importance), LossConfig())
+    parts = []
+    for trajectory in (0, 1, 2, 7):
+        at = [n for n, token in enumerate(flat.tokens) if token.trajectory == trajectory]
+        parts.append(total_loss(flat.select(at).loss_tokens(importance=importance[at]), LossConfig())[1])
+    for found in (sum(parts, Diagnostics()), Diagnostics.from_tensors(*whole.to_tensors())):
+        for name in (each.name for each in dataclasses.fields(Diagnostics)):
+            np.testing.assert_allclose(getattr(found, name), getattr(whole, name), rtol=1e-12, err_msg=name)
+
+
+def test_diagnostics_say_what_was_seen() -> None:
+    flat = flat_tokens(3)
+    num = len(flat.tokens)
+    importance = torch.linspace(0, 2, num, dtype=torch.float64)
+    tokens = flat.loss_tokens(importance=importance)
+    _, seen = total_loss(tokens, LossConfig(clip_low=0.1, clip_high=0.1))
+    logprobs = tokens.logprobs.detach()
+    kl = (logprobs - tokens.behavior).exp() - 1 - (logprobs - tokens.behavior)
+    assert seen.num_tokens == num
+    assert seen.kl_behavior == pytest.approx(float(kl.sum()))
+    assert seen.kl_reference == pytest.approx(float(approx_kl(logprobs, tokens.reference).sum()))  # pyright: ignore[reportArgumentType]
+    assert (seen.importance_weight, seen.importance_weight_max) == (pytest.approx(num), 2.0)
+    assert seen.importance_weight_squared == pytest.approx(float((importance**2).sum()))
+    assert seen.effective_sample_fraction == pytest.approx(num / float((importance**2).sum()))
+    assert (seen.weight_zeroed, seen.clipped) == (1.0, float((clipped_of(tokens)).sum()))
+    for index, counts, sums in (
+        (tokens.age, seen.tokens_by_age, seen.kl_by_age),
+        (tokens.turn, seen.tokens_by_turn, seen.kl_by_turn),
+    ):
+        for bucket in range(NUM_BUCKETS):
+            inside = index == bucket if bucket < NUM_BUCKETS - 1 else index >= bucket
+            assert counts[bucket] == inside.sum()
+            assert sums[bucket] == pytest.approx(float(kl[inside].sum()))
+    assert int(tokens.age.max()) >= NUM_BUCKETS
+
+
+def clipped_of(tokens: LossTokens) -> torch.Tensor:
+    ratio, a = (tokens.logprobs - tokens.proximal).exp(), tokens.advantages
+    return ((a > 0) & (ratio > 1.1)) | ((a < 0) & (ratio < 0.9))
 
 
 def test_on_policy_gradient_is_minus_weight_times_advantage() -> None:
     logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
     advantages, weight = torch.tensor([1.0, -2.0, 0.0]), torch.tensor([0.5, 0.25, 0.25])
-    loss, seen = policy_loss(
-        logprobs=logprobs,
-        proximal=logprobs.detach(),
-        behavior=logprobs.detach(),
-        importance=torch.ones(3),
-        advantages=advantages,
-        weight=weight,
-        entropy=torch.tensor([1.0, 2.0, 3.0]),
-        clip_low=0.2,
-        clip_high=0.2,
-    )
-    loss.backward()
-    assert logprobs.grad is not None
-    torch.testing.assert_close(logprobs.grad, -weight * advantages)
-    assert (seen.num_tokens, seen.clipped, seen.kl_behavior, seen.importance_weight_max) == (3, 0.0, 0.0, 1.0)
-    assert seen.mean(seen.entropy) == pytest.approx(2.0)
+    index = torch.zeros(3, dtype=torch.int64)
+    for name in ("ppo", "cispo"):
+        tokens = LossTokens(
+            logprobs=logprobs,
+            entropy=torch.tensor([1.0, 2.0, 3.0]),
+            proximal=logprobs.detach(),
+            behavior=logprobs.detach(),
+            importance=torch.ones(3),
+            advantages=advantages,
+            weight=weight,
+            context=index,
+            age=index,
+            turn=index,
+        )
+        loss, seen = total_loss(tokens, LossConfig(policy_loss=name))
+        np.testing.assert_allclose(gradient(loss, logprobs), -weight * advantages)
+        assert (seen.num_tokens, seen.clipped, seen.kl_behavior, seen.importance_weight_max) == (3, 0.0, 0.0, 1.0)
+        assert seen.mean(seen.entropy) == pytest.approx(2.0)
 
 
-def test_no_tokens_give_zero_and_a_gradient() -> None:
-    empty = torch.zeros(0, requires_grad=True)
-    nothing = empty.detach()
-    loss, seen = policy_loss(
-        logprobs=empty,
-        proximal=nothing,
-        behavior=nothing,
-        importance=nothing,
-        advantages=nothing,
-        weight=nothing,
-        entropy=nothing,
-        clip_low=0.2,
-        clip_high=0.2,
-    )
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_dump_json(exclude_defaults=True))
+def test_no_tokens_give_zero_and_a_gradient(config: LossConfig) -> None:
+    tokens = flat_tokens(0).select([]).loss_tokens()
+    loss, seen = total_loss(tokens, config)
     loss.backward()
     assert (float(loss.detach()), seen.num_tokens, seen.mean(seen.entropy)) == (0.0, 0, 0.0)
+    assert seen.effective_sample_fraction == 0.0
 
 
-def test_overflowing_ratios_stay_finite_where_they_are_capped_or_masked() -> None:
-    huge = torch.tensor([200.0, -200.0, 0.0])
-    assert truncated_weights(huge, high=2.0).tolist() == [2.0, 0.0, 1.0]
-    assert masked_weights(huge, low=0.5, high=2.0).tolist() == [0.0, 0.0, 1.0]
+def test_the_short_form_is_the_clipped_surrogate_alone() -> None:
+    tokens = flat_tokens(5).loss_tokens()
+    names = ("logprobs", "proximal", "behavior", "importance", "advantages", "weight", "entropy")
+    columns = {name: getattr(tokens, name) for name in names}
+    found, _ = policy_loss(**columns, clip_low=0.1, clip_high=0.3)
+    wanted, _ = total_loss(tokens, LossConfig(clip_low=0.1, clip_high=0.3))
+    assert float(found.detach()) == float(wanted.detach())
 
 
 def test_k3_is_unbiased_and_never_negative() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import numpy as np
 import pytest
@@ -13,7 +12,8 @@ from transformers import PreTrainedModel
 from learner.batching import Minibatch, flatten, make_micro_batches, make_minibatches
 from learner.policy import Policy
 from learner.trainer import Trainer
-from protocol.config import CorrectionConfig, LearnerConfig, LossConfig, OptimizerConfig
+from protocol.algorithms import Correction, LossConfig, MaskConfig, Scope, TruncateConfig
+from protocol.config import LearnerConfig, OptimizerConfig
 from protocol.errors import MalformedMessage
 from protocol.types import Status, TrajectoryGroup
 from tests.learner.reference import accumulate_reference, frozen, reference_loss, trajectories_of
@@ -22,12 +22,11 @@ from tests.learner.tiny import group, tiny_model
 TEMPERATURE = 0.7
 STEP = 5
 AGGREGATIONS = ("trajectory", "context", "token", "constant")
+SCOPES: tuple[Scope, ...] = ("token", "context", "trajectory")
 CORRECTIONS = (
-    CorrectionConfig(kind="none"),
-    *(
-        CorrectionConfig(kind=kind, scope=scope, low=0.5, high=1.5)
-        for kind, scope in itertools.product(("truncate", "mask"), ("token", "context", "trajectory"))
-    ),
+    None,
+    *(TruncateConfig(scope=scope, high=1.5) for scope in SCOPES),
+    *(MaskConfig(scope=scope, low=0.5, high=1.5) for scope in SCOPES),
 )
 
 
@@ -39,7 +38,7 @@ def _one_thread() -> None:
 def config(
     *,
     aggregation: str = "trajectory",
-    correction: CorrectionConfig | None = None,
+    correction: Correction | None = TruncateConfig(high=1.5),
     minibatches: int = 1,
     budget: int = 64,
     ablation: str = "none",
@@ -51,7 +50,7 @@ def config(
         minibatches=minibatches,
         clip_low=0.1,
         clip_high=0.15,
-        correction=correction or CorrectionConfig(kind="truncate", scope="token", high=1.5),
+        corrections=() if correction is None else (correction,),
     )
     return LearnerConfig(
         staleness_bound=2,
@@ -97,9 +96,9 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("correction", CORRECTIONS, ids=lambda c: f"{c.kind}-{c.scope}")
+@pytest.mark.parametrize("correction", CORRECTIONS, ids=lambda c: f"{c.kind}-{c.scope}" if c else "none")
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_loss_and_gradient_equal_the_reference(aggregation: str, correction: CorrectionConfig) -> None:
+def test_loss_and_gradient_equal_the_reference(aggregation: str, correction: Correction | None) -> None:
     groups = uneven_groups()
     settings = config(aggregation=aggregation, correction=correction)
     model = tiny_model(dtype=torch.float64)
@@ -119,7 +118,7 @@ def test_loss_and_gradient_equal_the_reference(aggregation: str, correction: Cor
 def test_several_minibatches_equal_a_reference_loop_with_a_fixed_proximal_policy(scope: str) -> None:
     groups = uneven_groups()
     optimizer = OptimizerConfig(learning_rate=0.02, eps=1e-2, weight_decay=0.1, clip_norm=0.5)
-    correction = CorrectionConfig(kind="truncate", scope=scope, high=1.5)  # pyright: ignore[reportArgumentType]
+    correction = TruncateConfig(scope=scope, high=1.5)  # pyright: ignore[reportArgumentType]
     settings = config(minibatches=3, correction=correction, optimizer=optimizer)
     model, plain = (tiny_model(dtype=torch.float64) for _ in range(2))
     trainer = trainer_of(model, settings)
@@ -151,7 +150,7 @@ def test_the_gradient_is_the_same_for_any_split_into_micro_batches(
     scope: str, dtype: torch.dtype, bound: float
 ) -> None:
     """To rounding: fp32 itself is 1e-6 from fp64 here."""
-    correction = CorrectionConfig(kind="truncate", scope=scope, high=1.5)  # pyright: ignore[reportArgumentType]
+    correction = TruncateConfig(scope=scope, high=1.5)  # pyright: ignore[reportArgumentType]
     model = tiny_model(dtype=dtype)
     wanted, _ = fast_gradient(model, config(correction=correction, budget=100_000), uneven_groups())
     for budget in (1, 33, 90, 300):
@@ -207,7 +206,7 @@ def test_fully_masked_tokens_give_zero_and_are_counted() -> None:
 
 
 def test_a_ratio_mask_that_drops_everything_gives_zero() -> None:
-    masked = CorrectionConfig(kind="mask", low=1e8, high=1e9)
+    masked = MaskConfig(low=1e8, high=1e9)
     metrics = trainer_of(tiny_model(), config(correction=masked)).train_step([group(0)], step=0)
     assert metrics.grad_norm == 0.0
     assert metrics.importance_zero_fraction == 1.0

@@ -91,7 +91,7 @@ def test_overrides_into_a_value(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("[learner]\nclip = 1\n", "learner.clip: unknown key; known here: num_steps, groups_per_batch"),
-        ("[learner.loss]\nclip = 1\n", "learner.loss.clip: unknown key; known here: aggregation, constant"),
+        ("[learner.loss]\nclip = 1\n", "learner.loss.clip: unknown key; known here: policy_loss, clip_low"),
         ("[lerner]\n", "lerner: unknown key; known here: run, network, model"),
         ("[learner]\nstaleness_bound = -1\n", "learner.staleness_bound: .*greater than or equal to 0, got -1"),
         ("[learner]\nnum_steps = 0\n", "learner.num_steps: .*greater than or equal to 1, got 0"),
@@ -100,7 +100,8 @@ def test_overrides_into_a_value(tmp_path: Path) -> None:
         ("[learner.loss]\nminibatches = 1000\n", "minibatches must be <= groups_per_batch .* 128, got 1000"),
         ('[run]\nname = "a b"\n', "run.name: .*pattern.*, got 'a b'"),
         ("[network]\ncontrol_port = 70000\n", "network.control_port: .*65535, got 70000"),
-        ("[sampling]\ntop_p = 0.9\n", "sampling.top_p: unknown key"),
+        ("[sampling]\ntop_p = 0.9\n", "sampling: top_p is refused: a truncating sampler's log-probs"),
+        ("[sampling]\ntop_n = 9\n", "sampling.top_n: unknown key"),
         ("run = 3\n", "run: .*got 3"),
     ],
 )
@@ -142,7 +143,13 @@ def test_json_that_is_no_table(tmp_path: Path, tree: object) -> None:
     [
         ("workflow.top_n=101", ["workflow.top_n", "100"]),
         ("workflow.context_tokens=1536", ["workflow.context_tokens = 1536", "512 + 1024"]),
-        ("learner.loss.correction.low=3.0", ["low must be <= high = 2.0", "3.0"]),
+        ("learner.loss.corrections=[{kind='mask', low=6.0}]", ["corrections.0.mask: low must be <= high = 5.0", "6.0"]),
+        ("learner.loss.corrections=[{kind='truncate', low=1}]", ["corrections.0.truncate.low: unknown key"]),
+        ("learner.loss.corrections=[{kind='clamp'}]", ["learner.loss.corrections.0", "'truncate'", "'clamp'"]),
+        ("learner.loss.corrections=[{kind='truncate', high=inf}]", ["corrections.0.truncate.high", "finite", "inf"]),
+        ("learner.loss={policy_loss='cispo', dual_clip=3.0}", ["dual_clip must not be set", "'cispo', got 3.0"]),
+        ("learner.loss.dual_clip=1.0", ["learner.loss.dual_clip", "greater than 1"]),
+        ("learner={advantage={estimator='maxrl'}, loss={kl_in='reward', kl_coefficient=0.1}}", ["learner.loss.kl_in"]),
         ("learner.optimizer.betas=[0.9,1.0]", ["learner.optimizer.betas", "less than 1"]),
     ],
 )
