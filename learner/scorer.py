@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from learner.attention import PackedInputs
+from learner.attention import PackedInputs, install
+from learner.scoring import token_scores
 
 
 class Scores(NamedTuple):
     """Of M scored tokens: logprob, entropy and value (None without a value head), [M], fp32 (fp64 of an fp64 model).
 
-    A tuple, as FSDP finds the tensors to hook its backward on only in what PyTorch can flatten.
+    A tuple, because FSDP hooks its backward on tensors only in what PyTorch can flatten.
     """
 
     logprob: Tensor
@@ -24,18 +26,19 @@ class Scores(NamedTuple):
 class Scorer(nn.Module):
     """A causal language model, with a value head if asked for, whose one forward uses every parameter.
 
-    Shard its decoder layers and then this module as the root; the output embedding must not be sharded by itself: its
-    weight is read here, not called.
+    To shard it, shard its decoder layers and then this module as the root; the output embedding must not be sharded by
+    itself: its weight is read here, the module is not called.
 
-    model        the language model; its attention implementation is replaced by that of packs
-    value_head   nn.Linear(hidden size, 1) | None
-
-    Raises: DataError for a model whose logits are more than its output embedding of its last hidden states.
+    model       its attention implementation is replaced by that of packs; its logits must be its output embedding of
+                its last hidden states, divided by nothing, capped by nothing
+    value_head  nn.Linear(hidden size, 1) that starts at 0, or None
     """
 
     def __init__(self, model: PreTrainedModel, *, with_value_head: bool = False) -> None:
         super().__init__()
-        raise NotImplementedError
+        install(model)
+        self.model = model
+        self.value_head = _value_head(model) if with_value_head else None
 
     def forward(
         self,
@@ -46,5 +49,25 @@ class Scorer(nn.Module):
         temperature: float = 1.0,
         entropy_grad: bool = False,
     ) -> Scores:
-        """Scores the token ids `target` as next tokens after the packed indices `source`, int64 [M >= 0] both."""
-        raise NotImplementedError
+        """Scores the token ids `target` as next tokens after the packed indices `source`, int64 [M >= 0] both.
+
+        A value is that of the state before the token, of the hidden state that predicts it.
+        """
+        decoder = cast(nn.Module, self.model.get_decoder())
+        head = cast(nn.Linear, self.model.get_output_embeddings())
+        hidden = decoder(
+            input_ids=packed.token_ids, position_ids=packed.position_ids, use_cache=False, packing_plan=packed.plan
+        ).last_hidden_state[0].index_select(0, source)  # fmt: skip
+        logprob, entropy = token_scores(
+            hidden, head.weight, target, bias=head.bias, temperature=temperature, entropy_grad=entropy_grad
+        )
+        value = None if self.value_head is None else self.value_head(hidden).squeeze(-1).to(logprob.dtype)
+        return Scores(logprob, entropy, value)
+
+
+def _value_head(model: PreTrainedModel) -> nn.Linear:
+    embedding = cast(nn.Linear, model.get_output_embeddings()).weight
+    head = nn.Linear(embedding.shape[1], 1, device=embedding.device, dtype=embedding.dtype)
+    for parameter in head.parameters():
+        torch.nn.init.zeros_(parameter)
+    return head
