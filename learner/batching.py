@@ -1,26 +1,24 @@
-"""From groups to micro-batches, in pure NumPy: which tokens are trained, with what weight, beside which others.
+"""From groups to flat columns, in pure NumPy: which tokens were sampled, whose they are, what each weighs.
 
-    groups ──flatten──► Batch: one row a sampled token [N]
-                          │  split by trajectory, in lease order
+    groups ──flatten──► Batch: one row a sampled token [N], one a context [C], one a trajectory [T]
+                          │  planning.py: minibatches by trajectory, micro-batches by shared prefix
                           ▼
-                        Minibatch: weights from *all* its sampled tokens, then the age mask
-                          │  contexts sorted by length, filled to a budget of padded tokens
-                          ▼
-                        MicroBatch: contexts right-padded [R, T], trained tokens flat [N]
+                        losses on flat tokens, never on rows
 
-Losses are formed on the flat tokens and never on rows: the weight of a token is fixed before it is known which
-micro-batch will compute it, so that any split, order or packing gives the same gradient.
+The weight of a token is fixed before it is known which micro-batch, on which rank, will compute it: any split, order or
+packing gives the same gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from learner.advantage import Credit
 from protocol.errors import MalformedMessage
 from protocol.types import Context, Status, TrajectoryGroup
 
@@ -30,14 +28,13 @@ Index = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SampledTokens:
-    """N tokens that the policy sampled, ordered by trajectory, context and position.
+    """N tokens that the policy sampled, ordered by trajectory, context and position: the order of generation.
 
     trajectory, context  int64   [N]  index within the batch
     position             int64   [N]  within the context, >= 1
     token_id             int64   [N]
     behavior_logprob     float32 [N]
     version              int32   [N]
-    advantage            float32 [N]
     """
 
     trajectory: Index
@@ -46,103 +43,106 @@ class SampledTokens:
     token_id: Index
     behavior_logprob: NDArray[np.float32]
     version: NDArray[np.int32]
-    advantage: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.token_id)
 
-    def select(self, which: NDArray[np.bool_] | Index | slice) -> SampledTokens:
-        """The tokens that a mask [N], indices or a slice name."""
-        return SampledTokens(*(getattr(self, column.name)[which] for column in fields(self)))
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """C contexts of the non-failed trajectories of a batch; those of `token_ids` [starts[c], starts[c+1]) are c's.
+    """T non-failed trajectories of C contexts; the tokens of context c are `token_ids` [starts[c], starts[c + 1]).
 
-    token_ids  int32 [sum of lengths]
-    starts     int64 [C + 1]
+    token_ids       int32   [sum of lengths]
+    starts          int64   [C + 1]
+    trajectory      int64   [C]  whose a context is
+    turn            int64   [C]  of the workflow
+    role, policy    str     [C]
+    context_reward  float64 [C]
+    reward, group   float64 and int64 [T]
     """
 
     token_ids: NDArray[np.int32]
     starts: Index
-    num_trajectories: int
+    trajectory: Index
+    turn: Index
+    role: tuple[str, ...]
+    policy: tuple[str, ...]
+    context_reward: NDArray[np.float64]
+    reward: NDArray[np.float64]
+    group: Index
     sampled: SampledTokens
 
     @property
     def num_contexts(self) -> int:
         return len(self.starts) - 1
 
+    @property
+    def num_trajectories(self) -> int:
+        return len(self.reward)
 
-@dataclass(frozen=True, slots=True, eq=False)
-class MicroBatch:
-    """R contexts that go through the model together.
+    @property
+    def context_number(self) -> Index:
+        """int64 [C]: the index of each context within its trajectory."""
+        first = np.searchsorted(self.trajectory, self.trajectory)
+        return np.arange(self.num_contexts) - first
 
-    token_ids  int64   [R, T]  right-padded with 0, each cut before its last trained token, which is never an input
-    row        int64   [N]     the row of each trained token
-    tokens             [N]     the trained tokens
-    weight     float32 [N]     what multiplies a token's loss; the loss is the plain sum over all micro-batches
-    num_input_tokens           sum of lengths without padding
-    """
-
-    token_ids: Index
-    row: Index
-    tokens: SampledTokens
-    weight: NDArray[np.float32]
-    num_input_tokens: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Minibatch:
-    """What one optimiser step sees. `num_over_age`: sampled tokens that are too old, masked but counted in weights."""
-
-    micro_batches: tuple[MicroBatch, ...]
-    num_sampled: int
-    num_over_age: int
+    def credit(self, trained: NDArray[np.bool_]) -> Credit:
+        """What the advantages of the tokens that `trained` [N] selects are computed from."""
+        roles, role = np.unique(np.array(self.role, dtype=np.str_), return_inverse=True)
+        _, policy = np.unique(np.array(self.policy, dtype=np.str_), return_inverse=True)
+        return Credit(
+            reward=self.reward,
+            group=self.group,
+            owner=self.trajectory,
+            role=role.astype(np.int64),
+            turn=self.turn,
+            trajectory=self.sampled.trajectory[trained],
+            context=self.sampled.context[trained],
+            policy=policy.astype(np.int64)[self.sampled.context[trained]],
+            roles=tuple(roles.tolist()),
+            context_reward=self.context_reward,
+        )
 
 
-def flatten(
-    groups: Sequence[TrajectoryGroup],
-    advantages: Sequence[ArrayLike],
-    *,
-    last_context_only: bool = False,
-) -> Batch:
-    """Columns of every sampled token of a batch. `advantages`: [G] for each group.
+def flatten(groups: Sequence[TrajectoryGroup], *, last_context_only: bool = False) -> Batch:
+    """Columns of every sampled token, context and trajectory of a batch.
 
     Failed trajectories are left out. `last_context_only` (an ablation) treats all but the last context of a trajectory
-    as not sampled. Raises: MalformedMessage where a context samples its first token, which no forward can score, or
+    as not there. Raises: MalformedMessage where a context samples its first token, which no forward can score, or
     where its version spans do not cover its sampled tokens.
     """
-    contexts: list[Context] = []
-    owner: list[int] = []
-    advantage: list[float] = []
-    for group, values in zip(groups, advantages, strict=True):
-        for trajectory, value in zip(group.trajectories, np.asarray(values, dtype=np.float64), strict=True):
-            if trajectory.status is Status.FAILED:
-                continue
-            kept = trajectory.contexts[-1:] if last_context_only else trajectory.contexts
-            contexts.extend(kept)
-            owner.extend([len(advantage)] * len(kept))
-            advantage.append(float(value))
+    counted = [(g, t) for g, group in enumerate(groups) for t in group.trajectories if t.status is not Status.FAILED]
+    kept = [t.contexts[-1:] if last_context_only else t.contexts for _, t in counted]
+    contexts = [context for each in kept for context in each]
+    owner = np.repeat(np.arange(len(counted)), np.array([len(each) for each in kept], dtype=np.int64))
 
     lengths = np.array([len(context) for context in contexts], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     token_ids = _concatenate([context.token_ids for context in contexts], np.int32)
     at = np.flatnonzero(_concatenate([context.loss_mask for context in contexts], np.bool_))
     context_of = np.repeat(np.arange(len(contexts)), lengths)[at]
-    trajectory_of = np.array(owner, dtype=np.int64)[context_of]
     sampled = SampledTokens(
-        trajectory=trajectory_of,
+        trajectory=owner[context_of],
         context=context_of,
         position=at - starts[context_of],
         token_id=token_ids[at].astype(np.int64),
         behavior_logprob=_concatenate([context.behavior_logprobs for context in contexts], np.float32)[at],
         version=_versions(contexts, num_sampled=len(at)),
-        advantage=np.array(advantage, dtype=np.float32)[trajectory_of],
     )
     if len(sampled) and int(sampled.position.min()) < 1:
         raise MalformedMessage("context: its first token has no predecessor, so loss_mask[0] must be false, got true")
-    return Batch(token_ids=token_ids, starts=starts, num_trajectories=len(advantage), sampled=sampled)
+    return Batch(
+        token_ids=token_ids,
+        starts=starts,
+        trajectory=owner,
+        turn=np.array([context.turn for context in contexts], dtype=np.int64),
+        role=tuple(context.role for context in contexts),
+        policy=tuple(context.policy for context in contexts),
+        context_reward=np.array([context.reward for context in contexts], dtype=np.float64),
+        reward=np.array([trajectory.reward for _, trajectory in counted], dtype=np.float64),
+        group=np.array([group for group, _ in counted], dtype=np.int64),
+        sampled=sampled,
+    )
 
 
 def aggregation_weights(
@@ -168,92 +168,6 @@ def aggregation_weights(
         return 1.0 / (num_trajectories * per_trajectory[trajectory])
     per_context = np.bincount(context)
     return 1.0 / (np.count_nonzero(per_context) * per_context[context])
-
-
-def make_minibatches(
-    batch: Batch,
-    *,
-    num_minibatches: int,
-    tokens_per_micro_batch: int,
-    aggregation: Aggregation,
-    constant: float,
-    oldest_version: int,
-    newest_version: int,
-) -> list[Minibatch]:
-    """Splits a batch by trajectory into `num_minibatches` (fewer where trajectories are fewer), in lease order.
-
-    Tokens of a version below `oldest_version` (the learner's step minus the staleness bound) are not trained, but keep
-    their part of the denominator. The denominator is that of the optimiser step: a minibatch, over all ranks.
-    Raises: MalformedMessage where a version is above `newest_version`, the learner's step.
-    """
-    newest = int(batch.sampled.version.max(initial=newest_version))
-    if newest > newest_version:
-        raise MalformedMessage(f"batch: policy versions must be <= the learner's step {newest_version}, got {newest}")
-    parts = np.array_split(np.arange(batch.num_trajectories), max(1, min(num_minibatches, batch.num_trajectories)))
-    minibatches = []
-    for part in parts:
-        tokens = batch.sampled.select(np.isin(batch.sampled.trajectory, part))
-        weight = aggregation_weights(tokens.trajectory, tokens.context, aggregation=aggregation, constant=constant)
-        young = tokens.version >= oldest_version
-        micro_batches = make_micro_batches(
-            batch,
-            tokens=tokens.select(young),
-            weight=weight[young].astype(np.float32),
-            tokens_per_micro_batch=tokens_per_micro_batch,
-        )
-        minibatches.append(
-            Minibatch(
-                micro_batches=tuple(micro_batches),
-                num_sampled=len(tokens),
-                num_over_age=len(tokens) - int(np.count_nonzero(young)),
-            )
-        )
-    return minibatches
-
-
-def make_micro_batches(
-    batch: Batch, *, tokens: SampledTokens, weight: NDArray[np.float32], tokens_per_micro_batch: int
-) -> list[MicroBatch]:
-    """Fills micro-batches of at most `tokens_per_micro_batch` padded tokens (one context at least), longest first.
-
-    Contexts without a trained token are not computed at all.
-    """
-    contexts, first = np.unique(tokens.context, return_index=True)
-    ends = np.append(first[1:], len(tokens))
-    lengths = tokens.position[ends - 1] if len(contexts) else np.zeros(0, dtype=np.int64)
-    order = np.argsort(-lengths, kind="stable")
-    micro_batches = []
-    for chosen in _fill(order, lengths, tokens_per_micro_batch):
-        counts = (ends - first)[chosen]
-        flat = np.repeat(first[chosen] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
-        micro_batches.append(
-            MicroBatch(
-                token_ids=_padded(batch, contexts[chosen], lengths[chosen]),
-                row=np.repeat(np.arange(len(chosen)), counts),
-                tokens=tokens.select(flat),
-                weight=weight[flat],
-                num_input_tokens=int(lengths[chosen].sum()),
-            )
-        )
-    return micro_batches
-
-
-def _fill(order: Index, lengths: Index, budget: int) -> list[Index]:
-    """Cuts `order` (by descending length) where the next row would pass the budget of rows x longest."""
-    parts = []
-    start = 0
-    while start < len(order):
-        num_rows = max(1, budget // max(1, int(lengths[order[start]])))
-        parts.append(order[start : start + num_rows])
-        start += num_rows
-    return parts
-
-
-def _padded(batch: Batch, contexts: Index, lengths: Index) -> Index:
-    columns = np.arange(int(lengths.max()))
-    inside = columns < lengths[:, None]
-    source = np.where(inside, batch.starts[contexts][:, None] + columns, 0)
-    return np.where(inside, batch.token_ids[source], 0).astype(np.int64)
 
 
 def _versions(contexts: Sequence[Context], *, num_sampled: int) -> NDArray[np.int32]:

@@ -1,4 +1,4 @@
-"""TensorBoard: one place that knows the tags. docs/metrics.md says what each means and what is healthy."""
+"""TensorBoard. The tags are those of `scalars()`; docs/metrics.md says what each means and what is healthy."""
 
 from __future__ import annotations
 
@@ -27,6 +27,19 @@ class RolloutSummary:
     context_tokens: float
     failed_fraction: float
     zero_variance_fraction: float
+
+    def scalars(self) -> dict[str, float]:
+        """By TensorBoard tag; metrics.jsonl has the same names."""
+        return {
+            "reward/mean": self.reward_mean,
+            "reward/std": self.reward_std,
+            "reward/zero_variance_fraction": self.zero_variance_fraction,
+            **{f"reward/{name}": value for name, value in self.reward_parts.items()},
+            "rollout/turns": self.turns,
+            "rollout/context_tokens": self.context_tokens,
+            "rollout/failed_fraction": self.failed_fraction,
+            **{f"rollout/{name}": value for name, value in self.stats.items()},
+        }
 
 
 def summarise_rollouts(groups: Sequence[TrajectoryGroup]) -> RolloutSummary:
@@ -60,48 +73,12 @@ class MetricsWriter:
 
     def step(self, metrics: StepMetrics) -> None:
         """`policy/*`, `staleness/*` and `learner/*` of one training step."""
-        scalars = {
-            "staleness/mean": metrics.staleness_mean,
-            "staleness/max": metrics.staleness_max,
-            "staleness/over_age_tokens": metrics.num_over_age_tokens,
-            "policy/entropy": metrics.entropy,
-            "policy/clip_fraction": metrics.clip_fraction,
-            "policy/kl_behavior": metrics.kl_behavior,
-            "policy/importance_weight_mean": metrics.importance_weight_mean,
-            "policy/importance_weight_max": metrics.importance_weight_max,
-            "policy/importance_zero_fraction": metrics.importance_zero_fraction,
-            "learner/loss": metrics.loss,
-            "learner/grad_norm": metrics.grad_norm,
-            "learner/learning_rate": metrics.learning_rate,
-            "learner/skipped_updates": metrics.num_skipped_updates,
-            "learner/step_s": metrics.step_s,
-            "learner/prepare_s": metrics.prepare_s,
-            "learner/proximal_s": metrics.proximal_s,
-            "learner/forward_s": metrics.forward_s,
-            "learner/backward_s": metrics.backward_s,
-            "learner/update_s": metrics.update_s,
-            "learner/tokens_per_s": metrics.tokens_per_s,
-            "learner/padding_fraction": metrics.padding_fraction,
-            "learner/trained_tokens": metrics.num_tokens,
-            "learner/trained_contexts": metrics.num_contexts,
-            "learner/trained_trajectories": metrics.num_trajectories,
-        }
-        self.scalars(scalars, step=metrics.step)
+        self.scalars(metrics.scalars(), step=metrics.step)
         self._ages(metrics.staleness_counts, step=metrics.step)
 
     def rollouts(self, summary: RolloutSummary, *, step: int) -> None:
         """`reward/*` and `rollout/*` of the batch that step trained on."""
-        scalars = {
-            "reward/mean": summary.reward_mean,
-            "reward/std": summary.reward_std,
-            "reward/zero_variance_fraction": summary.zero_variance_fraction,
-            "rollout/turns": summary.turns,
-            "rollout/context_tokens": summary.context_tokens,
-            "rollout/failed_fraction": summary.failed_fraction,
-        }
-        self.scalars(scalars, step=step)
-        self.scalars({f"reward/{name}": value for name, value in summary.reward_parts.items()}, step=step)
-        self.scalars({f"rollout/{name}": value for name, value in summary.stats.items()}, step=step)
+        self.scalars(summary.scalars(), step=step)
 
     def scalars(self, values: Mapping[str, float], *, step: int) -> None:
         """Any tag by its full name: `rollout/tokens_per_s`, `learner/wait_s`, `queue/*`: made elsewhere."""

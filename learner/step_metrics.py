@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from learner.batching import Minibatch
-from learner.loss import Diagnostics
+from learner.batching import Batch
+from learner.diagnostics import Diagnostics
+from learner.planning import Plan
 from protocol.types import Status, TrajectoryGroup
 
 
@@ -17,8 +19,11 @@ from protocol.types import Status, TrajectoryGroup
 class StepMetrics:
     """What one step did. Counts are of what was trained; docs/metrics.md explains each.
 
-    `staleness_counts[a]`: trained tokens of age a = step - version. `num_input_tokens`: context tokens that went
-    through the model, without padding. `num_skipped_updates`: minibatches whose gradient was not finite.
+    `staleness_counts[a]`: trained tokens of age a = step - version. `num_input_tokens`: tokens of the trained contexts,
+    for which `num_computed_tokens` went through the model: common prefixes do once. `num_skipped_updates`: minibatches
+    whose gradient was not finite. `kl_by_age[a]`, `kl_by_turn[k]`: mean mismatch KL of tokens of age a, of context k.
+    `seconds` by phase: plan, proximal, reference, advantage, forward, backward, update. `mfu` in 0..1, or None where
+    the device's peak is not known.
     """
 
     step: int
@@ -29,24 +34,28 @@ class StepMetrics:
     num_tokens: int
     num_over_age_tokens: int
     num_input_tokens: int
-    padding_fraction: float
+    num_computed_tokens: int
+    num_padding_tokens: int
     num_skipped_updates: int
     loss: float
+    value_loss: float
     entropy: float
     clip_fraction: float
     kl_behavior: float
+    kl_reference: float
+    kl_by_age: dict[int, float]
+    kl_by_turn: dict[int, float]
     importance_weight_mean: float
     importance_weight_max: float
     importance_zero_fraction: float
+    effective_sample_fraction: float
+    advantage_mean: float
     grad_norm: float
     learning_rate: float
     staleness_counts: tuple[int, ...]
-    prepare_s: float
-    proximal_s: float
-    forward_s: float
-    backward_s: float
-    update_s: float
+    seconds: dict[str, float]
     step_s: float
+    mfu: float | None
 
     @property
     def staleness_mean(self) -> float:
@@ -60,8 +69,47 @@ class StepMetrics:
 
     @property
     def tokens_per_s(self) -> float:
-        """Context tokens trained on in a second of the step."""
+        """Context tokens trained on in a second of the step, shared ones counted for each context."""
         return self.num_input_tokens / self.step_s
+
+    @property
+    def unique_fraction(self) -> float:
+        """Tokens that were computed for each context token; 1 where nothing is shared, or nothing was trained."""
+        return self.num_computed_tokens / self.num_input_tokens if self.num_input_tokens else 1.0
+
+    def scalars(self) -> dict[str, float]:
+        """By TensorBoard tag; metrics.jsonl has the same names."""
+        optional = {} if self.mfu is None else {"learner/mfu": self.mfu}
+        return {
+            "staleness/mean": self.staleness_mean,
+            "staleness/max": self.staleness_max,
+            "staleness/over_age_tokens": self.num_over_age_tokens,
+            "policy/entropy": self.entropy,
+            "policy/clip_fraction": self.clip_fraction,
+            "policy/kl_behavior": self.kl_behavior,
+            "policy/kl_reference": self.kl_reference,
+            **{f"policy/kl_behavior_age_{age}": kl for age, kl in self.kl_by_age.items()},
+            **{f"policy/kl_behavior_context_{number}": kl for number, kl in self.kl_by_turn.items()},
+            "policy/importance_weight_mean": self.importance_weight_mean,
+            "policy/importance_weight_max": self.importance_weight_max,
+            "policy/importance_zero_fraction": self.importance_zero_fraction,
+            "policy/effective_sample_fraction": self.effective_sample_fraction,
+            "learner/loss": self.loss,
+            "learner/value_loss": self.value_loss,
+            "learner/advantage_mean": self.advantage_mean,
+            "learner/grad_norm": self.grad_norm,
+            "learner/learning_rate": self.learning_rate,
+            "learner/skipped_updates": self.num_skipped_updates,
+            "learner/step_s": self.step_s,
+            **{f"learner/{phase}_s": seconds for phase, seconds in self.seconds.items()},
+            "learner/tokens_per_s": self.tokens_per_s,
+            "learner/unique_fraction": self.unique_fraction,
+            "learner/padding_fraction": self.num_padding_tokens / max(1, self.num_computed_tokens),
+            "learner/trained_tokens": self.num_tokens,
+            "learner/trained_contexts": self.num_contexts,
+            "learner/trained_trajectories": self.num_trajectories,
+            **optional,
+        }
 
 
 class Clock:
@@ -81,50 +129,73 @@ class Clock:
         return self._last - self._start
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step computed, over all ranks: tokens of one forward of the batch, and floating-point operations.
+
+    `num_padding_tokens`: those of them that belong to no context, where a rank has less work than others.
+    `peak_flops` a second, of all devices; None where it is not known.
+    """
+
+    num_computed_tokens: int
+    num_padding_tokens: int
+    flops: float
+    peak_flops: float | None
+
+
 def summarise(
     groups: Sequence[TrajectoryGroup],
-    minibatches: Sequence[Minibatch],
+    batch: Batch,
+    plan: Plan,
     watched: Diagnostics,
-    norms: Sequence[float],
+    work: Work,
     *,
+    norms: Sequence[float],
+    advantage_mean: float,
     step: int,
     rate: float,
     num_skipped: int,
     clock: Clock,
 ) -> StepMetrics:
-    """The metrics of a step from what its minibatches saw; `norms` are gradient norms by minibatch."""
-    micro_batches = [micro_batch for minibatch in minibatches for micro_batch in minibatch.micro_batches]
-    num_input_tokens = sum(micro_batch.num_input_tokens for micro_batch in micro_batches)
-    num_padded = sum(micro_batch.token_ids.size for micro_batch in micro_batches)
-    ages = np.concatenate([step - m.tokens.version for m in micro_batches]) if micro_batches else np.zeros(0, np.int32)
-    owners = [m.tokens.trajectory for m in micro_batches]
+    """The metrics of a step; `watched` over all ranks, `norms` are gradient norms by minibatch."""
+    trained, sampled = plan.trained, batch.sampled
+    lengths = np.zeros(batch.num_contexts, dtype=np.int64)
+    np.maximum.at(lengths, sampled.context[trained], sampled.position[trained])
     statuses = [trajectory.status for group in groups for trajectory in group.trajectories]
-    seconds = clock.seconds
+    mfu = work.flops / clock.total_s / work.peak_flops if work.peak_flops else None
     return StepMetrics(
         step=step,
         num_groups=len(groups),
-        num_trajectories=len(np.unique(np.concatenate(owners))) if owners else 0,
+        num_trajectories=len(np.unique(sampled.trajectory[trained])),
         num_failed_trajectories=statuses.count(Status.FAILED),
-        num_contexts=sum(len(micro_batch.token_ids) for micro_batch in micro_batches),
+        num_contexts=int(np.count_nonzero(lengths)),
         num_tokens=watched.num_tokens,
-        num_over_age_tokens=sum(minibatch.num_over_age for minibatch in minibatches),
-        num_input_tokens=num_input_tokens,
-        padding_fraction=1.0 - num_input_tokens / num_padded if num_padded else 0.0,
+        num_over_age_tokens=plan.num_over_age,
+        num_input_tokens=int(lengths.sum()),
+        num_computed_tokens=work.num_computed_tokens,
+        num_padding_tokens=work.num_padding_tokens,
         num_skipped_updates=num_skipped,
         loss=watched.loss,
+        value_loss=watched.mean(watched.value_loss),
         entropy=watched.mean(watched.entropy),
         clip_fraction=watched.mean(watched.clipped),
         kl_behavior=watched.mean(watched.kl_behavior),
+        kl_reference=watched.mean(watched.kl_reference),
+        kl_by_age=_means(watched.kl_by_age, watched.tokens_by_age),
+        kl_by_turn=_means(watched.kl_by_turn, watched.tokens_by_turn),
         importance_weight_mean=watched.mean(watched.importance_weight),
         importance_weight_max=watched.importance_weight_max,
         importance_zero_fraction=watched.mean(watched.weight_zeroed),
+        effective_sample_fraction=watched.effective_sample_fraction,
+        advantage_mean=advantage_mean,
         grad_norm=float(np.mean(norms)) if norms else 0.0,
         learning_rate=rate,
-        staleness_counts=tuple(np.bincount(ages).tolist()),
-        prepare_s=seconds.get("prepare", 0.0),
-        proximal_s=seconds.get("proximal", 0.0),
-        forward_s=seconds.get("forward", 0.0),
-        backward_s=seconds.get("backward", 0.0),
-        update_s=seconds.get("update", 0.0),
+        staleness_counts=tuple(np.bincount(step - sampled.version[trained]).tolist()),
+        seconds=dict(clock.seconds),
         step_s=clock.total_s,
+        mfu=mfu,
     )
+
+
+def _means(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> dict[int, float]:
+    return {int(bucket): float(sums[bucket] / counts[bucket]) for bucket in np.flatnonzero(counts)}

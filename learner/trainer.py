@@ -1,67 +1,85 @@
-"""One training step: groups in, a better policy and its metrics out.
+"""One training step: advantages, corrected and clipped policy gradient over micro-batches, gradient clip, AdamW.
 
-    groups ─► advantages ─► minibatches ─► [proximal log-probs] ─► per minibatch:
-                                            only if needed           micro-batches: log-probs ─► loss ─► backward
-                                                                     then clip, AdamW
+    groups ─► flatten ─► plan ─► pre-pass, where something must be known of all tokens first ─► credit, corrections
+        ─► for each minibatch: forward, loss, backward of its micro-batches ─► update
 
 The proximal policy is the policy at the start of the step. With one minibatch that is the model itself, and its
-log-probs are those of the training forward, detached. A forward of its own is paid for with several minibatches, and
-for the `trajectory` scope, whose weights need all contexts of a trajectory at once.
+log-probs are those of the training forward, detached. A pre-pass is paid for with several minibatches, for corrections
+that reach over micro-batches, for values (`gae`) and for a KL in the reward.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from learner.advantage import group_advantages
-from learner.batching import MicroBatch, Minibatch, flatten, make_minibatches
-from learner.corrections import importance_weights
-from learner.loss import Diagnostics, policy_loss
+from learner.advantage import token_advantages
+from learner.attention import to_device
+from learner.batching import Batch, flatten
+from learner.corrections import correction_weights, needs_prepass
+from learner.diagnostics import Diagnostics
+from learner.flops import peak_flops, training_flops
+from learner.loss import LossTokens, approx_kl, total_loss
 from learner.optimizer import apply_update, build_optimizer, learning_rate
-from learner.policy import Policy, token_logprobs
-from learner.step_metrics import Clock, StepMetrics, summarise
+from learner.parallel import World
+from learner.planning import MicroBatch, Plan, make_plan
+from learner.policy import Policy
+from learner.scorer import Scorer, Scores
+from learner.step_metrics import Clock, StepMetrics, Work, summarise
 from protocol.config import LearnerConfig
 from protocol.types import TrajectoryGroup
 
 
-@dataclass(frozen=True, slots=True)
-class _Columns:
-    """A micro-batch's columns on the device: token_ids [R, T], the others [N]."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """What is known of a batch's N sampled tokens before the step, on the device; [N] each.
 
-    token_ids: Tensor
-    row: Tensor
-    position: Tensor
-    target: Tensor
-    context: Tensor
-    trajectory: Tensor
+    proximal, importance, reference and old_values are None where the training forward tells them or none is needed.
+    """
+
     behavior: Tensor
     advantage: Tensor
     weight: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Proximal:
-    """What the proximal policy says of a micro-batch before the step: log-probs and importance weights, [N]."""
-
-    proximal: Tensor
-    importance: Tensor
+    context: Tensor
+    trajectory: Tensor
+    age: Tensor
+    turn: Tensor
+    proximal: Tensor | None = None
+    importance: Tensor | None = None
+    reference: Tensor | None = None
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
 
 
 class Trainer:
-    """Owns the optimiser of a policy. `temperature` is that of sampling: learner logits are divided by it."""
+    """Owns the optimiser of a policy. `temperature` is that of sampling: learner logits are divided by it.
+
+    Every rank calls `train_step` with the same groups and trains its own micro-batches of them.
+    """
 
     def __init__(
-        self, *, policy: Policy, config: LearnerConfig, temperature: float = 1.0, num_skipped_updates: int = 0
+        self,
+        *,
+        policy: Policy,
+        config: LearnerConfig,
+        temperature: float = 1.0,
+        reference: Policy | None = None,
+        world: World | None = None,
+        num_skipped_updates: int = 0,
     ) -> None:
         self.policy = policy
         self.config = config
         self.temperature = temperature
-        self.optimizer = build_optimizer(policy.model, config.optimizer)
+        self.world = world or World()
+        self.scorer = Scorer(policy.model, with_value_head=config.advantage.estimator == "gae")
+        self.reference = Scorer(reference.model) if reference is not None else None
+        self.optimizer = build_optimizer(self.scorer, config.optimizer)
         self.num_skipped_updates = num_skipped_updates
 
     def train_step(self, groups: Sequence[TrajectoryGroup], *, step: int) -> StepMetrics:
@@ -70,63 +88,38 @@ class Trainer:
         Raises: MalformedMessage where a group cannot be scored, or holds tokens of a version above `step`.
         """
         clock = Clock()
-        minibatches = self.prepare(groups, step=step)
-        clock.lap("prepare")
-        fixed = self.proximal(minibatches)
-        clock.lap("proximal")
-
+        batch = flatten(groups, last_context_only=self.config.ablation == "last-context")
+        plan = self.plan(batch, step=step)
+        clock.lap("plan")
+        columns = self.columns(batch, plan, step=step, clock=clock)
         rate = learning_rate(step, num_steps=self.config.num_steps, config=self.config.optimizer)
-        watched = Diagnostics()
-        norms: list[float] = []
-        for number, minibatch in enumerate(minibatches):
-            watched += self.accumulate(minibatch, fixed=fixed[number] if fixed else None, clock=clock)
+        watched, norms = Diagnostics(), []
+        for minibatch in plan.minibatches:
+            watched += self.accumulate(minibatch, columns, clock=clock)
             norms.append(
-                apply_update(self.policy.model, self.optimizer, rate=rate, clip_norm=self.config.optimizer.clip_norm)
+                apply_update(self.scorer, self.optimizer, rate=rate, clip_norm=self.config.optimizer.clip_norm)
             )
             clock.lap("update")
         num_skipped = sum(not math.isfinite(norm) for norm in norms)
         self.num_skipped_updates += num_skipped
         return summarise(
-            groups, minibatches, watched, norms, step=step, rate=rate, num_skipped=num_skipped, clock=clock
-        )
-
-    def accumulate(
-        self, minibatch: Minibatch, *, fixed: Sequence[Proximal] | None = None, clock: Clock | None = None
-    ) -> Diagnostics:
-        """Adds the gradient of one minibatch to the parameters' and returns what was watched."""
-        clock = clock or Clock()
-        loss_config = self.config.loss
-        watched = Diagnostics()
-        for number, micro_batch in enumerate(minibatch.micro_batches):
-            columns = self._columns(micro_batch)
-            logprobs, entropy = self._logprobs(columns)
-            current = fixed[number] if fixed else self._fix([columns], [logprobs.detach()])[0]
-            loss, seen = policy_loss(
-                logprobs=logprobs,
-                proximal=current.proximal,
-                behavior=columns.behavior,
-                importance=current.importance,
-                advantages=columns.advantage,
-                weight=columns.weight,
-                entropy=entropy,
-                clip_low=loss_config.clip_low,
-                clip_high=loss_config.clip_high,
-            )
-            clock.lap("forward")
-            loss.backward()
-            clock.lap("backward")
-            watched += seen
-        return watched
-
-    def prepare(self, groups: Sequence[TrajectoryGroup], *, step: int) -> list[Minibatch]:
-        """The minibatches of one step, advantages and weights in them. Raises: MalformedMessage."""
-        config = self.config
-        batch = flatten(
             groups,
-            [group_advantages(group, config.advantage) for group in groups],
-            last_context_only=config.ablation == "last-context",
+            batch,
+            plan,
+            self.world.reduce(watched),
+            self._work(plan, columns),
+            norms=norms,
+            advantage_mean=float(columns.advantage.double().mean()) if len(batch.sampled) else 0.0,
+            step=step,
+            rate=rate,
+            num_skipped=num_skipped,
+            clock=clock,
         )
-        return make_minibatches(
+
+    def plan(self, batch: Batch, *, step: int) -> Plan:
+        """Minibatches and this rank's micro-batches. Raises: MalformedMessage."""
+        config = self.config
+        return make_plan(
             batch,
             num_minibatches=config.loss.minibatches,
             tokens_per_micro_batch=config.tokens_per_micro_batch,
@@ -134,53 +127,155 @@ class Trainer:
             constant=config.loss.constant,
             oldest_version=step - config.staleness_bound,
             newest_version=step,
+            share=config.prefix_sharing,
+            rank=self.world.rank,
+            num_ranks=self.world.size,
+        )
+
+    def columns(self, batch: Batch, plan: Plan, *, step: int, clock: Clock | None = None) -> Columns:
+        """Advantages and weights of a batch's tokens, and what the policy says of them before the step if needed."""
+        clock, loss = clock or Clock(), self.config.loss
+        proximal = values = reference = penalty = importance = None
+        if self._needs_prepass(plan):
+            proximal, values = self._pass(self.scorer, batch, plan)
+            clock.lap("proximal")
+        if self.reference is not None:
+            reference, _ = self._pass(self.reference, batch, plan)
+            clock.lap("reference")
+        if loss.kl_in == "reward" and reference is not None and proximal is not None:
+            kl = approx_kl(proximal, reference, estimator=loss.kl_estimator)
+            penalty = (loss.kl_coefficient * kl).double().cpu().numpy()
+        sampled, trained = batch.sampled, plan.trained
+        earned = token_advantages(
+            batch.credit(trained),
+            self.config.advantage,
+            values=None if values is None else values.double().cpu().numpy()[trained],
+            kl_penalty=None if penalty is None else penalty[trained],
+        )
+        columns = Columns(
+            behavior=self._tensor(sampled.behavior_logprob),
+            advantage=self._tensor(_spread(earned.advantage, trained)),
+            weight=self._tensor(plan.weight),
+            context=self._tensor(sampled.context),
+            trajectory=self._tensor(sampled.trajectory),
+            age=self._tensor(step - sampled.version.astype(np.int64)),
+            turn=self._tensor(batch.context_number[sampled.context]),
+            proximal=proximal,
+            reference=reference,
+            old_values=values,
+            returns=None if earned.returns is None else self._tensor(_spread(earned.returns, trained)),
+        )
+        if proximal is not None:
+            which = self._tensor(trained)
+            importance = torch.zeros_like(proximal)
+            importance[which] = self._importance(columns, which, proximal[which])
+        clock.lap("advantage")
+        return replace(columns, importance=importance)
+
+    def accumulate(
+        self, minibatch: Sequence[MicroBatch], columns: Columns, *, clock: Clock | None = None
+    ) -> Diagnostics:
+        """Adds the gradient of this rank's part of one minibatch to the parameters' and returns what was watched."""
+        clock, watched = clock or Clock(), Diagnostics()
+        for micro_batch in minibatch:
+            scores, gather = self._score(self.scorer, micro_batch)
+            tokens = self._loss_tokens(columns, self._tensor(micro_batch.tokens), scores, gather)
+            loss, seen = total_loss(tokens, self.config.loss)
+            clock.lap("forward")
+            loss.backward()
+            clock.lap("backward")
+            watched += seen
+        return watched
+
+    def _needs_prepass(self, plan: Plan) -> bool:
+        loss = self.config.loss
+        return (
+            len(plan.minibatches) > 1
+            or needs_prepass(loss.corrections)
+            or self.config.advantage.estimator == "gae"
+            or (loss.kl_in == "reward" and self.reference is not None)
         )
 
     @torch.no_grad()
-    def proximal(self, minibatches: Sequence[Minibatch]) -> list[list[Proximal]] | None:
-        """By minibatch and micro-batch what the current policy says; None where the training forward will tell."""
-        correction = self.config.loss.correction
-        whole_trajectories = correction.kind != "none" and correction.scope == "trajectory"
-        if len(minibatches) == 1 and not whole_trajectories:
-            return None
-        fixed = []
-        for minibatch in minibatches:
-            columns = [self._columns(micro_batch) for micro_batch in minibatch.micro_batches]
-            fixed.append(self._fix(columns, [self._logprobs(each)[0] for each in columns]))
-        return fixed
+    def _pass(self, scorer: Scorer, batch: Batch, plan: Plan) -> tuple[Tensor, Tensor | None]:
+        """(log-probs [N], values [N] or None) of all trained tokens, on all ranks; 0 for those that are not trained."""
+        found: list[Tensor] | None = None
+        for micro_batch in (each for minibatch in plan.minibatches for each in minibatch):
+            scores, gather = self._score(scorer, micro_batch)
+            columns = [each for each in (scores.logprob, scores.value) if each is not None]
+            found = found or [each.new_zeros(len(batch.sampled)) for each in columns]
+            for whole, part in zip(found, columns, strict=True):
+                whole[self._tensor(micro_batch.tokens)] = part[gather]
+        found = [self.world.sum(each) for each in found or [torch.zeros(len(batch.sampled), device=self.policy.device)]]
+        return found[0], found[1] if len(found) > 1 else None
 
-    def _fix(self, columns: Sequence[_Columns], proximal: Sequence[Tensor]) -> list[Proximal]:
-        """Importance weights over all given micro-batches together: a scope may reach over several of them."""
-        if not columns:
-            return []
-        scope = self.config.loss.correction.scope
-        segment = None if scope == "token" else torch.cat([getattr(each, scope) for each in columns])
-        behavior = torch.cat([each.behavior for each in columns])
-        weights = importance_weights(torch.cat(list(proximal)), behavior, segment, config=self.config.loss.correction)
-        parts = weights.split([len(each) for each in proximal])
-        return [Proximal(proximal=each, importance=part) for each, part in zip(proximal, parts, strict=True)]
-
-    def _logprobs(self, columns: _Columns) -> tuple[Tensor, Tensor]:
-        return token_logprobs(
-            self.policy.model,
-            token_ids=columns.token_ids,
-            row=columns.row,
-            position=columns.position,
-            target=columns.target,
+    def _score(self, scorer: Scorer, micro_batch: MicroBatch) -> tuple[Scores, Tensor]:
+        placement = micro_batch.placement
+        scores = scorer(
+            to_device(micro_batch.pack, self.policy.device),
+            self._tensor(placement.source),
+            self._tensor(placement.target),
             temperature=self.temperature,
+            entropy_grad=self.config.loss.entropy_coefficient > 0,
+        )
+        return scores, self._tensor(placement.gather)
+
+    def _loss_tokens(self, columns: Columns, index: Tensor, scores: Scores, gather: Tensor) -> LossTokens:
+        logprobs = scores.logprob[gather]
+        picked = {
+            each.name: None if (column := getattr(columns, each.name)) is None else column[index]
+            for each in fields(columns)
+        }
+        proximal, importance = picked.pop("proximal"), picked.pop("importance")
+        del picked["trajectory"]
+        if proximal is None:
+            proximal = logprobs.detach()
+            importance = self._importance(columns, index, proximal)
+        return LossTokens(
+            logprobs=logprobs,
+            entropy=scores.entropy[gather],
+            values=None if scores.value is None else scores.value[gather],
+            proximal=proximal,
+            importance=importance,
+            advantages=picked.pop("advantage"),
+            **picked,
         )
 
-    def _columns(self, micro_batch: MicroBatch) -> _Columns:
-        tokens = micro_batch.tokens
-        arrays = (
-            micro_batch.token_ids,
-            micro_batch.row,
-            tokens.position,
-            tokens.token_id,
-            tokens.context,
-            tokens.trajectory,
-            tokens.behavior_logprob,
-            tokens.advantage,
-            micro_batch.weight,
+    def _importance(self, columns: Columns, index: Tensor, proximal: Tensor) -> Tensor:
+        return correction_weights(
+            proximal,
+            columns.behavior[index],
+            advantages=columns.advantage[index],
+            context=columns.context[index],
+            trajectory=columns.trajectory[index],
+            corrections=self.config.loss.corrections,
         )
-        return _Columns(*(torch.from_numpy(array).to(self.policy.device) for array in arrays))
+
+    def _work(self, plan: Plan, columns: Columns) -> Work:
+        own = [each for minibatch in plan.minibatches for each in minibatch]
+        counts = [
+            sum(each.pack.num_unique_tokens for each in own),
+            sum(each.num_contexts == 0 for each in own),
+            sum(len(each.placement.source) for each in own),
+        ]
+        num_tokens, num_padding, num_scored = self.world.sum(torch.tensor(counts, device=self.policy.device)).tolist()
+        num_forwards = (columns.proximal is not None) + (columns.reference is not None)
+        peak = peak_flops(self.policy.device)
+        return Work(
+            num_computed_tokens=num_tokens,
+            num_padding_tokens=num_padding,
+            flops=training_flops(
+                self.policy.model, num_tokens=num_tokens, num_scored=num_scored, num_forwards=num_forwards
+            ),
+            peak_flops=peak and peak * self.world.size,
+        )
+
+    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(self.policy.device)
+
+
+def _spread(values: NDArray[np.float32], trained: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """[N] from the values of the trained tokens; 0 elsewhere."""
+    spread = np.zeros(len(trained), dtype=np.float32)
+    spread[trained] = values
+    return spread

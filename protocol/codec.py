@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -11,9 +12,10 @@ from numpy.typing import NDArray
 from protocol.errors import MalformedMessage
 from protocol.messages import QuestionFields, SubmitGroup
 from protocol.types import Context, Edge, Question, Status, Trajectory, TrajectoryGroup, VersionSpan
-from protocol.wire import Buffer, encode
+from protocol.wire import Buffer, decode, encode, expect
 
 _COLUMNS = (("token_ids", "<i4"), ("loss_mask", "u1"), ("behavior_logprobs", "<f4"), ("spans", "<i4"))
+_NUM_FRAMES = 1 + len(_COLUMNS)
 
 
 def encode_group(group: TrajectoryGroup, *, lease_id: int) -> list[Buffer]:
@@ -113,6 +115,28 @@ def decode_group(header: SubmitGroup, payload: Sequence[Buffer]) -> TrajectoryGr
         dict(header.question.metadata),
     )
     return TrajectoryGroup(header.run_id, header.cursor, header.attempt, question, trajectories)
+
+
+def pack_groups(groups: Sequence[TrajectoryGroup]) -> bytes:
+    """Groups as one run of bytes: each frame of each group, after its length in 8 bytes, little-endian."""
+    frames = [frame for group in groups for frame in encode_group(group, lease_id=0)]
+    return b"".join(part for frame in frames for part in (struct.pack("<Q", len(frame)), frame))
+
+
+def unpack_groups(data: bytes) -> list[TrajectoryGroup]:
+    """What `pack_groups` packed. Raises: MalformedMessage."""
+    frames, at = [], 0
+    while at < len(data):
+        start = at + 8
+        at = start + int.from_bytes(data[at:start], "little")
+        frames.append(memoryview(data)[start:at])
+    if at != len(data) or len(frames) % _NUM_FRAMES:
+        raise MalformedMessage(f"groups: {len(data)} bytes are not whole frames, {_NUM_FRAMES} a group")
+    groups = []
+    for first in range(0, len(frames), _NUM_FRAMES):
+        message, payload = decode(frames[first : first + _NUM_FRAMES])
+        groups.append(decode_group(expect(message, SubmitGroup), payload))
+    return groups
 
 
 def _check_header(header: SubmitGroup) -> None:

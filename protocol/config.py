@@ -179,6 +179,9 @@ class LearnerConfig(Section):
     """A step takes `groups_per_batch` B groups of `group_size` G; ages stay <= `staleness_bound` by construction.
 
     `lease_timeout_s`: a lease without a heartbeat that names it for so long is expired and issued again.
+    `tokens_per_micro_batch`: computed at once; `prefix_sharing`: whether common prefixes of contexts are computed once
+    (`auto`: where it pays). `reference`: the model folder that a KL is taken to; model.path if not given.
+    `check_drift`: train with rate 0, so that the mismatch between engines and learner must stay flat.
     """
 
     num_steps: Positive = 100
@@ -187,6 +190,9 @@ class LearnerConfig(Section):
     staleness_bound: NonNegative = 2
     skip_zero_variance: bool = False
     tokens_per_micro_batch: Positive = 16_384
+    prefix_sharing: bool | Literal["auto"] = "auto"
+    reference: Path | None = None
+    check_drift: bool = False
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     torch_threads: Positive = 1

@@ -20,6 +20,7 @@ _PATH_KEYS = {
     ("task", "questions"),
     ("task", "eval_questions"),
     ("retriever", "indexes"),
+    ("learner", "reference"),
 }
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from learner.batching import Minibatch, flatten, make_micro_batches, make_minibatches
+from learner.batching import flatten
+from learner.planning import make_micro_batches
 from learner.policy import Policy
 from learner.trainer import Trainer
 from protocol.algorithms import Correction, LossConfig, MaskConfig, Scope, TruncateConfig
@@ -86,9 +87,10 @@ def fast_gradient(
 ) -> tuple[torch.Tensor, float]:
     model.zero_grad(set_to_none=True)
     trainer = trainer_of(model, settings)
-    minibatches = trainer.prepare(groups, step=STEP)
-    fixed = trainer.proximal(minibatches)
-    watched = [trainer.accumulate(m, fixed=fixed[n] if fixed else None) for n, m in enumerate(minibatches)]
+    batch = flatten(groups, last_context_only=settings.ablation == "last-context")
+    plan = trainer.plan(batch, step=STEP)
+    columns = trainer.columns(batch, plan, step=STEP)
+    watched = [trainer.accumulate(minibatch, columns) for minibatch in plan.minibatches]
     return gradient_of(model), sum(w.loss for w in watched)
 
 
@@ -159,26 +161,24 @@ def test_the_gradient_is_the_same_for_any_split_into_micro_batches(
 
 
 def test_the_gradient_is_the_same_for_any_order_and_grouping_of_contexts() -> None:
-    """Random partitions that ignore trajectories and lengths, in random order."""
+    """Random partitions that ignore trajectories, lengths and common prefixes, in random order."""
     model = tiny_model(dtype=torch.float64)
     settings = config(budget=100_000)
-    wanted, _ = fast_gradient(model, settings, uneven_groups())
-    trainer = trainer_of(model, settings)
     groups = uneven_groups()
-    batch = flatten(groups, [np.zeros(len(each.trajectories)) for each in groups])
-    (whole,) = trainer.prepare(groups, step=STEP)
-    (one,) = whole.micro_batches
+    wanted, _ = fast_gradient(model, settings, groups)
+    trainer = trainer_of(model, settings)
+    batch = flatten(groups)
+    plan = trainer.plan(batch, step=STEP)
+    columns = trainer.columns(batch, plan, step=STEP)
+    trained = np.flatnonzero(plan.trained)
     rng = np.random.default_rng(3)
     for _ in range(3):
         model.zero_grad(set_to_none=True)
         owner = rng.integers(0, 5, size=batch.num_contexts)
-        parts = []
         for number in rng.permutation(5):
-            chosen = np.sort(np.flatnonzero(owner[one.tokens.context] == number))
-            chosen = chosen[np.lexsort((one.tokens.position[chosen], one.tokens.context[chosen]))]
-            tokens, weight = one.tokens.select(chosen), one.weight[chosen]
-            parts += make_micro_batches(batch, tokens=tokens, weight=weight, tokens_per_micro_batch=10_000)
-        trainer.accumulate(Minibatch(tuple(parts), num_sampled=whole.num_sampled, num_over_age=whole.num_over_age))
+            chosen = trained[owner[batch.sampled.context[trained]] == number]
+            ((part,),) = make_micro_batches(batch, tokens=chosen, tokens_per_micro_batch=10_000)
+            trainer.accumulate([part], columns)
         assert distance(gradient_of(model), wanted) < 1e-12
 
 
@@ -193,8 +193,7 @@ def test_failed_single_and_flat_groups_give_zero_and_not_nan() -> None:
         assert metrics.grad_norm == 0.0
         assert metrics.loss == 0.0
         assert metrics.num_skipped_updates == 0
-        values = [getattr(metrics, f.name) for f in dataclasses.fields(metrics) if f.name != "staleness_counts"]
-        assert np.isfinite(values).all()
+        assert np.isfinite(list(metrics.scalars().values())).all()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -214,41 +213,27 @@ def test_a_ratio_mask_that_drops_everything_gives_zero() -> None:
 
 def test_a_trajectory_weighs_the_same_whatever_its_number_of_contexts() -> None:
     """Rewards [1 with 3 contexts, 0 with 1 context]: the baseline is 0.5, and weights sum to 1/2 each."""
-    one = group(4, num_contexts=(3, 1), rewards=(1.0, 0.0))
+    batch = flatten([group(4, num_contexts=(3, 1), rewards=(1.0, 0.0))])
     trainer = trainer_of(tiny_model(), config())
-    (minibatch,) = trainer.prepare([one], step=0)
-    total = {0: 0.0, 1: 0.0}
-    for micro_batch in minibatch.micro_batches:
-        for owner, advantage, weight in zip(
-            micro_batch.tokens.trajectory, micro_batch.tokens.advantage, micro_batch.weight, strict=True
-        ):
-            total[int(owner)] += float(weight)
-            assert advantage == pytest.approx((0.5 if owner == 0 else -0.5) / (np.std([1, 0], ddof=1) + 1e-6))
-    assert total == pytest.approx({0: 0.5, 1: 0.5})
+    plan = trainer.plan(batch, step=0)
+    columns = trainer.columns(batch, plan, step=0)
+    owner = torch.from_numpy(batch.sampled.trajectory)
+    for trajectory, centred in ((0, 0.5), (1, -0.5)):
+        assert float(columns.weight[owner == trajectory].sum()) == pytest.approx(0.5)
+        advantage = columns.advantage[owner == trajectory]
+        assert advantage.tolist() == pytest.approx([centred / (np.std([1, 0], ddof=1) + 1e-6)] * len(advantage))
 
 
 def test_masks_do_not_shift_weight() -> None:
-    """Ageing some tokens out leaves the weight of the others what it was."""
-    groups = [group(0, versions=(2, 5))]
-    advantages = [[1.0, -1.0, 1.0, -1.0]]
+    """Ageing some tokens out leaves the weight of the others, and their gradient, what it was."""
+    batch = flatten([group(0, versions=(2, 5))])
     for aggregation in AGGREGATIONS:
-        weights = []
-        for oldest in (0, 3):
-            (minibatch,) = make_minibatches(
-                flatten(groups, advantages),
-                num_minibatches=1,
-                tokens_per_micro_batch=10_000,
-                aggregation=aggregation,
-                constant=7.0,
-                oldest_version=oldest,
-                newest_version=5,
-            )
-            (micro_batch,) = minibatch.micro_batches
-            keys = zip(micro_batch.tokens.context, micro_batch.tokens.position, strict=True)
-            weights.append(dict(zip(keys, micro_batch.weight, strict=True)))
-        everything, young = weights
-        assert 0 < len(young) < len(everything)
-        assert all(everything[key] == weight for key, weight in young.items())
+        trainer = trainer_of(tiny_model(), config(aggregation=aggregation))
+        everything, young = trainer.plan(batch, step=5), trainer.plan(batch, step=6)
+        assert 0 < young.num_over_age < len(batch.sampled)
+        assert np.array_equal(everything.weight, young.weight)
+        trained = sum(len(part.tokens) for minibatch in young.minibatches for part in minibatch)
+        assert trained == len(batch.sampled) - young.num_over_age
 
 
 def test_the_ablation_trains_only_last_contexts() -> None:
@@ -287,9 +272,12 @@ def test_metrics_say_what_was_trained() -> None:
     assert metrics.staleness_max == 2
     assert metrics.staleness_mean == pytest.approx(np.mean(STEP - np.array(trained)))
     assert (metrics.num_groups, metrics.num_failed_trajectories, metrics.num_trajectories) == (3, 1, 8)
-    assert 0 <= metrics.padding_fraction < 0.5
+    assert metrics.num_computed_tokens <= metrics.num_input_tokens
+    assert set(metrics.kl_by_age) == {0, 1, 2}
+    assert set(metrics.kl_by_turn) == {0, 1, 2, 3}
+    assert 0 < metrics.effective_sample_fraction <= 1
     assert metrics.entropy > 0
-    assert metrics.step_s >= metrics.forward_s + metrics.backward_s
+    assert metrics.step_s >= metrics.seconds["forward"] + metrics.seconds["backward"]
     assert metrics.importance_weight_mean <= 1.5
 
 

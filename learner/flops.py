@@ -1,0 +1,44 @@
+"""What a training step costs in floating-point operations, beside what the devices could do: MFU."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+_PEAK_BF16_TFLOPS = {
+    "H200": 989.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+    "B200": 2250.0,
+}
+"""Dense bf16, from the makers' data sheets, by a part of the device's name."""
+
+
+def training_flops(model: PreTrainedModel, *, num_tokens: int, num_scored: int, num_forwards: int = 0) -> float:
+    """6 P U + 6 V H M for a forward and backward of U tokens with logits at M of them; 2 for each forward more, not 6.
+
+    P counts the parameters that are neither embedding; attention's quadratic part is left out, so that MFU is a lower
+    bound. Source: Kaplan et al. 2020, section 2.1.
+    """
+    embeddings = {
+        id(p) for p in (*_parameters(model.get_input_embeddings()), *_parameters(model.get_output_embeddings()))
+    }
+    body = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    head = sum(p.numel() for p in _parameters(model.get_output_embeddings()))
+    return (6.0 + 2.0 * num_forwards) * (body * num_tokens + head * num_scored)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of one device in a second, in dense bf16; None where it is not known, as for every CPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for part, tflops in _PEAK_BF16_TFLOPS.items() if part in name), None)
+
+
+def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
+    return [] if module is None else list(module.parameters())

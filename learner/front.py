@@ -1,0 +1,134 @@
+"""Where batches come from and where versions go: the loop's only sight of the world.
+
+Live      rank 0 of a run: coordinator, store, publisher
+Follower  the other ranks: batches as rank 0 sends them
+Replay    recorded batches of a run, without any server
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from learner.parallel import World
+from learner.plane import Plane
+from learner.store import Store
+from protocol.codec import pack_groups, unpack_groups
+from protocol.types import TrajectoryGroup
+
+# At the end, engines get this long to commit the last version before the learner leaves.
+_LAST_COMMIT_TIMEOUT_S = 60.0
+_DRAIN_S = 1.0
+
+
+class Front(Protocol):
+    """`num_recorded` steps are in the log already: they are trained again, and neither logged nor published."""
+
+    num_recorded: int
+    publishes: bool
+
+    def batch(self, step: int) -> list[TrajectoryGroup]:
+        """The batch of a step: from the log, or the next one, which is waited for."""
+        ...
+
+    def gauges(self) -> Mapping[str, float]:
+        """Queue lengths and the peers' counters by tag."""
+        ...
+
+    def log(self, groups: Sequence[TrajectoryGroup]) -> None:
+        """The step on these groups is trained: durable before its version can be seen."""
+        ...
+
+    def publish(self, data: bytes, *, version: int) -> None:
+        """Offers a version to engines."""
+        ...
+
+    def finish(self, *, version: int) -> bool:
+        """The run is over. Whether all engines have the last version."""
+        ...
+
+
+class Live:
+    """Implements `Front` on the plane of rank 0, and hands every batch on to the other ranks."""
+
+    publishes = True
+
+    def __init__(self, plane: Plane, *, num_recorded: int, world: World) -> None:
+        self._plane = plane
+        self._world = world
+        self.num_recorded = num_recorded
+
+    def batch(self, step: int) -> list[TrajectoryGroup]:
+        coordinator = self._plane.coordinator
+        recorded = step < self.num_recorded
+        groups = self._plane.run(coordinator.recorded_batch(step) if recorded else coordinator.next_batch())
+        if self._world.size > 1:
+            self._world.broadcast(pack_groups(groups))
+        return groups
+
+    def gauges(self) -> Mapping[str, float]:
+        return self._plane.run(self._plane.coordinator.gauges())
+
+    def log(self, groups: Sequence[TrajectoryGroup]) -> None:
+        self._plane.run(self._plane.coordinator.finish_batch([group.cursor for group in groups]))
+
+    def publish(self, data: bytes, *, version: int) -> None:
+        self._plane.publish(data, version=version)
+
+    def finish(self, *, version: int) -> bool:
+        """Engines commit the last version, actors are told to leave."""
+        self._plane.run(self._plane.coordinator.drain("the run has reached its last step"))
+        committed = self._plane.run(self._plane.wait_committed(version, timeout_s=_LAST_COMMIT_TIMEOUT_S))
+        time.sleep(_DRAIN_S)
+        return committed
+
+
+class Follower:
+    """Implements `Front` on a rank other than 0."""
+
+    publishes = True
+
+    def __init__(self, world: World, *, num_recorded: int) -> None:
+        self._world = world
+        self.num_recorded = num_recorded
+
+    def batch(self, step: int) -> list[TrajectoryGroup]:
+        return unpack_groups(self._world.broadcast(None))
+
+    def gauges(self) -> Mapping[str, float]:
+        return {}
+
+    def log(self, groups: Sequence[TrajectoryGroup]) -> None:
+        pass
+
+    def publish(self, data: bytes, *, version: int) -> None:
+        pass
+
+    def finish(self, *, version: int) -> bool:
+        return True
+
+
+class Replay:
+    """Implements `Front` on the store of a run that was; every rank reads it for itself."""
+
+    publishes = False
+    num_recorded = 0
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def batch(self, step: int) -> list[TrajectoryGroup]:
+        return [self._store.group(cursor) for cursor in self._store.batch(step)]
+
+    def gauges(self) -> Mapping[str, float]:
+        return {}
+
+    def log(self, groups: Sequence[TrajectoryGroup]) -> None:
+        pass
+
+    def publish(self, data: bytes, *, version: int) -> None:
+        pass
+
+    def finish(self, *, version: int) -> bool:
+        return True
