@@ -113,9 +113,10 @@ def test_entropy_and_value_terms() -> None:
 
 
 def test_the_value_clip_never_makes_the_loss_smaller() -> None:
-    values, old, returns = torch.tensor([1.0, 1.0, 0.1]), torch.zeros(3), torch.tensor([2.0, 0.0, 1.0])
-    assert value_loss(values, old, returns).tolist() == pytest.approx([0.5, 0.5, 0.405])
-    assert value_loss(values, old, returns, clip=0.2).tolist() == pytest.approx([1.62, 0.5, 0.405])
+    values, returns = torch.tensor([1.0, 1.0, 0.1, -1.0]), torch.tensor([2.0, 0.0, 1.0, -2.0])
+    old = torch.zeros(4)
+    assert value_loss(values, old, returns).tolist() == pytest.approx([0.5, 0.5, 0.405, 0.5])
+    assert value_loss(values, old, returns, clip=0.2).tolist() == pytest.approx([1.62, 0.5, 0.405, 1.62])
 
 
 def test_terms_without_their_columns_are_refused() -> None:
