@@ -156,23 +156,45 @@ class RetrieverConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW; `schedule` after `warmup_steps` of linear warm-up; `linear` decays to `final_fraction` of the rate."""
+    """AdamW. After `warmup_steps` of linear warm-up, `linear` and `cosine` decay to `final_fraction` of the rate.
+
+    `max_consecutive_skips`: an update whose loss or gradient is not finite is skipped; so many in a row end the run.
+    """
 
     learning_rate: Annotated[float, Field(ge=0)] = 1e-6
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    schedule: Literal["constant", "linear"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: NonNegative = 0
     final_fraction: Fraction = 0.1
+    max_consecutive_skips: Positive = 5
+
+
+class LoraConfig(Section):
+    """Adapters W + (alpha / rank) B A on the linear layers named `targets`; nothing else trains."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
 
 
 class CheckpointConfig(Section):
-    """Every `every_steps` a checkpoint is written and the newest `keep` are kept."""
+    """Every `every_steps` a checkpoint is written; the newest `keep` stay, and all of steps that `keep_every_steps`
+    divides."""
 
     every_steps: Positive = 20
     keep: Positive = 2
+    keep_every_steps: Positive | None = None
 
 
 class LearnerConfig(Section):
@@ -182,6 +204,8 @@ class LearnerConfig(Section):
     `tokens_per_micro_batch`: computed at once; `prefix_sharing`: whether common prefixes of contexts are computed once
     (`auto`: where it pays). `reference`: the model folder that a KL is taken to; model.path if not given.
     `check_drift`: train with rate 0, so that the mismatch between engines and learner must stay flat.
+    `dtype`: that of the computation and of published weights; the masters of bfloat16 are float32.
+    `activation_checkpointing`: keep the inputs of layers only, and compute the rest again in the backward.
     """
 
     num_steps: Positive = 100
@@ -195,6 +219,8 @@ class LearnerConfig(Section):
     check_drift: bool = False
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    activation_checkpointing: bool = False
+    lora: LoraConfig | None = None
     torch_threads: Positive = 1
     lease_timeout_s: Seconds = 10.0
     ablation: Literal["none", "last-context"] = "none"

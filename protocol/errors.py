@@ -16,6 +16,7 @@ PalimpsestError
 │   ├── EngineUnavailable     no answer, HTTP 5xx, or aborted: may be retried on any engine
 │   └── UnknownVersion        the engine cannot state the policy version of its tokens: they are refused
 ├── WeightsError              a weight manifest or chunk that does not verify
+├── DivergenceError           update after update was skipped because its loss or gradient is not finite
 └── StoreError                the run's store cannot be read or written
 """
 
@@ -82,6 +83,10 @@ class UnknownVersion(EngineError):
 
 class WeightsError(PalimpsestError):
     """A weight manifest or chunk that does not verify."""
+
+
+class DivergenceError(PalimpsestError):
+    """So many updates in a row were not finite that training cannot go on."""
 
 
 class StoreError(PalimpsestError):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from learner.optimizer import apply_update, build_optimizer, learning_rate
+from learner.optimizer import SkipGuard, apply_update, build_optimizer, learning_rate
 from protocol.config import OptimizerConfig
+from protocol.errors import DivergenceError
 
 
 def test_warm_up_then_linear_decay_to_a_fraction() -> None:
@@ -16,6 +17,15 @@ def test_warm_up_then_linear_decay_to_a_fraction() -> None:
     assert rates == pytest.approx([0.25, 1.0, 1.0, 0.55, 0.1, 0.1])
     constant = OptimizerConfig(learning_rate=1.0, warmup_steps=2)
     assert [learning_rate(step, num_steps=10, config=constant) for step in (0, 1, 9)] == [0.5, 1.0, 1.0]
+
+
+def test_cosine_falls_slowly_then_fast_then_slowly_to_its_floor() -> None:
+    config = OptimizerConfig(learning_rate=2.0, schedule="cosine", warmup_steps=10, final_fraction=0.25)
+    rates = [learning_rate(step, num_steps=110, config=config) for step in (4, 9, 10, 35, 60, 85, 110, 200)]
+    half = 2.0 * 0.75 / 2
+    quarter = half * math.sqrt(0.5)
+    middle = 2.0 - half
+    assert rates == pytest.approx([1.0, 2.0, 2.0, middle + quarter, middle, middle - quarter, 0.5, 0.5])
 
 
 def test_one_update_by_hand() -> None:
@@ -42,3 +52,25 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
     assert not math.isfinite(apply_update(model, optimizer, rate=1.0, clip_norm=1.0))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert not optimizer.state
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_and_clears_the_gradient() -> None:
+    model = nn.Linear(1, 1)
+    before = [p.clone() for p in model.parameters()]
+    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=1.0))
+    model.weight.grad = torch.ones(1, 1)
+    assert math.isnan(apply_update(model, optimizer, rate=1.0, clip_norm=1.0, loss_is_finite=False))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert model.weight.grad is None
+    assert not optimizer.state
+
+
+def test_updates_skipped_in_a_row_end_the_run_and_a_good_one_starts_the_count_anew() -> None:
+    guard = SkipGuard(max_consecutive=3, num_skipped=4, num_consecutive=2)
+    guard.record(1.0)
+    for norm in (math.nan, math.inf):
+        guard.record(norm)
+    assert (guard.num_skipped, guard.num_consecutive) == (6, 2)
+    with pytest.raises(DivergenceError, match=r"the last 3 updates .*max_consecutive_skips is 3"):
+        guard.record(math.nan)
+    assert (guard.num_skipped, guard.num_consecutive) == (7, 3)
