@@ -40,7 +40,7 @@ class FlexPlan:
 
 
 def flex_inputs(pack: Pack, device: torch.device) -> tuple[Tensor, Tensor, FlexPlan]:
-    """(token_ids [U], position_ids [U], plan), U a multiple of 128; what is added is seen by nothing and sees itself."""
+    """(token_ids [U], position_ids [U], plan) with U a multiple of 128; added tokens see only themselves."""
     num_added = -pack.num_unique_tokens % _BLOCK
     token_ids, depth = (np.pad(column, (0, num_added)) for column in (pack.token_ids, pack.depth))
     alone = np.arange(pack.num_unique_tokens, len(token_ids)) + 1

@@ -1,0 +1,329 @@
+"""Forward and backward of sum(A log pi) over the same contexts, three ways: how much does no wasted token give?
+
+    python benchmarks/learner.py [--quick] [--rounds 3] [--shapes memsearcher,react]
+    python benchmarks/learner.py --device cuda --model 0.5b --dtype bfloat16 --groups 8
+
+padded   right-padded rows, the same number a micro-batch, logits of every position: what a GRPO learner usually does.
+         Without an attention mask, which causal attention does not need: its fastest form.
+packed   contexts one after another in one row, logits where tokens are trained, in chunks; nothing shared
+ours     the same, and every common prefix once (learner/packing.py chooses)
+
+One model (its weights are random), one dtype, one token budget; planning is timed too. CPU: one thread, fp32, a Qwen2
+of 2 layers in which the output embedding has a fifth of the parameters, about as in 0.5B. Rounds are interleaved, the
+median counts. `max_rel_error` compares ours with padded: log-probs by their largest, gradients by a parameter's norm.
+A group has a question of its own, the system prompt is everybody's; token ids are random. tokens/s counts the tokens of
+all contexts, MFU only those that are computed and no padding. The CUDA options have not been run on a GPU.
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is named as the package that it measures
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from learner.attention import to_device
+from learner.packing import Share, pack, split
+from learner.scorer import Scorer
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of a Qwen2: vocabulary, width, width of the MLP, layers, heads, key-value heads."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+
+
+MODELS = {
+    "small": Shape(1024, 128, 512, 2, 2, 1),
+    "0.5b": Shape(151936, 896, 4864, 24, 14, 2),
+    "3b": Shape(151936, 2048, 11008, 36, 16, 2),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Context:
+    """token_ids int32 [L]; trained int64 [n], the positions that are trained; advantage of its trajectory."""
+
+    token_ids: NDArray[np.int32]
+    trained: NDArray[np.int64]
+    advantage: float
+
+
+@dataclass(slots=True)
+class Writer:
+    """Makes contexts of random tokens; lengths are divided by `divisor`."""
+
+    rng: np.random.Generator
+    vocab_size: int
+    divisor: int = 1
+
+    def text(self, low: int, high: int | None = None) -> NDArray[np.int32]:
+        length = max(2, int(self.rng.integers(low, (high or low) + 1)) // self.divisor)
+        return self.rng.integers(0, self.vocab_size, size=length, dtype=np.int32)
+
+    def context(self, *parts: tuple[NDArray[np.int32], bool], advantage: float) -> Context:
+        """Of (text, whether it is trained), one after another."""
+        mask = np.concatenate([np.full(len(text), trained) for text, trained in parts])
+        return Context(np.concatenate([text for text, _ in parts]), np.flatnonzero(mask), advantage)
+
+
+Group = Callable[[Writer, NDArray[np.int32]], list[Context]]
+
+
+def memsearcher(writer: Writer, system: NDArray[np.int32]) -> list[Context]:
+    """8 trajectories of 1-5 contexts: system, question, memory; action, observation, new memory."""
+    question, contexts = writer.text(20), []
+    for _ in range(8):
+        advantage, memory = float(writer.rng.normal()), writer.text(1)[:0]
+        for _ in range(int(writer.rng.integers(1, 6))):
+            prompt, action, observation = np.concatenate([system, question, memory]), writer.text(80), writer.text(700)
+            contexts.append(
+                writer.context(
+                    (prompt, False), (action, True), (observation, False), (writer.text(150), True), advantage=advantage
+                )
+            )
+            memory = writer.text(0, 300)
+    return contexts
+
+
+def answerer(writer: Writer, system: NDArray[np.int32]) -> list[Context]:
+    """8 responses of 60 to one prompt of 2,500."""
+    prompt = np.concatenate([system, writer.text(2050)])
+    return [
+        writer.context((prompt, False), (writer.text(60), True), advantage=float(writer.rng.normal())) for _ in range(8)
+    ]
+
+
+def manager(writer: Writer, system: NDArray[np.int32]) -> list[Context]:
+    """4 turns of 8 responses of 100; prompts of 600, of which 300 are the same in all turns."""
+    first, contexts = writer.text(300), []
+    for _ in range(4):
+        prompt = np.concatenate([first, writer.text(300)])
+        contexts += [
+            writer.context((prompt, False), (writer.text(100), True), advantage=float(writer.rng.normal()))
+            for _ in range(8)
+        ]
+    return contexts
+
+
+def react(writer: Writer, system: NDArray[np.int32]) -> list[Context]:
+    """8 trajectories of one growing context: 4-5 turns of an action and an observation of 700-850."""
+    prompt, contexts = np.concatenate([system, writer.text(20)]), []
+    for _ in range(8):
+        parts = [(prompt, False)]
+        for _ in range(int(writer.rng.integers(4, 6))):
+            parts += [(writer.text(80), True), (writer.text(700, 850), False)]
+        parts += [(writer.text(60), True)]
+        contexts.append(writer.context(*parts, advantage=float(writer.rng.normal())))
+    return contexts
+
+
+def react_steps(writer: Writer, system: NDArray[np.int32]) -> list[Context]:
+    """4 trajectories of 8 turns, each a context with the whole history; only its last action is trained."""
+    prompt, contexts = np.concatenate([system, writer.text(20)]), []
+    for _ in range(4):
+        advantage, history = float(writer.rng.normal()), prompt
+        for _ in range(8):
+            action = writer.text(80)
+            contexts.append(writer.context((history, False), (action, True), advantage=advantage))
+            history = np.concatenate([history, action, writer.text(250, 350)])
+    return contexts
+
+
+SHAPES: dict[str, Group] = {
+    "memsearcher": memsearcher,
+    "answerer": answerer,
+    "manager": manager,
+    "react": react,
+    "react_steps": react_steps,
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pass:
+    """One forward and backward. logprobs float64 [N], all trained tokens by context and position; gradients by name;
+    num_computed: tokens that went through the model, padding excepted."""
+
+    logprobs: NDArray[np.float64]
+    gradients: dict[str, Tensor]
+    num_computed: int
+    seconds: float
+
+
+Computed = tuple[NDArray[np.float64], int]
+Method = Callable[[Scorer, list[Context], int], Computed]
+
+
+def padded(scorer: Scorer, contexts: list[Context], budget: int) -> Computed:
+    """(logprobs, number of tokens): rows as they come, equally many a micro-batch; the budget counts padded tokens."""
+    device = scorer.model.device
+    num_rows = max(1, budget // max(len(each.token_ids) for each in contexts))
+    logprobs = []
+    for start in range(0, len(contexts), num_rows):
+        rows = contexts[start : start + num_rows]
+        token_ids = torch.zeros(len(rows), max(len(each.token_ids) for each in rows), dtype=torch.int64)
+        weight = torch.zeros(token_ids.shape)
+        for number, each in enumerate(rows):
+            token_ids[number, : len(each.token_ids)] = torch.from_numpy(each.token_ids)
+            weight[number, each.trained] = each.advantage
+        token_ids, weight = token_ids.to(device), weight.to(device)[:, 1:]
+        logits = scorer.model(input_ids=token_ids[:, :-1], use_cache=False).logits.float()
+        found = logits.gather(2, token_ids[:, 1:, None]).squeeze(2) - logits.logsumexp(dim=2)
+        (found * weight).sum().backward()
+        found = found.detach().cpu().double().numpy()
+        logprobs += [found[number, each.trained - 1] for number, each in enumerate(rows)]
+    return np.concatenate(logprobs), sum(len(each.token_ids) - 1 for each in contexts)
+
+
+def in_packs(share: Share) -> Method:
+    """Packed rows, with or without sharing."""
+
+    def run(scorer: Scorer, contexts: list[Context], budget: int) -> Computed:
+        device = scorer.model.device
+        inputs = [each.token_ids[: each.trained[-1]] for each in contexts]
+        logprobs: list[NDArray[np.float64]] = [np.zeros(0)] * len(contexts)
+        num_computed = 0
+        for chosen in split(inputs, budget=budget, share=share)[0]:
+            row = pack([inputs[c] for c in chosen], share=share)
+            num_computed += row.num_unique_tokens
+            counts = [len(contexts[c].trained) for c in chosen]
+            position = np.concatenate([contexts[c].trained for c in chosen])
+            targets = np.concatenate([contexts[c].token_ids[contexts[c].trained] for c in chosen])
+            placement = row.place(np.repeat(np.arange(len(chosen)), counts), position, targets)
+            source, target, gather = (
+                torch.from_numpy(each).to(device) for each in (placement.source, placement.target, placement.gather)
+            )
+            advantages = torch.tensor(np.repeat([contexts[c].advantage for c in chosen], counts), dtype=torch.float32)
+            found = scorer(to_device(row, device), source, target).logprob[gather]
+            (found * advantages.to(device)).sum().backward()
+            parts = np.split(found.detach().cpu().double().numpy(), np.cumsum(counts)[:-1])
+            for c, part in zip(chosen, parts, strict=True):
+                logprobs[c] = part
+        return np.concatenate(logprobs), num_computed
+
+    return run
+
+
+METHODS: dict[str, Method] = {"padded": padded, "packed": in_packs(False), "ours": in_packs("auto")}
+
+
+def measure(method: Method, scorer: Scorer, contexts: list[Context], budget: int) -> Pass:
+    scorer.zero_grad(set_to_none=True)
+    _wait(scorer)
+    start = time.perf_counter()
+    logprobs, num_computed = method(scorer, contexts, budget)
+    _wait(scorer)
+    seconds = time.perf_counter() - start
+    gradients = {name: each.grad.clone() for name, each in scorer.named_parameters() if each.grad is not None}
+    return Pass(logprobs, gradients, num_computed, seconds)
+
+
+def _wait(scorer: Scorer) -> None:
+    if scorer.model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def rel_error(found: Pass, wanted: Pass) -> float:
+    """The greatest of the log-probs' errors beside the greatest log-prob, and of each gradient's beside its norm."""
+    of_logprobs = np.abs(found.logprobs - wanted.logprobs).max() / np.abs(wanted.logprobs).max()
+    of_gradients = [
+        float((found.gradients[name] - each).float().norm() / each.float().norm())
+        for name, each in wanted.gradients.items()
+    ]
+    return max(float(of_logprobs), *of_gradients)
+
+
+def flops_per_token(scorer: Scorer) -> float:
+    """Of forward and backward, without attention and output embedding."""
+    embedding = sum(each.numel() for each in scorer.model.get_input_embeddings().parameters())
+    return 6.0 * (sum(each.numel() for each in scorer.parameters()) - embedding)
+
+
+def benchmark(name: str, scorer: Scorer, contexts: list[Context], arguments: argparse.Namespace) -> dict[str, float]:
+    """Prints a line and returns the ratios of one shape."""
+    passes: dict[str, list[Pass]] = {method: [] for method in METHODS}
+    for _ in range(arguments.rounds):
+        for method, run in METHODS.items():
+            passes[method].append(measure(run, scorer, contexts, arguments.budget))
+    seconds = {method: statistics.median(each.seconds for each in found) for method, found in passes.items()}
+    last = {method: found[-1] for method, found in passes.items()}
+    num_tokens = sum(len(each.token_ids) for each in contexts)
+    result = {
+        "vs_padded": round(seconds["padded"] / seconds["ours"], 2),
+        "vs_packed": round(seconds["packed"] / seconds["ours"], 2),
+        "max_rel_error": float(f"{rel_error(last['ours'], last['padded']):.1e}"),
+        "unique_fraction": round(last["ours"].num_computed / last["packed"].num_computed, 3),
+        "tokens_per_s": round(num_tokens / seconds["ours"]),
+    }
+    if arguments.peak_tflops:
+        done = last["ours"].num_computed * flops_per_token(scorer) / seconds["ours"]
+        result["mfu"] = round(done / (arguments.peak_tflops * 1e12), 3)
+    times = "  ".join(f"{method} {value:7.2f} s" for method, value in seconds.items())
+    print(f"{name:12} {len(contexts):4} contexts {num_tokens:7} tokens  {times}  {json.dumps(result)}", flush=True)
+    return result
+
+
+def build(arguments: argparse.Namespace) -> Scorer:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        **asdict(MODELS[arguments.model]),  # pyright: ignore[reportArgumentType]
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+    )
+    model = Qwen2ForCausalLM(config)
+    torch.nn.Module.to(model, arguments.device, getattr(torch, arguments.dtype))
+    if arguments.checkpointing:
+        model.gradient_checkpointing_enable()
+    return Scorer(model.train())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="half of the lengths, one round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--groups", type=int, default=1)
+    parser.add_argument("--budget", type=int, default=16384, help="tokens of a micro-batch")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", choices=list(MODELS), default="small")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument("--peak-tflops", type=float, help="of the device, for MFU")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.rounds = 1
+    torch.set_num_threads(1)
+    scorer = build(arguments)
+    results = {}
+    for name in arguments.shapes.split(","):
+        rng = np.random.default_rng(arguments.seed)
+        writer = Writer(rng, MODELS[arguments.model].vocab_size, divisor=2 if arguments.quick else 1)
+        system = writer.text(450)
+        contexts = [each for _ in range(arguments.groups) for each in SHAPES[name](writer, system)]
+        results[name] = benchmark(name, scorer, contexts, arguments)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
