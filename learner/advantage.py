@@ -18,7 +18,6 @@ from numpy.typing import ArrayLike, NDArray
 from learner.returns import discounted_sums, generalized_advantages, last_of, whitened
 from protocol.algorithms import AdvantageConfig
 from protocol.errors import ConfigError
-from protocol.types import Status, TrajectoryGroup
 
 Index = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -188,12 +187,3 @@ def _chains(credit: Credit) -> Index:
     """int64 [N]: what one policy sampled in one trajectory is one chain."""
     keys = credit.trajectory * (credit.policy.max(initial=0) + 1) + credit.policy
     return np.unique(keys, return_inverse=True)[1].astype(np.int64)
-
-
-def group_advantages(group: TrajectoryGroup, config: AdvantageConfig) -> Floats:
-    """float64 [G]: the advantage of each trajectory of a group within it; 0 where the environment failed."""
-    kept = np.array([trajectory.status is not Status.FAILED for trajectory in group.trajectories], dtype=np.bool_)
-    rewards = np.array([trajectory.reward for trajectory in group.trajectories], dtype=np.float64)
-    advantages = np.zeros(len(rewards))
-    advantages[kept] = _ESTIMATORS[config.estimator](rewards[kept], config)
-    return advantages

@@ -14,7 +14,6 @@ from torch import Tensor
 from protocol.algorithms import (
     Correction,
     MaskConfig,
-    NoCorrection,
     RejectConfig,
     RejectNegativeConfig,
     SecondMomentConfig,
@@ -148,12 +147,3 @@ def _weights(log_ratio: Tensor, segment: Tensor | None, advantages: Tensor, corr
 def _segment_sum(values: Tensor, segment: Tensor) -> Tensor:
     """[number of segments]: the sum of `values` [N] over each."""
     return values.new_zeros(int(segment.max()) + 1).index_add_(0, segment, values)
-
-
-def importance_weights(
-    proximal: Tensor, behavior: Tensor, segment: Tensor | None, *, config: Correction | NoCorrection
-) -> Tensor:
-    """w~ [N] of a single truncating or masking correction; `segment` is that of its scope."""
-    if isinstance(config, NoCorrection):
-        return torch.ones_like(proximal)
-    return _weights((proximal - behavior).detach(), segment, torch.zeros_like(proximal), config)

@@ -159,23 +159,3 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: flo
         bounded = old_values + (values - old_values).clamp(-clip, clip)
         errors = torch.maximum(errors, (bounded - returns).square())
     return errors / 2
-
-
-def policy_loss(
-    *,
-    logprobs: Tensor,
-    proximal: Tensor,
-    behavior: Tensor,
-    importance: Tensor,
-    advantages: Tensor,
-    weight: Tensor,
-    entropy: Tensor,
-    clip_low: float,
-    clip_high: float,
-) -> tuple[Tensor, Diagnostics]:
-    """(loss [], diagnostics): `total_loss` of the clipped surrogate alone."""
-    zeros = torch.zeros_like(logprobs, dtype=torch.int64)
-    tokens = LossTokens(
-        logprobs, entropy, proximal, behavior, importance, advantages, weight, context=zeros, age=zeros, turn=zeros
-    )
-    return total_loss(tokens, LossConfig(clip_low=clip_low, clip_high=clip_high))

@@ -97,13 +97,6 @@ Correction = Annotated[
 ]
 
 
-class NoCorrection(Section):
-    """Stands for an empty list of corrections where a single one is expected."""
-
-    kind: Literal["none"] = "none"
-    scope: Scope = "token"
-
-
 class ValueConfig(Section):
     """The value loss of `gae`. `clip`: how far a value may move from that at the start of the step, where it is set."""
 
@@ -137,8 +130,3 @@ class LossConfig(Section):
         if self.policy_loss == "cispo" and self.dual_clip is not None:
             raise ValueError(f"dual_clip must not be set where policy_loss is 'cispo', got {self.dual_clip}")
         return self
-
-    @property
-    def correction(self) -> Correction | NoCorrection:
-        """The first correction."""
-        return self.corrections[0] if self.corrections else NoCorrection()

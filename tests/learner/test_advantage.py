@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from learner.advantage import (
     Credit,
-    group_advantages,
     grpo_advantages,
     has_signal,
     maxrl_advantages,
@@ -21,11 +20,8 @@ from learner.advantage import (
 from learner.returns import discounted_sums, generalized_advantages, whitened
 from protocol.algorithms import AdvantageConfig
 from protocol.errors import ConfigError
-from protocol.types import Status
-from tests.learner.reference import reference_advantages, reference_token_advantages
-from tests.learner.tiny import group
+from tests.learner.reference import reference_token_advantages
 
-REWARDS = st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=12)
 ESTIMATORS = get_args(AdvantageConfig.model_fields["estimator"].annotation)
 
 
@@ -52,8 +48,6 @@ def credit_of(seed: int, *, num_trajectories: int | None = None, max_tokens: int
 
 def test_the_baseline_counts_trajectories_and_not_contexts() -> None:
     """Rewards [1 with 3 contexts, 0 with 1 context]: the baseline is 0.5."""
-    one = group(0, num_contexts=(3, 1), rewards=(1.0, 0.0))
-    assert group_advantages(one, AdvantageConfig(normalize_std=False)).tolist() == [0.5, -0.5]
     credit = dataclasses.replace(
         credit_of(0, num_trajectories=0),
         reward=np.array([1.0, 0.0]),
@@ -69,14 +63,6 @@ def test_the_baseline_counts_trajectories_and_not_contexts() -> None:
     assert found.advantage.tolist() == [0.5, 0.5, 0.5, 0.5, -0.5]
     assert found.advantage.dtype == np.float32
     assert found.returns is None
-
-
-@given(REWARDS)
-def test_equals_the_reference(rewards: list[float]) -> None:
-    one = group(0, num_contexts=(1,) * len(rewards), rewards=tuple(rewards))
-    for ddof in (0, 1):
-        found = group_advantages(one, AdvantageConfig(ddof=ddof))  # pyright: ignore[reportArgumentType]
-        np.testing.assert_allclose(found, reference_advantages(one, ddof=ddof), rtol=1e-9, atol=1e-6)
 
 
 @pytest.mark.parametrize(("estimator", "context_rewards"), itertools.product(ESTIMATORS, ("none", "add")))
@@ -140,20 +126,6 @@ def test_trajectories_without_sampled_tokens_count_in_their_group_and_nowhere_el
     found = token_advantages(credit, AdvantageConfig(estimator="gae"), values=[0.25])
     assert found.returns is not None
     assert (found.advantage.tolist(), found.returns.tolist()) == ([0.75], [1.0])
-
-
-def test_a_group_with_failures_uses_the_others() -> None:
-    statuses = (Status.COMPLETED, Status.FAILED, Status.OVER_BUDGET, Status.FORMAT_ERROR)
-    one = group(0, rewards=(1.0, float("nan"), 0.0, 0.0), statuses=statuses)
-    found = group_advantages(one, AdvantageConfig())
-    kept = tuple(t for t in one.trajectories if t.status is not Status.FAILED)
-    wanted = group_advantages(dataclasses.replace(one, trajectories=kept), AdvantageConfig())
-    np.testing.assert_array_equal(found[[0, 2, 3]], wanted)
-    assert found[1] == 0.0
-    nobody = dataclasses.replace(
-        one, trajectories=tuple(dataclasses.replace(t, status=Status.FAILED) for t in one.trajectories)
-    )
-    assert not group_advantages(nobody, AdvantageConfig()).any()
 
 
 def test_estimators_by_hand() -> None:

@@ -16,7 +16,6 @@ from learner.loss import (
     approx_kl,
     cispo,
     clipped_surrogate,
-    policy_loss,
     sequence_log_ratio,
     total_loss,
     value_loss,
@@ -202,15 +201,6 @@ def test_no_tokens_give_zero_and_a_gradient(config: LossConfig) -> None:
     loss.backward()
     assert (float(loss.detach()), seen.num_tokens, seen.mean(seen.entropy)) == (0.0, 0, 0.0)
     assert seen.effective_sample_fraction == 0.0
-
-
-def test_the_short_form_is_the_clipped_surrogate_alone() -> None:
-    tokens = flat_tokens(5).loss_tokens()
-    names = ("logprobs", "proximal", "behavior", "importance", "advantages", "weight", "entropy")
-    columns = {name: getattr(tokens, name) for name in names}
-    found, _ = policy_loss(**columns, clip_low=0.1, clip_high=0.3)
-    wanted, _ = total_loss(tokens, LossConfig(clip_low=0.1, clip_high=0.3))
-    assert float(found.detach()) == float(wanted.detach())
 
 
 def test_k3_is_unbiased_and_never_negative() -> None:
