@@ -95,10 +95,11 @@ def main() -> None:
     cpu_s = (time.process_time() - cpu_start) / num_steps
     first = steps[0]
     print(f"{first.num_contexts} contexts, {first.num_input_tokens} tokens, {first.num_tokens} trained")
-    phases = ("prepare_s", "forward_s", "backward_s", "update_s", "step_s")
-    report = {phase: round(statistics.median(getattr(step, phase) for step in steps), 4) for phase in phases}
+    phases = ("plan", "advantage", "forward", "backward", "update")
+    report = {f"{phase}_s": round(statistics.median(step.seconds[phase] for step in steps), 4) for phase in phases}
+    report["step_s"] = round(statistics.median(step.step_s for step in steps), 4)
     report["cpu_s"] = round(cpu_s, 4)  # what a step takes where the core is not shared
-    report["padding_fraction"] = round(first.padding_fraction, 3)
+    report["unique_fraction"] = round(first.unique_fraction, 3)
     report["tokens_per_s"] = round(statistics.median(step.tokens_per_s for step in steps))
     for name, value in report.items():
         print(f"{name:18} {value}")

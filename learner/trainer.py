@@ -26,7 +26,7 @@ from learner.corrections import correction_weights, needs_prepass
 from learner.diagnostics import Diagnostics
 from learner.flops import peak_flops, training_flops
 from learner.loss import LossTokens, approx_kl, total_loss
-from learner.optimizer import apply_update, build_optimizer, learning_rate
+from learner.optimizer import SkipGuard, apply_update, build_optimizer, learning_rate
 from learner.parallel import World
 from learner.planning import MicroBatch, Plan, make_plan
 from learner.policy import Policy
@@ -71,8 +71,9 @@ class Trainer:
         temperature: float = 1.0,
         reference: Policy | None = None,
         world: World | None = None,
-        num_skipped_updates: int = 0,
     ) -> None:
+        if config.loss.kl_coefficient and reference is None:
+            raise ValueError(f"learner.loss.kl_coefficient = {config.loss.kl_coefficient} needs a reference policy")
         self.policy = policy
         self.config = config
         self.temperature = temperature
@@ -80,28 +81,26 @@ class Trainer:
         self.scorer = Scorer(policy.model, with_value_head=config.advantage.estimator == "gae")
         self.reference = Scorer(reference.model) if reference is not None else None
         self.optimizer = build_optimizer(self.scorer, config.optimizer)
-        self.num_skipped_updates = num_skipped_updates
+        self.guard = SkipGuard(max_consecutive=config.optimizer.max_consecutive_skips)
 
     def train_step(self, groups: Sequence[TrajectoryGroup], *, step: int) -> StepMetrics:
         """Trains the policy from version `step` to `step + 1` on one batch of groups.
 
-        Raises: MalformedMessage where a group cannot be scored, or holds tokens of a version above `step`.
+        Raises: MalformedMessage where a group cannot be scored, or holds tokens of a version above `step`;
+        DivergenceError where too many updates in a row were not finite.
         """
         clock = Clock()
         batch = flatten(groups, last_context_only=self.config.ablation == "last-context")
         plan = self.plan(batch, step=step)
         clock.lap("plan")
         columns = self.columns(batch, plan, step=step, clock=clock)
-        rate = learning_rate(step, num_steps=self.config.num_steps, config=self.config.optimizer)
+        rate = self._rate(step)
         watched, norms = Diagnostics(), []
         for minibatch in plan.minibatches:
-            watched += self.accumulate(minibatch, columns, clock=clock)
-            norms.append(
-                apply_update(self.scorer, self.optimizer, rate=rate, clip_norm=self.config.optimizer.clip_norm)
-            )
+            seen = self.accumulate(minibatch, columns, clock=clock)
+            norms.append(self._update(seen, rate=rate))
+            watched += seen
             clock.lap("update")
-        num_skipped = sum(not math.isfinite(norm) for norm in norms)
-        self.num_skipped_updates += num_skipped
         return summarise(
             groups,
             batch,
@@ -112,7 +111,7 @@ class Trainer:
             advantage_mean=float(columns.advantage.double().mean()) if len(batch.sampled) else 0.0,
             step=step,
             rate=rate,
-            num_skipped=num_skipped,
+            num_skipped=sum(not math.isfinite(norm) for norm in norms),
             clock=clock,
         )
 
@@ -186,6 +185,23 @@ class Trainer:
             clock.lap("backward")
             watched += seen
         return watched
+
+    def _rate(self, step: int) -> float:
+        if self.config.check_drift:
+            return 0.0
+        return learning_rate(step, num_steps=self.config.num_steps, config=self.config.optimizer)
+
+    def _update(self, seen: Diagnostics, *, rate: float) -> float:
+        """The gradient norm before clipping. Raises: DivergenceError."""
+        norm = apply_update(
+            self.scorer,
+            self.optimizer,
+            rate=rate,
+            clip_norm=self.config.optimizer.clip_norm,
+            loss_is_finite=self.world.all(math.isfinite(seen.loss)),
+        )
+        self.guard.record(norm)
+        return norm
 
     def _needs_prepass(self, plan: Plan) -> bool:
         loss = self.config.loss

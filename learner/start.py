@@ -1,0 +1,131 @@
+"""Puts a learner together from a config, on every rank, and runs its loop: live, or over the recorded batches of a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import torch
+
+from learner.admission import Rules
+from learner.checkpoint import latest_checkpoint
+from learner.front import Follower, Front, Live, Replay
+from learner.identity import identity_of
+from learner.journal import Journal
+from learner.ledger import Ledger
+from learner.lock import locked
+from learner.loop import Loop
+from learner.parallel import World, join
+from learner.plane import Plane
+from learner.store import Store, store_path
+from learner.trainer import Trainer
+from protocol.config import Config
+from protocol.config_file import require_ports
+from protocol.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+def run_learner(config: Config) -> None:
+    """Trains until `learner.num_steps`; resumes where an earlier process of the same run stopped.
+
+    Under torchrun, every rank calls it. Raises: UserError (bad model folder, port in use, keys, a folder that belongs
+    to another run or to a learner that is running), StoreError, DivergenceError, DriftError.
+    """
+    with join(config.learner.device) as world, ExitStack() as stack:
+        if world.rank == 0:
+            stack.enter_context(locked(config.run.dir / "learner.lock", what="a learner"))
+        trainer, step = load_trainer(config, world)
+        if world.rank == 0:
+            front, journal = _lead(config, trainer, stack, step=step)
+        else:
+            front, journal = Follower(world, num_recorded=int(world.broadcast(None))), None
+        Loop(config=config, trainer=trainer, front=front, journal=journal, step=step).run(
+            num_steps=config.learner.num_steps
+        )
+
+
+def run_replay(config: Config, source: Path) -> None:
+    """Trains the batches that the run in `source` has recorded, in their order, without any server; resumes.
+
+    Metrics and checkpoints go to `run.dir`. Raises: UserError, DivergenceError.
+    """
+    with join(config.learner.device) as world, ExitStack() as stack:
+        if world.rank == 0:
+            stack.enter_context(locked(config.run.dir / "learner.lock", what="a learner"))
+            _claim_replay(config, source)
+        store = stack.enter_context(closing(Store(store_path(source), read_only=True)))
+        num_steps = min(config.learner.num_steps, store.num_batches())
+        trainer, step = load_trainer(config, world)
+        journal = _journal(config, stack, step=step) if world.rank == 0 else None
+        print(f"learner: trains the {num_steps} recorded steps of {source} from step {step} on", flush=True)
+        Loop(config=config, trainer=trainer, front=Replay(store), journal=journal, step=step).run(num_steps=num_steps)
+
+
+def _lead(config: Config, trainer: Trainer, stack: ExitStack, *, step: int) -> tuple[Front, Journal]:
+    store = stack.enter_context(closing(Store(store_path(config.run.dir))))
+    store.claim(identity_of(config))
+    num_recorded = store.num_batches()
+    if step > num_recorded:
+        raise DataError(
+            f"the newest checkpoint in {config.run.dir} is of step {step}, but its store has {num_recorded} batches: "
+            "they are not of one run; choose another run.dir"
+        )
+    require_ports(config, "network.control_port", "network.weights_port", "network.announce_port")
+    trainer.world.broadcast(str(num_recorded).encode())
+    plane = stack.enter_context(_plane(config, store, vocab_size=trainer.policy.model.config.vocab_size))
+    journal = _journal(config, stack, step=num_recorded)
+    return Live(plane, num_recorded=num_recorded, world=trainer.world), journal
+
+
+def _plane(config: Config, store: Store, *, vocab_size: int) -> Plane:
+    learner = config.learner
+    ledger = Ledger.restore(
+        groups_per_batch=learner.groups_per_batch,
+        staleness_bound=learner.staleness_bound,
+        num_steps=learner.num_steps,
+        step=store.num_batches(),
+        entries=store.entries(),
+        leases=store.running_leases(),
+        next_lease_id=store.next_lease_id(),
+    )
+    rules = Rules(
+        run_id=config.run.name,
+        group_size=learner.group_size,
+        vocab_size=vocab_size,
+        skip_zero_variance=learner.skip_zero_variance,
+    )
+    return Plane(
+        network=config.network,
+        store=store,
+        ledger=ledger,
+        rules=rules,
+        lease_timeout_s=learner.lease_timeout_s,
+        on_death=lambda: os.kill(os.getpid(), signal.SIGTERM),
+    )
+
+
+def _journal(config: Config, stack: ExitStack, *, step: int) -> Journal:
+    return stack.enter_context(Journal(config.run.dir, step=step, tokenizer_folder=config.model.path))
+
+
+def _claim_replay(config: Config, source: Path) -> None:
+    """Raises: DataError where run.dir holds a run, or a replay of another one or under another config."""
+    if store_path(config.run.dir).exists():
+        raise DataError(f"run.dir {config.run.dir} holds a run of its own: choose another folder for the replay")
+    path = config.run.dir / "replay.json"
+    identity = {"source": str(source.resolve()), **identity_of(config)}
+    if not path.exists():
+        path.write_text(json.dumps(identity, indent=2) + "\n")
+        return
+    found = json.loads(path.read_text())
+    for key, value in identity.items():
+        if found.get(key) != value:
+            raise DataError(
+                f"{config.run.dir} holds a replay with {key} = {found.get(key)}, not {value}: choose another run.dir, "
+                "or set it back to resume"
+            )
