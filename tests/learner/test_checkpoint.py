@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from learner import checkpoint, weights
 from learner.checkpoint import TrainingState, latest_checkpoint, list_checkpoints, restore_training, save_checkpoint
 from learner.policy import load_policy
 from learner.trainer import Trainer
@@ -33,13 +38,31 @@ def groups_of(step: int) -> list[TrajectoryGroup]:
     return [group(10 * step, versions=(step,)), group(10 * step + 1, versions=(max(0, step - 1), step))]
 
 
-def save(trainer: Trainer, root: Path, step: int, keep: int = 2) -> Path:
-    state = TrainingState(step=step, num_skipped_updates=trainer.num_skipped_updates)
-    return save_checkpoint(root, policy=trainer.policy, optimizer=trainer.optimizer, state=state, keep=keep)
+def save(
+    trainer: Trainer,
+    root: Path,
+    step: int,
+    keep: int = 2,
+    keep_every_steps: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    guard = trainer.guard
+    state = TrainingState(step, num_skipped_updates=guard.num_skipped, num_consecutive_skips=guard.num_consecutive)
+    return save_checkpoint(
+        root,
+        policy=trainer.policy,
+        optimizer=trainer.optimizer,
+        state=state,
+        keep=keep,
+        keep_every_steps=keep_every_steps,
+        value_head=trainer.scorer.value_head,
+        dtype=dtype,
+    )
 
 
 def test_four_steps_equal_two_then_resume_then_two_bit_for_bit(trainer: Trainer, tmp_path: Path) -> None:
-    trainer.num_skipped_updates = 7
+    trainer.guard.num_skipped = 7
+
     for step in range(2):
         trainer.train_step(groups_of(step), step=step)
     folder = save(trainer, tmp_path / "checkpoints", 2)
@@ -68,7 +91,21 @@ def test_a_checkpoint_is_a_plain_model_folder(trainer: Trainer, tmp_path: Path) 
     for found, wanted in zip(model.parameters(), trainer.policy.model.parameters(), strict=True):
         assert torch.equal(found, wanted)
     assert PreTrainedTokenizerFast.from_pretrained(folder)("w3 w1")["input_ids"] == [3, 1]
-    assert not list(folder.glob("*.bin"))
+    assert {file.suffix for file in folder.rglob("*") if file.is_file()} == {".json", ".safetensors"}
+
+
+def test_weights_computed_in_bf16_are_served_in_bf16_and_trained_on_in_fp32(trainer: Trainer, tmp_path: Path) -> None:
+    trainer.train_step(groups_of(0), step=0)
+    folder = save(trainer, tmp_path / "checkpoints", 1, dtype=torch.bfloat16)
+    served = AutoModelForCausalLM.from_pretrained(folder)
+    assert served.dtype is torch.bfloat16
+    resumed = Trainer(policy=load_policy(folder), config=CONFIG)
+    restore_training(folder, policy=resumed.policy, optimizer=resumed.optimizer)
+    masters = list(trainer.policy.model.parameters())
+    for found, wanted in zip(served.parameters(), masters, strict=True):
+        assert torch.equal(found, wanted.bfloat16())
+    for found, wanted in zip(resumed.policy.model.parameters(), masters, strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_the_newest_are_kept_and_the_newest_complete_one_is_found(trainer: Trainer, tmp_path: Path) -> None:
@@ -81,6 +118,67 @@ def test_the_newest_are_kept_and_the_newest_complete_one_is_found(trainer: Train
     with pytest.raises(DataError, match="is not complete"):
         restore_training(folders[2], policy=trainer.policy, optimizer=trainer.optimizer)
     assert save(trainer, root, 10) == latest_checkpoint(root)
+
+
+def test_every_third_step_is_kept_for_ever(trainer: Trainer, tmp_path: Path) -> None:
+    for step in range(1, 9):
+        save(trainer, tmp_path / "checkpoints", step, keep=1, keep_every_steps=3)
+    kept = sorted((tmp_path / "checkpoints").iterdir())
+    assert [child.name for child in kept] == [f"step-0000000{step}" for step in (3, 6, 8)]
+
+
+class Killed(BaseException):
+    """What a process that is killed would not live to see."""
+
+
+def test_killed_before_any_file_operation_a_whole_checkpoint_stays(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dies at the first, second ... operation of a save, until one is not reached; what is found then can be used."""
+    trainer.train_step(groups_of(0), step=0)
+    whole = save(trainer, tmp_path / "whole", 0).parent
+    torn = shutil.copytree(whole / "step-00000000", whole / "step-00000001")
+    (torn / "model.safetensors").unlink()
+    found: list[str] = []
+    for number in itertools.count():
+        root = shutil.copytree(whole, tmp_path / f"attempt-{number}")
+        with monkeypatch.context() as patched:
+            die_at(number, patched)
+            with contextlib.suppress(Killed, OSError):
+                save(trainer, root, 1, keep=1)
+                break
+        latest = latest_checkpoint(root)
+        assert latest is not None
+        restore_training(latest, policy=trainer.policy, optimizer=trainer.optimizer)
+        found.append(latest.name)
+        assert save(trainer, root, 1, keep=1) == latest_checkpoint(root)
+        assert [child.name for child in root.iterdir()] == ["step-00000001"]
+        shutil.rmtree(root)
+    assert found == sorted(found)
+    assert set(found) == {"step-00000000", "step-00000001"}
+    assert len(found) > 15
+
+
+def die_at(number: int, patched: pytest.MonkeyPatch) -> None:
+    """The process dies before the file operation of that number, counted from now: those of this module and torch."""
+    left = number
+
+    def before(operation: Callable[..., object]) -> Callable[..., object]:
+        def run(*args: object, **kwargs: object) -> object:
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            return operation(*args, **kwargs)
+
+        return run
+
+    for owner, name in (
+        (Path, "mkdir"), (Path, "rename"), (Path, "unlink"), (Path, "write_text"),
+        (os, "fsync"), (os, "unlink"), (os, "rmdir"), (os, "rename"),
+        (shutil, "copyfile"), (weights, "save_file"), (checkpoint, "save_training"),
+    ):  # fmt: skip
+        patched.setattr(owner, name, before(getattr(owner, name)))
 
 
 def test_what_a_crash_left_is_not_counted_and_goes_with_the_next_one(trainer: Trainer, tmp_path: Path) -> None:
@@ -99,7 +197,7 @@ def test_a_checkpoint_of_another_model_is_refused(trainer: Trainer, tmp_path: Pa
     folder = save(trainer, tmp_path / "checkpoints", 1)
     first, parameter = next(iter(trainer.policy.model.named_parameters()))
     parameter.data = parameter.data[:-1].clone()
-    with pytest.raises(DataError, match=f"moments of {first} must have shape"):
+    with pytest.raises(DataError, match=rf"{first} must have shape \(47, 32\), got \(48, 32\)"):
         restore_training(folder, policy=trainer.policy, optimizer=trainer.optimizer)
 
 
