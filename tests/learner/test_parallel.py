@@ -1,0 +1,164 @@
+"""Two gloo processes of one torchrun (rank.py) against one process here."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from learner.parallel import World, clip_gradients, join, shard
+from protocol.errors import ConfigError
+from tests.learner.rank import Learner
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks wrote, and the checkpoint of one that they went on from."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("ranks")
+    learner = Learner(World())
+    learner.train(0, 2)
+    learner.save(folder / "of-one-rank", 2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ended = subprocess.run(
+        [*torchrun, str(ROOT / "tests/learner/rank.py"), str(folder)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(out: Path) -> list[dict]:
+    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> Learner:
+    """One process after four steps."""
+    learner = Learner(World())
+    learner.train(0, 4)
+    return learner
+
+
+def assert_alike(found: dict[str, Tensor], wanted: dict[str, Tensor], *, bound: float) -> None:
+    """Every difference is at most `bound` of the largest number in `wanted`."""
+    assert found.keys() == wanted.keys()
+    largest = max(float(each.abs().max()) for each in wanted.values())
+    for name, each in wanted.items():
+        assert float((found[name] - each).abs().max()) <= bound * largest, name
+
+
+def test_ranks_hear_each_other(ranks: list[dict]) -> None:
+    for found in ranks:
+        assert found["sum"] == [2, 10]
+        assert found["bytes"] == [True, True, True]
+        assert found["all"] == [True, False, False]
+        assert found["reduced"] == [5, 0.2, 4.0]
+
+
+@pytest.mark.parametrize("name", ["plain", "recomputed"])
+def test_two_processes_give_the_gradient_of_one(out: Path, ranks: list[dict], name: str) -> None:
+    learner = Learner(World())
+    learner.accumulate(0)
+    wanted = learner.gradients()
+    assert "value_head.bias" in wanted
+    assert not any("lm_head" in each for each in wanted)  # tied: its part is in the embedding's
+    assert_alike(load_file(out / f"{name}-gradients.safetensors"), wanted, bound=1e-6)
+    norm = clip_gradients(learner.scorer.parameters(), 1.0)
+    assert norm > 2.0
+    assert ranks[0][f"{name} norm"] == ranks[1][f"{name} norm"] == pytest.approx(norm, rel=1e-6)
+    assert_alike(load_file(out / f"{name}-clipped.safetensors"), learner.gradients(), bound=1e-6)
+
+
+def test_clipping_is_torch_s_own() -> None:
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(8, 8), nn.Linear(8, 8)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        mine.grad = torch.randn_like(mine)
+        other.grad = mine.grad.clone()
+    assert clip_gradients(ours.parameters(), 0.5) == float(nn.utils.clip_grad_norm_(theirs.parameters(), 0.5))
+    assert ours.weight.grad is not None
+    assert theirs.weight.grad is not None
+    assert torch.equal(ours.weight.grad, theirs.weight.grad)
+    assert clip_gradients(nn.Linear(2, 2).parameters(), 0.5) == 0.0
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(ranks: list[dict]) -> None:
+    assert all(math.isnan(found["nan norm"]) for found in ranks)
+    assert not ranks[0]["nan changed"]
+
+
+def test_two_ranks_resume_bit_for_bit_each_with_its_own_random_state(ranks: list[dict]) -> None:
+    for found in ranks:
+        assert found["state"] == [2, 3, 1]
+        assert found["same noise"]
+    assert ranks[0]["bit for bit"]
+    assert ranks[0]["noise"] != ranks[1]["noise"]
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_in_one(out: Path, alone: Learner) -> None:
+    learner = Learner(World())
+    learner.restore(out / "of-two-ranks" / "step-00000002")
+    learner.train(2, 4)
+    assert_alike(learner.published(), alone.published(), bound=1e-5)
+    assert learner.scorer.value_head is not None
+    assert alone.scorer.value_head is not None
+    torch.testing.assert_close(learner.scorer.value_head.weight, alone.scorer.value_head.weight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_checkpoint_of_one_goes_on_in_two(out: Path, alone: Learner) -> None:
+    assert_alike(load_file(out / "trained-on.safetensors"), alone.published(), bound=1e-5)
+
+
+def test_two_ranks_publish_merged_adapters(out: Path) -> None:
+    learner = Learner(World(), lora=True)
+    base = learner.published()
+    learner.train(0, 2)
+    wanted = learner.published()
+    assert any(not torch.equal(base[name], wanted[name]) for name in base)
+    assert_alike(load_file(out / "adapted.safetensors"), wanted, bound=1e-5)
+
+
+def test_bf16_computes_in_bf16_and_keeps_all_else_in_fp32(ranks: list[dict]) -> None:
+    for found in ranks:
+        assert found["gradients"] == found["masters"] == ["torch.float32"]
+        assert found["bf16 norm"] != found["plain norm"]
+        assert found["bf16 norm"] == pytest.approx(found["plain norm"], rel=0.05)
+    assert ranks[0]["published"] == ["torch.bfloat16"]
+    assert ranks[1]["published"] == []
+
+
+def test_one_rank_keeps_fp32_masters_too(ranks: list[dict]) -> None:
+    with join("cpu") as world:
+        learner = Learner(world, dtype="bfloat16")
+        learner.accumulate(0)
+        assert {each.dtype for each in learner.gradients().values()} == {torch.float32}
+        assert clip_gradients(learner.scorer.parameters(), 1.0) == pytest.approx(ranks[0]["bf16 norm"], rel=0.02)
+        small = nn.Linear(2, 2, dtype=torch.bfloat16)
+        with pytest.raises(ValueError, match=r"weight must be float32 .* got torch\.bfloat16"):
+            shard(small, world, dtype="bfloat16")
+
+
+def test_one_rank_in_fp32_is_left_as_it_is() -> None:
+    model = nn.Linear(2, 2)
+    shard(model, World(), dtype="float32")
+    assert type(model) is nn.Linear
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"learner\.device 'cuda' cannot be used"), join("cuda"):
+        pass
