@@ -21,8 +21,8 @@ from torch import Tensor
 
 from learner.packing import Index, Pack
 
-_SMALL = 128
-"""Tokens; a longer block is worth a kernel call of its own, which needs no copies."""
+_SMALL = 128**2
+"""Query-key pairs; a larger block is worth a kernel call of its own, which needs no copies."""
 _CLASS = 1.25
 """Lengths of a padded batch differ by at most this factor."""
 
@@ -153,7 +153,7 @@ class BlockPlan:
     def of(cls, pack: Pack) -> BlockPlan:
         starts, ends, subtree_ends = pack.node_start, pack.node_end, pack.subtree_end[pack.node_start]
         own = []
-        for members in _batches(ends - starts):
+        for members in _batches(ends - starts, ends - starts):
             rows = _rows(starts[members], ends[members])
             own.append(_Block(rows, rows, causal=True))
         inner = []
@@ -229,12 +229,11 @@ def _cross(starts: Index, ends: Index, subtree_ends: Index) -> _Block:
     return _Block(queries, keys, causal=False, mask=hidden.view(len(starts), 1, 1, -1).expand(-1, -1, length, -1))
 
 
-def _batches(*lengths: Index) -> list[Index]:
-    """Which blocks go together, of given lengths [n] (several a block): small ones of about equal lengths."""
-    sizes = np.stack(lengths)
+def _batches(num_queries: Index, num_keys: Index) -> list[Index]:
+    """Which of n blocks go together: small ones of about equal numbers, int64 [n], of queries and of keys."""
+    sizes = np.stack([num_queries, num_keys])
     classes = np.ceil(np.log(np.maximum(sizes, 8)) / np.log(_CLASS)).astype(np.int64)
-    large = np.flatnonzero((sizes > _SMALL).any(axis=0))
-    small = np.flatnonzero((sizes <= _SMALL).all(axis=0))
+    large, small = np.flatnonzero(num_queries * num_keys > _SMALL), np.flatnonzero(num_queries * num_keys <= _SMALL)
     _, which = np.unique(classes[:, small], axis=1, return_inverse=True)
     which = which.reshape(-1)
     together = [small[which == each] for each in range(int(which.max(initial=-1)) + 1)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
-"""Logits at a time, of which two fp32 copies exist at most: 8 MiB on a CPU, 1 GiB on a GPU, which needs more to fill."""
+_CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}
+"""Logits at a time, of which two fp32 copies exist at most: 4 MiB on a CPU, 1 GiB on a GPU, which needs more to fill."""
 
 
 def token_scores(
@@ -23,7 +23,7 @@ def token_scores(
 
     hidden [M, H]; weight [V, H], the output embedding, tied or not; bias [V]; target int64 [M]. The softmax is in fp32,
     in fp64 for fp64. Entropy carries gradient only with `entropy_grad`. Logits exist for `chunk_elements` // V rows at
-    a time (2^20 elements on a CPU, 2^27 on a GPU, if not given) and are formed again in the backward pass, unless one
+    a time (2^19 elements on a CPU, 2^27 on a GPU, if not given) and are formed again in the backward pass, unless one
     chunk is all; so memory depends neither on M nor on V.
     """
     elements = chunk_elements or _CHUNK_ELEMENTS[hidden.device.type]

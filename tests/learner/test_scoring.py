@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from learner.scoring import token_scores
+
+M, H, V = 11, 6, 17
+
+
+def inputs(dtype: torch.dtype = torch.float64, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden, weight, bias, target"""
+    random = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (torch.randn(size, generator=random, dtype=torch.float64) for size in ((M, H), (V, H), (V,)))
+    target = torch.randint(0, V, (M,), generator=random)
+    return *(each.to(dtype).requires_grad_() for each in (hidden, weight, bias)), target  # pyright: ignore[reportReturnType]
+
+
+def plain(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    logprobs = (logits / temperature).log_softmax(dim=-1)
+    return logprobs.gather(1, target[:, None]).squeeze(1), -(logprobs.exp() * logprobs).sum(dim=-1)
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 3 * V, 4 * V + 5, None])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("entropy_grad", [False, True])
+def test_scores_and_gradients_are_those_of_all_logits_at_once(
+    chunk_elements: int | None, with_bias: bool, entropy_grad: bool
+) -> None:
+    hidden, weight, full_bias, target = inputs()
+    bias = full_bias if with_bias else None
+    leaves = [each for each in (hidden, weight, bias) if each is not None]
+    of_logprob, of_entropy = torch.randn(2, M, dtype=torch.float64)
+    wanted = plain(hidden, weight, bias, target, 0.7)
+    entropy = wanted[1] if entropy_grad else wanted[1].detach()
+    wanted_grads = torch.autograd.grad((wanted[0] * of_logprob + entropy * of_entropy).sum(), leaves)
+    found = token_scores(
+        hidden,
+        weight,
+        target,
+        bias=bias,
+        temperature=0.7,
+        entropy_grad=entropy_grad,
+        chunk_elements=chunk_elements,
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    grads = torch.autograd.grad((found[0] * of_logprob + found[1] * of_entropy).sum(), leaves)
+    torch.testing.assert_close(grads, wanted_grads, rtol=1e-12, atol=1e-12)
+
+
+def test_entropy_alone_may_be_differentiated() -> None:
+    hidden, weight, _, target = inputs()
+    wanted = torch.autograd.grad(plain(hidden, weight, None, target, 1.0)[1].sum(), [hidden, weight])
+    entropy = token_scores(hidden, weight, target, entropy_grad=True, chunk_elements=2 * V)[1]
+    torch.testing.assert_close(torch.autograd.grad(entropy.sum(), [hidden, weight]), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    hidden, weight, _, target = inputs()
+    weight.requires_grad_(False)
+    token_scores(hidden, weight, target)[0].sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+
+
+def test_softmax_of_bf16_is_in_fp32_and_chunks_add_up_in_fp32() -> None:
+    hidden, weight, _, target = inputs(torch.bfloat16)
+    logprob, entropy = token_scores(hidden, weight, target, chunk_elements=V)
+    assert logprob.dtype is entropy.dtype is torch.float32
+    logits = (hidden @ weight.T).float()
+    torch.testing.assert_close(logprob, logits.log_softmax(-1).gather(1, target[:, None]).squeeze(1))
+    logprob.sum().backward()
+    assert weight.grad is not None
+    one_hot = torch.nn.functional.one_hot(target, V)
+    wanted = (one_hot - logits.softmax(-1)).bfloat16().double().T @ hidden.double()
+    torch.testing.assert_close(weight.grad.double(), wanted, rtol=2**-8, atol=2**-8)
+
+
+def test_no_token_gives_empty_scores_that_carry_zero_gradient() -> None:
+    hidden, weight, _, target = inputs()
+    logprob, entropy = token_scores(hidden[:0], weight, target[:0])
+    assert logprob.shape == entropy.shape == (0,)
+    logprob.sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
