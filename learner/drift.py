@@ -51,7 +51,7 @@ class Drift:
         ages = ", ".join(f"{age}: {kl:.1e}" for age, kl in sorted(self.by_age.items()))
         turns = ", ".join(f"{turn}: {kl:.1e}" for turn, kl in sorted(self.by_turn.items()))
         return (
-            f"mismatch KL, nats a token: {self.first:.1e} in the first third of the steps, {self.last:.1e} in the last; "
+            f"mismatch KL, nats a token: {self.first:.1e} in the first third of steps, {self.last:.1e} in the last; "
             f"by age {ages or 'none'}; by context {turns or 'none'}"
         )
 

@@ -20,15 +20,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from safetensors.torch import save as save_safetensors
+
 from learner.checkpoint import TrainingState, save_checkpoint
+from learner.drift import Drift
 from learner.front import Front
 from learner.journal import Journal
 from learner.step_metrics import StepMetrics
 from learner.store import finished_path
 from learner.trainer import Trainer
+from learner.weights import published_weights
 from protocol.codec import pack_groups
 from protocol.config import Config
-from protocol.errors import DivergenceError
+from protocol.errors import DivergenceError, DriftError
 from protocol.types import TrajectoryGroup
 
 log = logging.getLogger(__name__)
@@ -43,9 +48,11 @@ class Loop:
         self._front = front
         self._journal = journal
         self._step = step
+        self._dtype = getattr(torch, config.learner.dtype)
+        self._watched: list[StepMetrics] = []
 
     def run(self, *, num_steps: int) -> None:
-        """From the checkpoint's step over the recorded batches to `num_steps`. Raises: DivergenceError."""
+        """From the checkpoint's step over the recorded batches to `num_steps`. Raises: DivergenceError, DriftError."""
         while self._step < self._front.num_recorded:
             self._train(self._front.batch(self._step))
             log.info("trained step %d of %d recorded again", self._step, self._front.num_recorded)
@@ -63,6 +70,8 @@ class Loop:
             publish_s = self._publish()
         self._save()
         self._finish()
+        if self._config.learner.check_drift and self._watched:
+            self._report_drift()
 
     def _train(self, groups: Sequence[TrajectoryGroup]) -> StepMetrics:
         try:
@@ -83,16 +92,27 @@ class Loop:
         """Offers the current weights; the seconds that it took."""
         started = time.perf_counter()
         if self._front.publishes:
-            self._front.publish(self._trainer.snapshot(), version=self._step)
+            weights = published_weights(self._trainer.policy.model, world=self._trainer.world, dtype=self._dtype)
+            if weights:
+                self._front.publish(save_safetensors(weights), version=self._step)
         return time.perf_counter() - started
 
     def _save(self) -> None:
+        trainer, policy = self._trainer, self._config.learner.checkpoint
         save_checkpoint(
             self._config.run.dir / "checkpoints",
-            policy=self._trainer.policy,
-            optimizer=self._trainer.optimizer,
-            state=TrainingState(step=self._step, num_skipped_updates=self._trainer.num_skipped_updates),
-            keep=self._config.learner.checkpoint.keep,
+            policy=trainer.policy,
+            optimizer=trainer.optimizer,
+            state=TrainingState(
+                step=self._step,
+                num_skipped_updates=trainer.guard.num_skipped,
+                num_consecutive_skips=trainer.guard.num_consecutive,
+            ),
+            keep=policy.keep,
+            keep_every_steps=policy.keep_every_steps,
+            value_head=trainer.scorer.value_head,
+            world=trainer.world,
+            dtype=self._dtype,
         )
 
     def _record(
@@ -106,10 +126,20 @@ class Loop:
             gauges = self._front.gauges()
             self._journal.record(stepped, groups, wait_s=wait_s, publish_s=publish_s, gauges=gauges)
         self._front.log(groups)
+        if self._config.learner.check_drift:
+            self._watched.append(stepped)
+
+    def _report_drift(self) -> None:
+        """Raises: DriftError."""
+        drift = Drift.of(self._watched)
+        if self._journal is not None:
+            print(f"learner: {drift}", flush=True)
+        if not drift.is_flat:
+            raise DriftError(f"engines and learner drift apart although nothing was trained: {drift}")
 
     def _finish(self) -> None:
         if not self._front.finish(version=self._step):
             log.warning("not every engine has committed version %d", self._step)
         if self._journal is not None:
-            summary = {"step": self._step, "num_skipped_updates": self._trainer.num_skipped_updates}
+            summary = {"step": self._step, "num_skipped_updates": self._trainer.guard.num_skipped}
             finished_path(self._config.run.dir).write_text(json.dumps(summary) + "\n")

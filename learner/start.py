@@ -1,4 +1,4 @@
-"""Puts a learner together from a config, on every rank, and runs its loop: live, or over the recorded batches of a run."""
+"""Puts a learner together from a config, on every rank, and runs its loop: live, or over recorded batches."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from pathlib import Path
 import torch
 
 from learner.admission import Rules
-from learner.checkpoint import latest_checkpoint
+from learner.checkpoint import latest_checkpoint, restore_training
 from learner.front import Follower, Front, Live, Replay
 from learner.identity import identity_of
 from learner.journal import Journal
 from learner.ledger import Ledger
 from learner.lock import locked
 from learner.loop import Loop
-from learner.parallel import World, join
+from learner.lora import add_adapters
+from learner.parallel import World, checkpoint_activations, join
 from learner.plane import Plane
+from learner.policy import load_policy
 from learner.store import Store, store_path
 from learner.trainer import Trainer
 from protocol.config import Config
@@ -64,6 +66,38 @@ def run_replay(config: Config, source: Path) -> None:
         journal = _journal(config, stack, step=step) if world.rank == 0 else None
         print(f"learner: trains the {num_steps} recorded steps of {source} from step {step} on", flush=True)
         Loop(config=config, trainer=trainer, front=Replay(store), journal=journal, step=step).run(num_steps=num_steps)
+
+
+def load_trainer(config: Config, world: World) -> tuple[Trainer, int]:
+    """(trainer, the step that its weights are): model.path, with the newest checkpoint's weights. Raises: UserError."""
+    learner = config.learner
+    torch.set_num_threads(learner.torch_threads)
+    torch.manual_seed(config.run.seed)
+    newest = latest_checkpoint(config.run.dir / "checkpoints") if world.rank == 0 else None
+    checkpoint = world.broadcast(str(newest or "").encode()).decode()
+    policy = load_policy(config.model.path, device=str(world.device))
+    if learner.lora is not None:
+        add_adapters(policy.model, learner.lora)
+    if learner.activation_checkpointing:
+        checkpoint_activations(policy.model)
+    reference = None
+    if learner.loss.kl_coefficient:
+        reference = load_policy(learner.reference or config.model.path, device=str(world.device))
+    trainer = Trainer(
+        policy=policy, config=learner, temperature=config.sampling.temperature, reference=reference, world=world
+    )
+    if not checkpoint:
+        return trainer, 0
+    state = restore_training(
+        Path(checkpoint),
+        policy=policy,
+        optimizer=trainer.optimizer,
+        value_head=trainer.scorer.value_head,
+        world=world,
+    )
+    trainer.guard.num_skipped, trainer.guard.num_consecutive = state.num_skipped_updates, state.num_consecutive_skips
+    log.info("resumed from %s", checkpoint)
+    return trainer, state.step
 
 
 def _lead(config: Config, trainer: Trainer, stack: ExitStack, *, step: int) -> tuple[Front, Journal]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,12 +22,13 @@ from torch import Tensor
 from learner.advantage import token_advantages
 from learner.attention import to_device
 from learner.batching import Batch, flatten
+from learner.columns import Columns, make_columns
 from learner.corrections import correction_weights, needs_prepass
 from learner.diagnostics import Diagnostics
 from learner.flops import peak_flops, training_flops
 from learner.loss import LossTokens, approx_kl, total_loss
 from learner.optimizer import SkipGuard, apply_update, build_optimizer, learning_rate
-from learner.parallel import World
+from learner.parallel import World, shard
 from learner.planning import MicroBatch, Plan, make_plan
 from learner.policy import Policy
 from learner.scorer import Scorer, Scores
@@ -36,31 +37,11 @@ from protocol.config import LearnerConfig
 from protocol.types import TrajectoryGroup
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Columns:
-    """What is known of a batch's N sampled tokens before the step, on the device; [N] each.
-
-    proximal, importance, reference and old_values are None where the training forward tells them or none is needed.
-    """
-
-    behavior: Tensor
-    advantage: Tensor
-    weight: Tensor
-    context: Tensor
-    trajectory: Tensor
-    age: Tensor
-    turn: Tensor
-    proximal: Tensor | None = None
-    importance: Tensor | None = None
-    reference: Tensor | None = None
-    old_values: Tensor | None = None
-    returns: Tensor | None = None
-
-
 class Trainer:
     """Owns the optimiser of a policy. `temperature` is that of sampling: learner logits are divided by it.
 
-    Every rank calls `train_step` with the same groups and trains its own micro-batches of them.
+    It shards policy and reference over the ranks of `world`. Every rank calls `train_step` with the same groups and
+    trains its own micro-batches of them.
     """
 
     def __init__(
@@ -79,7 +60,11 @@ class Trainer:
         self.temperature = temperature
         self.world = world or World()
         self.scorer = Scorer(policy.model, with_value_head=config.advantage.estimator == "gae")
-        self.reference = Scorer(reference.model) if reference is not None else None
+        shard(self.scorer, self.world, dtype=config.dtype)
+        self.reference = None
+        if reference is not None:
+            self.reference = Scorer(reference.model).requires_grad_(False)
+            shard(self.reference, self.world, dtype=config.dtype)
         self.optimizer = build_optimizer(self.scorer, config.optimizer)
         self.guard = SkipGuard(max_consecutive=config.optimizer.max_consecutive_skips)
 
@@ -144,32 +129,19 @@ class Trainer:
         if loss.kl_in == "reward" and reference is not None and proximal is not None:
             kl = approx_kl(proximal, reference, estimator=loss.kl_estimator)
             penalty = (loss.kl_coefficient * kl).double().cpu().numpy()
-        sampled, trained = batch.sampled, plan.trained
         earned = token_advantages(
-            batch.credit(trained),
+            batch.credit(plan.trained),
             self.config.advantage,
-            values=None if values is None else values.double().cpu().numpy()[trained],
-            kl_penalty=None if penalty is None else penalty[trained],
+            values=None if values is None else values.double().cpu().numpy()[plan.trained],
+            kl_penalty=None if penalty is None else penalty[plan.trained],
         )
-        columns = Columns(
-            behavior=self._tensor(sampled.behavior_logprob),
-            advantage=self._tensor(_spread(earned.advantage, trained)),
-            weight=self._tensor(plan.weight),
-            context=self._tensor(sampled.context),
-            trajectory=self._tensor(sampled.trajectory),
-            age=self._tensor(step - sampled.version.astype(np.int64)),
-            turn=self._tensor(batch.context_number[sampled.context]),
-            proximal=proximal,
-            reference=reference,
-            old_values=values,
-            returns=None if earned.returns is None else self._tensor(_spread(earned.returns, trained)),
-        )
+        columns = make_columns(batch, plan, earned, step=step, device=self.policy.device)
         if proximal is not None:
-            which = self._tensor(trained)
+            trained = self._tensor(plan.trained)
             importance = torch.zeros_like(proximal)
-            importance[which] = self._importance(columns, which, proximal[which])
+            importance[trained] = self._importance(columns.select(trained), proximal[trained])
         clock.lap("advantage")
-        return replace(columns, importance=importance)
+        return replace(columns, proximal=proximal, importance=importance, reference=reference, old_values=values)
 
     def accumulate(
         self, minibatch: Sequence[MicroBatch], columns: Columns, *, clock: Clock | None = None
@@ -178,7 +150,7 @@ class Trainer:
         clock, watched = clock or Clock(), Diagnostics()
         for micro_batch in minibatch:
             scores, gather = self._score(self.scorer, micro_batch)
-            tokens = self._loss_tokens(columns, self._tensor(micro_batch.tokens), scores, gather)
+            tokens = self._loss_tokens(columns.select(self._tensor(micro_batch.tokens)), scores, gather)
             loss, seen = total_loss(tokens, self.config.loss)
             clock.lap("forward")
             loss.backward()
@@ -236,34 +208,37 @@ class Trainer:
         )
         return scores, self._tensor(placement.gather)
 
-    def _loss_tokens(self, columns: Columns, index: Tensor, scores: Scores, gather: Tensor) -> LossTokens:
+    def _loss_tokens(self, columns: Columns, scores: Scores, gather: Tensor) -> LossTokens:
+        """`columns` are those of the micro-batch's tokens."""
         logprobs = scores.logprob[gather]
-        picked = {
-            each.name: None if (column := getattr(columns, each.name)) is None else column[index]
-            for each in fields(columns)
-        }
-        proximal, importance = picked.pop("proximal"), picked.pop("importance")
-        del picked["trajectory"]
-        if proximal is None:
+        proximal, importance = columns.proximal, columns.importance
+        if proximal is None or importance is None:
             proximal = logprobs.detach()
-            importance = self._importance(columns, index, proximal)
+            importance = self._importance(columns, proximal)
         return LossTokens(
             logprobs=logprobs,
             entropy=scores.entropy[gather],
             values=None if scores.value is None else scores.value[gather],
             proximal=proximal,
             importance=importance,
-            advantages=picked.pop("advantage"),
-            **picked,
+            behavior=columns.behavior,
+            advantages=columns.advantage,
+            weight=columns.weight,
+            context=columns.context,
+            age=columns.age,
+            turn=columns.turn,
+            reference=columns.reference,
+            old_values=columns.old_values,
+            returns=columns.returns,
         )
 
-    def _importance(self, columns: Columns, index: Tensor, proximal: Tensor) -> Tensor:
+    def _importance(self, columns: Columns, proximal: Tensor) -> Tensor:
         return correction_weights(
             proximal,
-            columns.behavior[index],
-            advantages=columns.advantage[index],
-            context=columns.context[index],
-            trajectory=columns.trajectory[index],
+            columns.behavior,
+            advantages=columns.advantage,
+            context=columns.context,
+            trajectory=columns.trajectory,
             corrections=self.config.loss.corrections,
         )
 
@@ -288,10 +263,3 @@ class Trainer:
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(self.policy.device)
-
-
-def _spread(values: NDArray[np.float32], trained: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """[N] from the values of the trained tokens; 0 elsewhere."""
-    spread = np.zeros(len(trained), dtype=np.float32)
-    spread[trained] = values
-    return spread

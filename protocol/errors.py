@@ -17,6 +17,7 @@ PalimpsestError
 │   └── UnknownVersion        the engine cannot state the policy version of its tokens: they are refused
 ├── WeightsError              a weight manifest or chunk that does not verify
 ├── DivergenceError           update after update was skipped because its loss or gradient is not finite
+├── DriftError                engines and learner drift apart although nothing is trained
 └── StoreError                the run's store cannot be read or written
 """
 
@@ -87,6 +88,10 @@ class WeightsError(PalimpsestError):
 
 class DivergenceError(PalimpsestError):
     """So many updates in a row were not finite that training cannot go on."""
+
+
+class DriftError(PalimpsestError):
+    """The mismatch between engines and learner grows although nothing is trained."""
 
 
 class StoreError(PalimpsestError):

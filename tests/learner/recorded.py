@@ -1,0 +1,65 @@
+"""A run's folder with recorded batches, as a learner would have left it, made without any server."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+from learner.ledger import Entry, LeaseRecord, State
+from learner.store import Store, store_path
+from protocol.codec import encode_group
+from protocol.config import Config
+from protocol.config_file import load_config
+from protocol.types import TrajectoryGroup
+from tests.learner.tiny import group, save_tiny_model
+
+
+def groups_of(step: int, *, num: int = 2) -> list[TrajectoryGroup]:
+    """Groups of the last two versions; their contexts begin alike in no particular way."""
+    versions = tuple(range(max(0, step - 1), step + 1))
+    return [group(100 * step + i, versions=versions, cursor=num * step + i) for i in range(num)]
+
+
+def record_run(folder: Path, *, num_steps: int) -> Path:
+    folder.mkdir(parents=True)
+    with closing(Store(store_path(folder))) as store:
+        for step in range(num_steps):
+            groups = groups_of(step)
+            for each in groups:
+                lease_id, entry = each.cursor + 1, Entry(each.cursor, each.cursor, 0, State.BUFFERED)
+                store.record_lease(
+                    LeaseRecord(lease_id, each.cursor, each.cursor, 0, "actor", 0.0), engine_version=step
+                )
+                frames = encode_group(each, lease_id=lease_id)
+                store.record_group(entry=entry, lease_id=lease_id, group=each, frames=frames, outcome="accepted")
+            store.record_batch(step=step, cursors=[each.cursor for each in groups])
+    return folder
+
+
+def replay_config(folder: Path, *overrides: str) -> tuple[Path, Config]:
+    """A config file in `folder`, with a tiny model beside it, and what is read from it."""
+    model = save_tiny_model(folder / "model")
+    path = folder / "run.toml"
+    path.write_text(
+        f"""
+[run]
+dir = "out"
+[model]
+path = "{model}"
+[task]
+kind = "toy"
+worlds = [0]
+[learner]
+num_steps = 10
+tokens_per_micro_batch = 64
+[learner.loss]
+minibatches = 2
+[learner.optimizer]
+learning_rate = 1e-2
+schedule = "cosine"
+warmup_steps = 2
+[learner.checkpoint]
+every_steps = 2
+"""
+    )
+    return path, load_config(path, overrides)

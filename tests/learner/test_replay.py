@@ -1,0 +1,159 @@
+"""Recorded batches, trained again: bit for bit after a kill, the same with two ranks, and refused where they differ."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from learner.drift import Drift
+from learner.start import run_replay
+from learner.store import metrics_path
+from protocol.codec import pack_groups, unpack_groups
+from protocol.config_file import load_config
+from protocol.errors import DataError, DivergenceError, DriftError, MalformedMessage
+from tests.learner.recorded import groups_of, record_run, replay_config
+
+ROOT = Path(__file__).resolve().parents[2]
+KILL_AFTER_5 = """
+import os, signal, sys
+from pathlib import Path
+from learner import loop, start
+from protocol.config_file import load_config
+train = loop.Loop._train
+def killed(self, groups):
+    if self._step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train(self, groups)
+loop.Loop._train = killed
+start.run_replay(load_config(Path(sys.argv[1]), [f"run.dir={sys.argv[3]}"]), Path(sys.argv[2]))
+"""
+
+
+def tensors_of(out: Path, step: int = 10) -> dict[str, torch.Tensor]:
+    folder = out / "checkpoints" / f"step-{step:08d}"
+    files = [folder / "model.safetensors", *sorted((folder / "training").glob("*.safetensors"))]
+    return {f"{file.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def metrics_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in metrics_path(out).read_text().splitlines()]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def test_ten_steps_equal_five_a_kill_and_five(tmp_path: Path) -> None:
+    source = record_run(tmp_path / "source", num_steps=10)
+    path, config = replay_config(tmp_path)
+    run_replay(config, source)
+
+    killed = tmp_path / "killed"
+    arguments = [sys.executable, "-c", KILL_AFTER_5, str(path), str(source), str(killed)]
+    process = subprocess.run(arguments, env=environment(), cwd=tmp_path, check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert [line["step"] for line in metrics_of(killed)] == list(range(5))
+    assert not (killed / "checkpoints" / "step-00000005").exists()
+    run_replay(load_config(path, [f"run.dir={killed}"]), source)
+
+    wanted, found = tensors_of(config.run.dir), tensors_of(killed)
+    assert wanted.keys() == found.keys()
+    assert any("exp_avg" in name for name in wanted)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    steps = {line["step"]: line["learner/loss"] for line in metrics_of(killed)}
+    assert steps == {line["step"]: line["learner/loss"] for line in metrics_of(config.run.dir)}
+    assert len(set(steps.values())) > 5
+
+
+def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
+    source = record_run(tmp_path / "source", num_steps=3)
+    path, config = replay_config(tmp_path)
+    run_replay(config, source)
+    out = tmp_path / "two"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["-m", "learner.launch", "learner", str(path), "--replay", str(source), "--set", f"run.dir={out}"]
+    subprocess.run([*torchrun, *arguments], env=environment(), cwd=tmp_path, check=True)
+    for one, two in zip(metrics_of(config.run.dir), metrics_of(out), strict=True):
+        for tag in (
+            "learner/loss",
+            "learner/grad_norm",
+            "policy/entropy",
+            "policy/kl_behavior",
+            "policy/clip_fraction",
+        ):
+            assert two[tag] == pytest.approx(one[tag], rel=1e-4, abs=1e-7), tag
+        assert two["learner/trained_tokens"] == one["learner/trained_tokens"]
+    wanted, found = (load_file(each / "checkpoints/step-00000003/model.safetensors") for each in (config.run.dir, out))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_another_source_or_config_is_not_mixed_in(tmp_path: Path) -> None:
+    source = record_run(tmp_path / "source", num_steps=2)
+    path, config = replay_config(tmp_path, "learner.num_steps=2", "learner.optimizer.schedule=constant")
+    run_replay(config, source)
+    other = load_config(
+        path, ["learner.num_steps=2", "learner.optimizer.schedule=constant", "learner.loss.clip_low=0.1"]
+    )
+    with pytest.raises(DataError, match=r"holds a replay with learner\.loss"):
+        run_replay(other, source)
+    with pytest.raises(DataError, match="holds a run of its own"):
+        run_replay(load_config(path, [f"run.dir={source}"]), source)
+
+
+def test_a_replay_at_rate_0_changes_nothing_and_reports_the_mismatch(tmp_path: Path) -> None:
+    """These log-probs are no policy's: the mismatch is large, and by no means flat over random contexts."""
+    source = record_run(tmp_path / "source", num_steps=2)
+    _, config = replay_config(tmp_path, "learner.num_steps=2", "learner.check_drift=true")
+    with pytest.raises(DriftError, match="by age 0: "):
+        run_replay(config, source)
+    start = load_file(config.model.path / "model.safetensors")
+    for name, tensor in load_file(config.run.dir / "checkpoints/step-00000002/model.safetensors").items():
+        assert torch.equal(tensor, start[name])
+
+
+@pytest.mark.parametrize(
+    ("drift", "flat"),
+    [
+        (Drift(1e-7, 9e-6, {0: 1e-8, 2: 5e-6}, {0: 0.0}), True),
+        (Drift(1e-3, 1.5e-3, {0: 1e-3, 2: 1.9e-3}, {}), True),
+        (Drift(1e-3, 2.5e-3, {}, {}), False),
+        (Drift(1e-3, 1e-3, {0: 1e-4, 2: 1e-3}, {}), False),
+        (Drift(1e-3, 1e-3, {0: 1e-3}, {0: 1e-3, 1: 4e-3}), False),
+    ],
+)
+def test_flat_means_neither_time_nor_age_nor_context_raises_it(drift: Drift, flat: bool) -> None:
+    assert drift.is_flat is flat
+
+
+def test_updates_that_are_never_finite_end_the_run_and_leave_the_batch(tmp_path: Path) -> None:
+    source = record_run(tmp_path / "source", num_steps=2)
+    optimizer = ("learning_rate=1e30", "schedule=constant", "max_consecutive_skips=2")
+    _, config = replay_config(tmp_path, "learner.num_steps=2", *(f"learner.optimizer.{each}" for each in optimizer))
+    with pytest.raises(DivergenceError, match=r"max_consecutive_skips is 2.*non-finite-step-1\.groups"):
+        run_replay(config, source)
+    kept = unpack_groups((config.run.dir / "non-finite-step-1.groups").read_bytes())
+    assert [each.cursor for each in kept] == [each.cursor for each in groups_of(1)]
+
+
+def test_groups_survive_packing_and_torn_bytes_are_refused() -> None:
+    groups = groups_of(3)
+    data = pack_groups(groups)
+    for wanted, found in zip(groups, unpack_groups(data), strict=True):
+        assert (wanted.cursor, wanted.run_id) == (found.cursor, found.run_id)
+        for a, b in zip(wanted.contexts(), found.contexts(), strict=True):
+            assert a.policy_versions == b.policy_versions
+            assert all(
+                getattr(a, name).tobytes() == getattr(b, name).tobytes()
+                for name in ("token_ids", "loss_mask", "behavior_logprobs")
+            )
+    with pytest.raises(MalformedMessage):
+        unpack_groups(data[:-1])
