@@ -3,8 +3,8 @@
     python benchmarks/learner.py [--quick] [--rounds 3] [--shapes memsearcher,react]
     python benchmarks/learner.py --device cuda --model 0.5b --dtype bfloat16 --groups 8
 
-padded   right-padded rows, the same number a micro-batch, logits of every position: what a GRPO learner usually does.
-         Without an attention mask, which causal attention does not need: its fastest form.
+padded   rows right-padded to the batch's longest, the same number a micro-batch, logits of every position: what a
+         GRPO learner usually does. Without an attention mask, which causal attention does not need: its fastest form.
 packed   contexts one after another in one row, logits where tokens are trained, in chunks; nothing shared
 ours     the same, and every common prefix once (learner/packing.py chooses)
 
@@ -177,11 +177,12 @@ Method = Callable[[Scorer, list[Context], int], Computed]
 def padded(scorer: Scorer, contexts: list[Context], budget: int) -> Computed:
     """(logprobs, number of tokens): rows as they come, equally many a micro-batch; the budget counts padded tokens."""
     device = scorer.model.device
-    num_rows = max(1, budget // max(len(each.token_ids) for each in contexts))
+    longest = max(len(each.token_ids) for each in contexts)
+    num_rows = max(1, budget // longest)
     logprobs = []
     for start in range(0, len(contexts), num_rows):
         rows = contexts[start : start + num_rows]
-        token_ids = torch.zeros(len(rows), max(len(each.token_ids) for each in rows), dtype=torch.int64)
+        token_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
         weight = torch.zeros(token_ids.shape)
         for number, each in enumerate(rows):
             token_ids[number, : len(each.token_ids)] = torch.from_numpy(each.token_ids)

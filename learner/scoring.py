@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}
-"""Logits at a time, of which two fp32 copies exist at most: 4 MiB on a CPU, 1 GiB on a GPU, which needs more to fill."""
+"""Logits at a time, of which two fp32 copies exist at most: 4 MiB on a CPU, 1 GiB on a GPU, which needs it to fill."""
 
 
 def token_scores(
