@@ -21,12 +21,32 @@ from learner.packing import pack, split
 from learner.parallel import World, checkpoint_activations, clip_gradients, full, join, shard
 from learner.policy import Policy
 from learner.scorer import Scorer
+from learner.step_metrics import StepMetrics
+from learner.trainer import Trainer
 from learner.weights import published_weights
-from protocol.config import LoraConfig, OptimizerConfig
-from tests.learner.tiny import VOCAB_SIZE, tiny_model
+from protocol.algorithms import AdvantageConfig, LossConfig
+from protocol.config import LearnerConfig, LoraConfig, OptimizerConfig
+from tests.learner.tiny import VOCAB_SIZE, group, tiny_model
 
 CONFIG = OptimizerConfig(eps=1e-3)
 """With a large epsilon, so that a gradient that is nothing but rounding stays nothing."""
+
+
+_TRAINED = {"num_steps": 3, "tokens_per_micro_batch": 64, "optimizer": OptimizerConfig(learning_rate=0.01, eps=1e-3)}
+TRAINERS = {
+    "grpo": LearnerConfig(**_TRAINED),
+    "gae in two minibatches": LearnerConfig(
+        **_TRAINED, advantage=AdvantageConfig(estimator="gae", lam=0.9), loss=LossConfig(minibatches=2)
+    ),
+}
+
+
+def train_groups(config: LearnerConfig, world: World) -> tuple[Trainer, list[StepMetrics]]:
+    """Three whole steps of the real trainer on groups of uneven contexts."""
+    policy = Policy(model=tiny_model(), tokenizer_files=())
+    trainer = Trainer(policy=policy, config=config, world=world)
+    batches = [[group(10 * step), group(10 * step + 1)] for step in range(config.num_steps)]
+    return trainer, [trainer.train_step(batch, step=step) for step, batch in enumerate(batches)]
 
 
 class Learner:
@@ -119,6 +139,8 @@ def main(out: Path) -> None:
         found |= _checkpoint(world, out)
         _train_on(world, out)
         found |= _mix_precisions(world)
+        for name, config in TRAINERS.items():
+            found[name] = _train_groups(world, out, name=name, config=config)
         (out / f"rank-{world.rank}.json").write_text(json.dumps(found))
 
 
@@ -204,6 +226,14 @@ def _mix_precisions(world: World) -> dict[str, object]:
         "masters": sorted({str(each.dtype) for each in learner.scorer.parameters()}),
         "published": sorted({str(each.dtype) for each in learner.published().values()}),
     }
+
+
+def _train_groups(world: World, out: Path, *, name: str, config: LearnerConfig) -> list[list[float]]:
+    trainer, stepped = train_groups(config, world)
+    weights = published_weights(trainer.policy.model, world=world, dtype=torch.float32)
+    if world.rank == 0:
+        save_file(weights, out / f"{name}.safetensors")
+    return [[each.loss, each.grad_norm] for each in stepped]
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from learner.parallel import World, clip_gradients, join, shard
+from learner.weights import published_weights
 from protocol.errors import ConfigError
-from tests.learner.rank import Learner
+from tests.learner.rank import TRAINERS, Learner, train_groups
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,6 +83,17 @@ def test_two_processes_give_the_gradient_of_one(out: Path, ranks: list[dict], na
     assert norm > 2.0
     assert ranks[0][f"{name} norm"] == ranks[1][f"{name} norm"] == pytest.approx(norm, rel=1e-6)
     assert_alike(load_file(out / f"{name}-clipped.safetensors"), learner.gradients(), bound=1e-6)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_two_ranks_train_groups_as_one_does(out: Path, ranks: list[dict], name: str) -> None:
+    trainer, stepped = train_groups(TRAINERS[name], World())
+    wanted = published_weights(trainer.policy.model, world=World(), dtype=torch.float32)
+    assert_alike(load_file(out / f"{name}.safetensors"), wanted, bound=1e-5)
+    assert ranks[0][name] == ranks[1][name]
+    for (loss, norm), each in zip(ranks[0][name], stepped, strict=True):
+        assert loss == pytest.approx(each.loss, rel=1e-4, abs=1e-6)
+        assert norm == pytest.approx(each.grad_norm, rel=1e-4)
 
 
 def test_clipping_is_torch_s_own() -> None:
