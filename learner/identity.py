@@ -24,6 +24,8 @@ def identity_of(config: Config) -> dict[str, str]:
         "staleness_bound": learner.staleness_bound,
         "learner.skip_zero_variance": learner.skip_zero_variance,
         "learner.dtype": learner.dtype,
+        "learner.lora": learner.lora.model_dump(mode="json") if learner.lora else "none",
+        "learner.check_drift": learner.check_drift,
         "ablation": learner.ablation,
         "learner.advantage": learner.advantage.model_dump(mode="json"),
         "learner.loss": learner.loss.model_dump(mode="json"),

@@ -130,10 +130,11 @@ class Loop:
             self._watched.append(stepped)
 
     def _report_drift(self) -> None:
-        """Raises: DriftError."""
+        """Leaves it in RUN/drift.txt. Raises: DriftError."""
         drift = Drift.of(self._watched)
         if self._journal is not None:
-            print(f"learner: {drift}", flush=True)
+            (self._config.run.dir / "drift.txt").write_text(f"{drift}\n")
+            print(drift, flush=True)
         if not drift.is_flat:
             raise DriftError(f"engines and learner drift apart although nothing was trained: {drift}")
 

@@ -16,8 +16,9 @@ PalimpsestError
 │   ├── EngineUnavailable     no answer, HTTP 5xx, or aborted: may be retried on any engine
 │   └── UnknownVersion        the engine cannot state the policy version of its tokens: they are refused
 ├── WeightsError              a weight manifest or chunk that does not verify
-├── DivergenceError           update after update was skipped because its loss or gradient is not finite
-├── DriftError                engines and learner drift apart although nothing is trained
+├── TrainingStopped           training itself cannot go on: starting again would not help (exit status 3)
+│   ├── DivergenceError       update after update was skipped because its loss or gradient is not finite
+│   └── DriftError            engines and learner drift apart although nothing is trained
 └── StoreError                the run's store cannot be read or written
 """
 
@@ -86,11 +87,15 @@ class WeightsError(PalimpsestError):
     """A weight manifest or chunk that does not verify."""
 
 
-class DivergenceError(PalimpsestError):
+class TrainingStopped(PalimpsestError):
+    """Training itself cannot go on, and starting the learner again would not help."""
+
+
+class DivergenceError(TrainingStopped):
     """So many updates in a row were not finite that training cannot go on."""
 
 
-class DriftError(PalimpsestError):
+class DriftError(TrainingStopped):
     """The mismatch between engines and learner grows although nothing is trained."""
 
 

@@ -45,7 +45,8 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Exit status: 0 done, 1 a defect or a failed run, 2 bad input (one sentence), 130 Ctrl-C."""
+    """Exit status: 0 done, 1 a defect or a failed run, 2 bad input, 3 training cannot go on (one sentence each), 130
+    Ctrl-C."""
     try:
         status = cli(standalone_mode=False)
     except click.ClickException as error:
@@ -67,13 +68,13 @@ def main() -> None:
 
 def _known(error: BaseException) -> tuple[str, int] | None:
     """(sentence, exit status) of an error raised on purpose, also from inside task groups; None for a defect."""
-    from protocol.errors import PalimpsestError, UserError
+    from protocol.errors import PalimpsestError, TrainingStopped, UserError
 
     leaves = list(_leaves(error))
     if not all(isinstance(leaf, PalimpsestError) for leaf in leaves):
         return None
     first = next((leaf for leaf in leaves if isinstance(leaf, UserError)), leaves[0])
-    return str(first), 2 if isinstance(first, UserError) else 1
+    return str(first), 2 if isinstance(first, UserError) else 3 if isinstance(first, TrainingStopped) else 1
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

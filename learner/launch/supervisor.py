@@ -1,7 +1,7 @@
 """Runs the processes of a plan on this machine: starts, watches, restarts, stops.
 
     start ─► running ──exit 0──► done
-               │  └──exit 2──► a user error at the first start: the run stops with its sentence
+               │  └──exit 2──► a user error at the first start: the run stops with its sentence; 3: at any start
                └──any other──► restarted after a growing pause; too often in a minute: the run stops
 
 Each process leads a session of its own, so Ctrl-C reaches only the launcher, which ends them in order: SIGTERM, then
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from learner.launch.plan import ProcessSpec
 from learner.lock import locked
-from protocol.errors import PalimpsestError, UserError
+from protocol.errors import PalimpsestError, TrainingStopped, UserError
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ _RESTART_PAUSE_S = 0.25
 _MAX_RESTARTS = 5
 _WINDOW_S = 60.0
 _USER_ERROR_STATUS = 2
+_TRAINING_STOPPED_STATUS = 3
 
 
 def lock_path(run_dir: Path) -> Path:
@@ -158,7 +159,8 @@ class Supervisor:
                 return
             now = time.monotonic()
             too_often = len(child.recent) == _MAX_RESTARTS and now - child.recent[0] < _WINDOW_S
-            if (child.status == _USER_ERROR_STATUS and child.num_restarts == 0) or too_often:
+            wrong_from_the_start = child.status == _USER_ERROR_STATUS and child.num_restarts == 0
+            if wrong_from_the_start or child.status == _TRAINING_STOPPED_STATUS or too_often:
                 if not self._failure.done():
                     self._failure.set_exception(self._error_of(child, child.status) or RunFailed(child.spec.name))
                 return
@@ -186,9 +188,10 @@ class Supervisor:
         if status == 0:
             return None
         lines = self.log_path(child.spec.name).read_text(errors="replace").splitlines()
-        if status == _USER_ERROR_STATUS:
+        if status in (_USER_ERROR_STATUS, _TRAINING_STOPPED_STATUS):
             said = next((line for line in reversed(lines) if line.startswith("error: ")), "error: see its log")
-            return UserError(f"{child.spec.name}: {said.removeprefix('error: ')}")
+            kind = UserError if status == _USER_ERROR_STATUS else TrainingStopped
+            return kind(f"{child.spec.name}: {said.removeprefix('error: ')}")
         tail = "\n".join(lines[-15:])
         return RunFailed(f"{child.spec.name} ended ({_ended(status)}); {self.log_path(child.spec.name)} ends:\n{tail}")
 

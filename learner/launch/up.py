@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the config.")
 @click.option("--dry-run", is_flag=True, help="Print what would start, and start nothing.")
 @click.option("--quiet", is_flag=True, help="No live view.")
-def up(run: Path, overrides: tuple[str, ...], dry_run: bool, quiet: bool) -> None:
+@click.option("--check-drift", is_flag=True, help="Rate 0: the mismatch between engines and learner must stay flat.")
+def up(run: Path, overrides: tuple[str, ...], dry_run: bool, quiet: bool, check_drift: bool) -> None:
     """Start, supervise and restart the roles that RUN (a TOML file) names, until its last step.
 
     Ctrl-C stops all of them; running it again resumes. Logs are in the run's folder under logs/, TensorBoard's files
@@ -30,6 +31,8 @@ def up(run: Path, overrides: tuple[str, ...], dry_run: bool, quiet: bool) -> Non
     from protocol.process import run_async
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if check_drift:
+        overrides = (*overrides, "learner.check_drift=true")
     config = with_ports(load_config(run, overrides))
     saved = config.run.dir / "config.json"
     processes = plan(config, config_path=saved)
@@ -50,6 +53,8 @@ def up(run: Path, overrides: tuple[str, ...], dry_run: bool, quiet: bool) -> Non
     click.echo(
         f"up: {config.run.name} is at its last step, {config.learner.num_steps}; it is in {config.run.dir}/checkpoints"
     )
+    if check_drift:
+        click.echo((config.run.dir / "drift.txt").read_text().rstrip())
     click.echo(f"next: palimpsest audit {config.run.dir}; tensorboard --logdir {config.run.dir}/tensorboard")
 
 

@@ -16,7 +16,7 @@ import pytest
 from learner.launch import supervisor as supervisor_module
 from learner.launch.plan import ProcessSpec
 from learner.launch.supervisor import RunFailed, Supervisor
-from protocol.errors import UserError
+from protocol.errors import TrainingStopped, UserError
 
 WAIT_S = 30.0
 SLEEP = "import time; time.sleep(600)"
@@ -88,13 +88,28 @@ async def test_bad_input_stops_the_run_with_its_sentence(tmp_path: Path) -> None
 
 
 async def test_too_many_restarts_fail_the_run_with_the_log(tmp_path: Path) -> None:
-    code = "import sys; print('trouble'); sys.exit(3)"
+    code = "import sys; print('trouble'); sys.exit(4)"
     async with Supervisor(tmp_path) as supervisor:
         await supervisor.start([python("learner", SLEEP), python("actor-0", code)])
-        with pytest.raises(RunFailed, match=r"(?s)actor-0 ended \(exit status 3\); .*actor-0.log ends:\n.*trouble"):
+        with pytest.raises(RunFailed, match=r"(?s)actor-0 ended \(exit status 4\); .*actor-0.log ends:\n.*trouble"):
             await asyncio.wait_for(supervisor.wait("learner"), WAIT_S)
         assert supervisor.states()["actor-0"][1] == supervisor_module._MAX_RESTARTS
     assert supervisor.log_path("actor-0").read_text().count("trouble") == supervisor_module._MAX_RESTARTS + 1
+
+
+async def test_a_learner_that_cannot_go_on_is_not_started_again(tmp_path: Path) -> None:
+    """Not even where it was restarted before for another reason."""
+    flag = tmp_path / "flag"
+    code = (
+        f"import os, pathlib, sys; flag = pathlib.Path({str(flag)!r})\n"
+        "if not flag.exists(): flag.touch(); os.kill(os.getpid(), 9)\n"
+        "print('error: they drift'); sys.exit(3)"
+    )
+    async with Supervisor(tmp_path) as supervisor:
+        await supervisor.start([python("learner", code)])
+        with pytest.raises(TrainingStopped, match=r"^learner: they drift$"):
+            await asyncio.wait_for(supervisor.wait("learner"), WAIT_S)
+        assert supervisor.states()["learner"][1] == 1
 
 
 async def test_a_step_that_fails(tmp_path: Path) -> None:

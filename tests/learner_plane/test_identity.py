@@ -26,6 +26,8 @@ def test_where_and_how_fast_may_change(change: dict[str, object]) -> None:
         ({"loss": {"aggregation": "token"}}, "learner.loss"),
         ({"optimizer": {"learning_rate": 0.5}}, "learner.optimizer"),
         ({"ablation": "last-context"}, "ablation"),
+        ({"check_drift": True}, "learner.check_drift"),
+        ({"lora": {"rank": 4}}, "learner.lora"),
     ],
 )
 def test_what_is_trained_may_not(change: dict[str, object], key: str) -> None:
