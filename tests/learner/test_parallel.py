@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from learner.parallel import World, clip_gradients, join, shard
+from learner.parallel import World, checkpoint_activations, clip_gradients, decoder_layers, join, shard
 from learner.weights import published_weights
 from protocol.errors import ConfigError
 from tests.learner.rank import TRAINERS, Learner, train_groups
+from tests.learner.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -163,6 +164,18 @@ def test_one_rank_keeps_fp32_masters_too(ranks: list[dict]) -> None:
         small = nn.Linear(2, 2, dtype=torch.bfloat16)
         with pytest.raises(ValueError, match=r"weight must be float32 .* got torch\.bfloat16"):
             shard(small, world, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_layers_are_computed_again_in_the_backward_and_dropout_stays_off(recompute: bool) -> None:
+    model = tiny_model()
+    if recompute:
+        checkpoint_activations(model)
+    layer = decoder_layers(model)[0]
+    calls: list[bool] = []
+    layer.mlp.register_forward_pre_hook(lambda *_: calls.append(layer.mlp.training or layer.self_attn.training))
+    model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False).logits.sum().backward()
+    assert calls == [False] * (2 if recompute else 1)
 
 
 def test_one_rank_in_fp32_is_left_as_it_is() -> None:
