@@ -24,7 +24,7 @@ from learner.scorer import Scorer
 from learner.step_metrics import StepMetrics
 from learner.trainer import Trainer
 from learner.weights import published_weights
-from protocol.algorithms import AdvantageConfig, LossConfig
+from protocol.algorithms import AdvantageConfig, LossConfig, TruncateConfig
 from protocol.config import LearnerConfig, LoraConfig, OptimizerConfig
 from tests.learner.tiny import VOCAB_SIZE, group, tiny_model
 
@@ -35,6 +35,9 @@ CONFIG = OptimizerConfig(eps=1e-3)
 _TRAINED = {"num_steps": 3, "tokens_per_micro_batch": 64, "optimizer": OptimizerConfig(learning_rate=0.01, eps=1e-3)}
 TRAINERS = {
     "grpo": LearnerConfig(**_TRAINED),
+    "a reference, corrections over trajectories": LearnerConfig(
+        **_TRAINED, loss=LossConfig(kl_coefficient=0.1, corrections=(TruncateConfig(scope="trajectory"),))
+    ),
     "gae in two minibatches": LearnerConfig(
         **_TRAINED, advantage=AdvantageConfig(estimator="gae", lam=0.9), loss=LossConfig(minibatches=2)
     ),
@@ -44,7 +47,8 @@ TRAINERS = {
 def train_groups(config: LearnerConfig, world: World) -> tuple[Trainer, list[StepMetrics]]:
     """Three whole steps of the real trainer on groups of uneven contexts."""
     policy = Policy(model=tiny_model(), tokenizer_files=())
-    trainer = Trainer(policy=policy, config=config, world=world)
+    reference = Policy(model=tiny_model(seed=1), tokenizer_files=()) if config.loss.kl_coefficient else None
+    trainer = Trainer(policy=policy, config=config, reference=reference, world=world)
     batches = [[group(10 * step), group(10 * step + 1)] for step in range(config.num_steps)]
     return trainer, [trainer.train_step(batch, step=step) for step, batch in enumerate(batches)]
 
