@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -22,7 +25,7 @@ def learner(config: Path, overrides: tuple[str, ...], replay: Path | None, check
 
     CONFIG is the run's TOML, or the config.json that `palimpsest up` saved in the run's folder. Run again, it resumes
     from the newest checkpoint and the recorded batches. With --replay, metrics and checkpoints go to RUN/replay, or to
-    the run.dir that --set names. Under torchrun each process is a rank: docs/scaling.md.
+    the run.dir that --set names. With learner.ranks above 1 it runs under torchrun: docs/scaling.md.
     """
     from protocol.config_file import load_config
     from protocol.process import start_role
@@ -33,6 +36,8 @@ def learner(config: Path, overrides: tuple[str, ...], replay: Path | None, check
     if replay is not None:
         overrides = (f"run.dir={replay / 'replay'}", *overrides)
     loaded = load_config(config, overrides)
+    if loaded.learner.ranks > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        _become_torchrun(loaded.learner.ranks)
 
     from learner.start import run_learner, run_replay  # torch comes with it: a bad config is told before
 
@@ -40,3 +45,11 @@ def learner(config: Path, overrides: tuple[str, ...], replay: Path | None, check
         run_learner(loaded)
     else:
         run_replay(loaded, replay)
+
+
+def _become_torchrun(num_ranks: int) -> NoReturn:
+    """The same command once for each rank; this process becomes their torchrun, and still ends with its launcher."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks))
+    arguments = [sys.executable, *torchrun, "-m", "learner.launch", *sys.argv[1:]]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.execv(sys.executable, arguments)

@@ -205,6 +205,7 @@ class LearnerConfig(Section):
     (`auto`: where it pays). `reference`: the model folder that a KL is taken to; model.path if not given.
     `check_drift`: train with rate 0, so that the mismatch between engines and learner must stay flat.
     `dtype`: that of the computation and of published weights; the masters of bfloat16 are float32.
+    `ranks`: processes over which the learner is sharded on this machine, a GPU each with device cuda.
     `activation_checkpointing`: keep the inputs of layers only, and compute the rest again in the backward.
     """
 
@@ -218,6 +219,7 @@ class LearnerConfig(Section):
     reference: Path | None = None
     check_drift: bool = False
     device: str = "cpu"
+    ranks: Positive = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False
     lora: LoraConfig | None = None

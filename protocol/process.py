@@ -69,11 +69,14 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _die_with_launcher() -> None:
-    """Where a launcher started this process, the kernel sends SIGTERM when the launcher ends (Linux)."""
+    """Where a launcher started this process, the kernel sends SIGTERM when the launcher ends (Linux).
+
+    A rank's parent is torchrun, which took the place of a process that had done this.
+    """
     launcher = os.environ.get("PALIMPSEST_LAUNCHER_PID")
     if launcher is None or not sys.platform.startswith("linux"):
         return
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-    if os.getppid() != int(launcher):
+    if os.getppid() != int(launcher) and "TORCHELASTIC_RUN_ID" not in os.environ:
         sys.exit(143)

@@ -78,9 +78,9 @@ def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
     path, config = replay_config(tmp_path)
     run_replay(config, source)
     out = tmp_path / "two"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = ["-m", "learner.launch", "learner", str(path), "--replay", str(source), "--set", f"run.dir={out}"]
-    subprocess.run([*torchrun, *arguments], env=environment(), cwd=tmp_path, check=True)
+    overrides = ("--set", f"run.dir={out}", "--set", "learner.ranks=2")
+    arguments = [sys.executable, "-m", "learner.launch", "learner", str(path), "--replay", str(source), *overrides]
+    subprocess.run(arguments, env=environment(), cwd=tmp_path, check=True)
     for one, two in zip(metrics_of(config.run.dir), metrics_of(out), strict=True):
         for tag in (
             "learner/loss",
