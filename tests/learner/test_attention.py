@@ -79,6 +79,18 @@ def test_bf16_is_as_near_as_its_rounding() -> None:
         assert (each.double() - other).norm() <= 0.01 * other.norm()
 
 
+def test_padding_of_batched_blocks_is_seen_by_nothing_and_does_not_overflow() -> None:
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 40, size=size) for size in (57, 59, 64)]
+    contexts = [np.concatenate([prompts[n % 3], rng.integers(0, 40, size=13 + n)]) for n in range(9)]
+    row = pack(contexts, share=True, min_share=1)
+    plan = to_device(row, "cpu").plan
+    assert len(plan.inner) == 1  # pyright: ignore[reportAttributeAccessIssue]
+    inputs = heads(row)
+    check(row, inputs, tolerance=1e-12)
+    check(row, [(12 * each).detach().requires_grad_() for each in inputs], tolerance=1e-9)
+
+
 def test_hundreds_of_small_nodes_are_few_kernel_calls() -> None:
     rng = np.random.default_rng(0)
     groups = [rng.integers(0, 40, size=24) for _ in range(40)]
