@@ -35,6 +35,11 @@ class AdvantageConfig(Section):
     context_rewards: Literal["none", "add"] = "none"
     role_weights: dict[str, Coefficient] = Field(default_factory=dict)
 
+    @property
+    def is_zero_without_variance(self) -> bool:
+        """Whether trajectories of equal reward get advantage 0."""
+        return self.estimator in ("grpo", "rloo", "maxrl") and self.context_rewards == "none"
+
 
 class _Band(Section):
     low: Lower

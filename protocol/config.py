@@ -238,7 +238,18 @@ class LearnerConfig(Section):
                 f"learner.loss.minibatches must be <= groups_per_batch * group_size = "
                 f"{self.groups_per_batch * self.group_size}, got {self.loss.minibatches}"
             )
-        if self.advantage.estimator == "maxrl" and self.loss.kl_in == "reward" and self.loss.kl_coefficient:
+        if self.skip_zero_variance and not self.advantage.is_zero_without_variance:
+            raise ValueError(
+                "learner.skip_zero_variance must be false where groups of equal rewards can have advantages (gae, "
+                "reinforce_pp, context_rewards, a KL in the reward), got true"
+            )
+        kl_in_reward = self.loss.kl_in == "reward" and self.loss.kl_coefficient > 0
+        if self.skip_zero_variance and (kl_in_reward or not self.advantage.is_zero_without_variance):
+            raise ValueError(
+                "learner.skip_zero_variance must be false where groups of equal rewards can have advantages (gae, "
+                "reinforce_pp, context_rewards, a KL in the reward), got true"
+            )
+        if self.advantage.estimator == "maxrl" and kl_in_reward:
             raise ValueError(
                 "learner.loss.kl_in must be 'loss' where learner.advantage.estimator is 'maxrl', whose rewards must "
                 "be >= 0, got 'reward'"

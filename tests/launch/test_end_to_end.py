@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -111,6 +112,22 @@ def test_a_tiny_run_through_everything(tmp_path: Path) -> None:
     assert audit.num_tokens_trained > 0
     assert steps(run.run_dir) == 2
     assert [path.name for path in (run.run_dir / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_two_ranks_at_rate_0_agree_with_the_engine(tmp_path: Path) -> None:
+    """A learner of two processes publishes what it trains: were it not so, the mismatch would not be flat."""
+    run = make_tiny_run(tmp_path)
+    log = tmp_path / "up.log"
+    with launched("up", run.config, "--check-drift", "--set", "learner.ranks=2", log=log) as process:
+        until(lambda: len(pids(run.run_dir)) == 4, process, log)
+        processes = pids(run.run_dir)
+        assert process.wait(timeout=RUN_TIMEOUT_S) == 0, log.read_text()
+    assert_nothing_left(run.run_dir, processes)
+    assert re.search(r"mismatch KL, nats a token: \S+ in the first third of steps", log.read_text())
+    assert audit_run(run.run_dir).problems == ()
+    rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["learner/learning_rate"] == 0.0 for row in rows)
+    assert max(row["policy/kl_behavior"] for row in rows) < 1e-6
 
 
 def demo(run_dir: Path) -> tuple[str | Path, ...]:

@@ -150,6 +150,10 @@ def test_json_that_is_no_table(tmp_path: Path, tree: object) -> None:
         ("learner.loss={policy_loss='cispo', dual_clip=3.0}", ["dual_clip must not be set", "'cispo', got 3.0"]),
         ("learner.loss.dual_clip=1.0", ["learner.loss.dual_clip", "greater than 1"]),
         ("learner={advantage={estimator='maxrl'}, loss={kl_in='reward', kl_coefficient=0.1}}", ["learner.loss.kl_in"]),
+        (
+            "learner={advantage={estimator='gae'}, skip_zero_variance=true}",
+            ["skip_zero_variance must be false"],
+        ),
         ("learner.optimizer.betas=[0.9,1.0]", ["learner.optimizer.betas", "less than 1"]),
     ],
 )
