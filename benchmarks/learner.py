@@ -265,9 +265,10 @@ def flops_per_token(scorer: Scorer) -> float:
 def benchmark(name: str, scorer: Scorer, contexts: list[Context], arguments: argparse.Namespace) -> dict[str, float]:
     """Prints a line and returns the ratios of one shape."""
     passes: dict[str, list[Pass]] = {method: [] for method in METHODS}
-    for _ in range(arguments.rounds):
-        for method, run in METHODS.items():
-            passes[method].append(measure(run, scorer, contexts, arguments.budget))
+    names = list(METHODS)
+    for number in range(arguments.rounds):
+        for method in names[number % 3 :] + names[: number % 3]:  # each is first, second and third in its turn
+            passes[method].append(measure(METHODS[method], scorer, contexts, arguments.budget))
     seconds = {method: statistics.median(each.seconds for each in found) for method, found in passes.items()}
     last = {method: found[-1] for method, found in passes.items()}
     num_tokens = sum(len(each.token_ids) for each in contexts)
