@@ -146,7 +146,7 @@ def approx_kl(logprobs: Tensor, other: Tensor, *, estimator: Literal["k1", "k2",
         return -log_ratio
     if estimator == "k2":
         return log_ratio.square() / 2
-    return log_ratio.exp() - 1 - log_ratio
+    return log_ratio.expm1() - log_ratio
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float | None = None) -> Tensor:
