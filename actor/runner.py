@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from protocol.codec import encode_group
 from protocol.errors import ProtocolError
+from protocol.faults import fault_point
 from protocol.messages import (
     Drain,
     EngineFields,
@@ -121,7 +122,9 @@ class Runner:
             frames = encode_group(group, lease_id=lease.lease_id)
             decode(frames)  # what the coordinator cannot read has no answer and would be held for ever: an error, here
             held = self._held[lease.lease_id] = _Held(frames)
+            fault_point("actor.finished")
             await self._send(held)
+            fault_point("actor.sent")
         finally:
             del self._running[lease.lease_id]
 
@@ -140,6 +143,7 @@ class Runner:
     def _acknowledged(self, reply: SubmitReply) -> None:
         if self._held.pop(reply.lease_id, None) is None:
             return
+        fault_point("actor.acknowledged")
         if reply.outcome == "refused":
             self.num_refused += 1
             log.warning("the coordinator refused a group: %s", reply.reason)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from actor.sglang_client import PauseMode, SGLangClient
 from protocol.errors import EngineError, ProtocolError, RemoteError, WeightsError
+from protocol.faults import fault_point
 from protocol.messages import (
     Chunk,
     ChunkRequest,
@@ -174,6 +175,7 @@ class WeightAgent:
         """The engine serves `tag` when this returns. Where fetching fails it serves what it did; where anything after
         that fails, nothing is committed: it may be paused still, or hold either version."""
         prepared = await self._fetch(tag)
+        fault_point("agent.prepared")
         previous = self._committed
         self._updating = True
         self._news.set()
@@ -181,9 +183,11 @@ class WeightAgent:
             try:
                 await self._engine.pause(self._pause_mode)
                 await self._engine.update_weights_from_disk(str(prepared), weight_version=str(tag), flush_cache=True)
+                fault_point("agent.updated")
             finally:
                 await self._engine.continue_()
             self._committed = tag
+            fault_point("agent.committed")
         except BaseException:
             self._committed = None
             raise

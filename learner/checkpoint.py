@@ -25,6 +25,7 @@ from learner.policy import Policy
 from learner.training_state import load_training, save_training
 from learner.weights import published_weights, save_folder
 from protocol.errors import DataError
+from protocol.faults import fault_point
 
 _FOLDER = re.compile(r"^step-(\d{8})$")
 _ASIDE = ".writing-"
@@ -83,7 +84,9 @@ def save_checkpoint(
             _complete(aside, policy, state)
             if folder.exists():
                 _discard(folder)
+            fault_point("checkpoint.written")
             aside.rename(folder)
+            fault_point("checkpoint.renamed")
             _fsync(root)
     if leads:
         for old in list_checkpoints(root)[:-keep]:
@@ -163,6 +166,7 @@ def _discard(folder: Path) -> None:
     """Deletes a folder; its name is gone before any of its files is."""
     doomed = folder.with_name(f"{_DISCARDED}{folder.name}")
     folder.rename(doomed)
+    fault_point("checkpoint.discarded")
     shutil.rmtree(doomed)
 
 

@@ -24,6 +24,7 @@ from learner.ledger import LeaseRecord, Ledger, State
 from learner.store import Store
 from protocol.codec import decode_group
 from protocol.errors import ProtocolError
+from protocol.faults import fault_point
 from protocol.messages import (
     Drain,
     Goodbye,
@@ -212,6 +213,7 @@ class Coordinator:
             self.num_refused += 1
             log.warning("refused group %d: %s", message.cursor, reason)
         await self._send(peer, SubmitReply(lease_id=message.lease_id, outcome=outcome, reason=reason))
+        fault_point("acknowledgement.sent")
 
     def _was_leased(self, message: SubmitGroup) -> bool:
         """False where the lease is another question's, or nobody's yet. One that has expired counts as leased."""

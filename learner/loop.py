@@ -34,6 +34,7 @@ from learner.weights import published_weights
 from protocol.codec import pack_groups
 from protocol.config import Config
 from protocol.errors import DivergenceError, DriftError
+from protocol.faults import fault_point
 from protocol.types import TrajectoryGroup
 
 log = logging.getLogger(__name__)
@@ -143,4 +144,8 @@ class Loop:
             log.warning("not every engine has committed version %d", self._step)
         if self._journal is not None:
             summary = {"step": self._step, "num_skipped_updates": self._trainer.guard.num_skipped}
-            finished_path(self._config.run.dir).write_text(json.dumps(summary) + "\n")
+            path = finished_path(self._config.run.dir)
+            aside = path.with_suffix(".tmp")
+            aside.write_text(json.dumps(summary) + "\n")
+            fault_point("run.finished")
+            aside.replace(path)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from learner.engines import Engines
 from protocol.errors import ProtocolError
+from protocol.faults import fault_point
 from protocol.messages import (
     Announcement,
     Chunk,
@@ -107,8 +108,10 @@ class Publisher:
         self._snapshots[manifest.publication] = snapshot
         for old in sorted(self._snapshots)[:-_KEPT]:
             del self._snapshots[old]
+        fault_point("publication.offered")
         announcement = Announcement(run_id=manifest.run_id, publication=manifest.publication, version=manifest.version)
         await self._announcements.send([encode(announcement)])
+        fault_point("publication.announced")
 
     async def serve(self) -> None:
         """Until cancelled."""

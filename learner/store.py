@@ -15,6 +15,7 @@ from pathlib import Path
 from learner.ledger import Entry, LeaseRecord, State
 from protocol.codec import decode_group
 from protocol.errors import DataError, StoreError
+from protocol.faults import fault_point
 from protocol.messages import SubmitGroup
 from protocol.types import TrajectoryGroup
 from protocol.wire import Buffer, decode, expect
@@ -88,8 +89,8 @@ class Store:
             self._query("COMMIT")
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All or nothing, durable when it returns."""
+    def transaction(self, name: str) -> Iterator[None]:
+        """All or nothing, durable when it returns. `name` is that of its fault points."""
         try:
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -97,7 +98,9 @@ class Store:
             except BaseException:
                 self._db.execute("ROLLBACK")
                 raise
+            fault_point(f"store.{name}.open")
             self._db.execute("COMMIT")
+            fault_point(f"store.{name}.durable")
         except sqlite3.Error as error:
             raise StoreError(f"store {self._path}: {error}") from error
 
@@ -106,7 +109,7 @@ class Store:
     def claim(self, identity: Mapping[str, str]) -> None:
         """Writes the identity of a new run, or checks that of one to resume. Raises: DataError on a difference."""
         found = self.meta()
-        with self.transaction():
+        with self.transaction("claim"):
             for key, value in identity.items():
                 if key not in found:
                     self._db.execute("INSERT INTO meta VALUES (?, ?)", (key, value))
@@ -122,7 +125,7 @@ class Store:
     # --- leases and groups ---
 
     def record_lease(self, lease: LeaseRecord, *, engine_version: int) -> None:
-        with self.transaction():
+        with self.transaction("lease"):
             self._db.execute(
                 "INSERT INTO leases (lease_id, cursor, slot, attempt, actor, engine_version, granted_at) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -136,7 +139,7 @@ class Store:
         """The group as it came, with the decision on it (`accepted` or why it is skipped)."""
         rewards = [trajectory.reward for trajectory in group.trajectories]
         contexts = list(group.contexts())
-        with self.transaction():
+        with self.transaction("group"):
             self._db.execute(
                 "INSERT INTO groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
@@ -157,14 +160,14 @@ class Store:
 
     def record_end(self, *, entry: Entry | None, lease_id: int, outcome: str, reason: str = "") -> None:
         """A lease that ended without a group: expired, failed, refused, duplicate."""
-        with self.transaction():
+        with self.transaction("end"):
             if entry is not None:
                 self._put_entry(entry)
             self._end_lease(lease_id, outcome, reason)
 
     def record_batch(self, *, step: int, cursors: Sequence[int]) -> None:
         """Step `step` was trained on these groups."""
-        with self.transaction():
+        with self.transaction("batch"):
             self._db.executemany(
                 "INSERT INTO batches VALUES (?, ?, ?)", [(step, i, cursor) for i, cursor in enumerate(cursors)]
             )
@@ -174,7 +177,7 @@ class Store:
 
     def new_publication(self, version: int) -> int:
         """A publication id that was never used before in this run."""
-        with self.transaction():
+        with self.transaction("publication"):
             row = self._db.execute(
                 "INSERT INTO publications (version, published_at) VALUES (?, ?)", (version, time.time())
             )

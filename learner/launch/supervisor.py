@@ -26,6 +26,7 @@ from pathlib import Path
 from learner.launch.plan import ProcessSpec
 from learner.lock import locked
 from protocol.errors import PalimpsestError, TrainingStopped, UserError
+from protocol.faults import VARIABLE as FAULT_VARIABLE
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ class Supervisor:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                env=_environment(self._temporary),
+                env=_environment(self._temporary, first=child.num_restarts == 0),
             )
         child.status = None
         self._write_processes()
@@ -207,13 +208,15 @@ class Supervisor:
         aside.replace(self._run_dir / "processes.json")
 
 
-def _environment(temporary: Path) -> dict[str, str]:
-    """One torch/BLAS thread a process unless a role asks for more; the launcher's pid, whose end is theirs; and a
-    folder for temporary files, which the launcher removes, because a process that is killed cannot."""
+def _environment(temporary: Path, *, first: bool) -> dict[str, str]:
+    """One torch/BLAS thread a process unless a role asks for more; the launcher's pid, whose end is theirs; a folder
+    for temporary files, which the launcher removes, because a process that is killed cannot; and faults that were asked
+    for, at a `first` start only."""
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name not in os.environ}
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     launcher = {"PALIMPSEST_LAUNCHER_PID": str(os.getpid()), "TMPDIR": str(temporary)}
-    return {**os.environ, **threads, **quiet, **launcher}
+    given = {name: value for name, value in os.environ.items() if first or name != FAULT_VARIABLE}
+    return {**given, **threads, **quiet, **launcher}
 
 
 def _state(child: _Child) -> str:
