@@ -1,0 +1,57 @@
+"""A launcher as a process of its own, and what its run's folder says meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+RUN_TIMEOUT_S = 420.0
+
+
+@contextmanager
+def launched(
+    *arguments: str | Path, log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The launcher as a process of its own session; SIGINT reaches it alone."""
+    with (
+        log.open("ab") as output,
+        subprocess.Popen(
+            [sys.executable, "-m", "learner.launch", *map(str, arguments)],
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until something in the run's folder makes `condition` true, while the launcher lives."""
+    deadline = time.monotonic() + RUN_TIMEOUT_S
+    while not condition():
+        assert process.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.02)
+
+
+def steps(run_dir: Path) -> int:
+    """How many steps the metrics speak of."""
+    path = run_dir / "metrics.jsonl"
+    return len({json.loads(line)["step"] for line in path.read_text().splitlines()}) if path.is_file() else 0
+
+
+def pids(run_dir: Path) -> dict[str, int]:
+    try:
+        return json.loads((run_dir / "processes.json").read_text())
+    except FileNotFoundError:
+        return {}
