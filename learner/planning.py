@@ -83,21 +83,28 @@ def make_plan(
         weight[inside] = aggregation_weights(
             sampled.trajectory[inside], sampled.context[inside], aggregation=aggregation, constant=constant
         )
-        by_rank = make_micro_batches(
+        micro_batches = make_micro_batches(
             batch,
             tokens=np.flatnonzero(inside & trained),
             tokens_per_micro_batch=tokens_per_micro_batch,
             share=share,
+            rank=rank,
             num_ranks=num_ranks,
         )
-        minibatches.append(tuple(by_rank[rank]))
+        minibatches.append(tuple(micro_batches))
     return Plan(weight=weight, trained=trained, minibatches=tuple(minibatches))
 
 
 def make_micro_batches(
-    batch: Batch, *, tokens: Index, tokens_per_micro_batch: int, share: Share = "auto", num_ranks: int = 1
-) -> list[list[MicroBatch]]:
-    """By rank the micro-batches that train `tokens`, ascending indices into the batch's sampled ones.
+    batch: Batch,
+    *,
+    tokens: Index,
+    tokens_per_micro_batch: int,
+    share: Share = "auto",
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> list[MicroBatch]:
+    """The micro-batches with which a rank trains its part of `tokens`, ascending indices into the batch's sampled ones.
 
     A micro-batch computes at most `tokens_per_micro_batch` tokens (one context at least). A context is cut before its
     last trained token, which is never an input; those without a trained token are not computed at all.
@@ -107,13 +114,10 @@ def make_micro_batches(
     ends = np.append(first[1:], len(tokens)).astype(np.int64)
     last = batch.sampled.position[tokens[ends - 1]] if len(contexts) else ends[:0]
     inputs = [batch.token_ids[start : start + size] for start, size in zip(batch.starts[contexts], last, strict=True)]
-    by_rank = split(inputs, budget=tokens_per_micro_batch, num_ranks=num_ranks, share=share)
+    parts = split(inputs, budget=tokens_per_micro_batch, num_ranks=num_ranks, share=share)[rank]
     return [
-        [
-            _micro_batch(batch, [inputs[c] for c in chosen], [tokens[first[c] : ends[c]] for c in chosen], share)
-            for chosen in parts
-        ]
-        for parts in by_rank
+        _micro_batch(batch, [inputs[c] for c in chosen], [tokens[first[c] : ends[c]] for c in chosen], share)
+        for chosen in parts
     ]
 
 

@@ -74,13 +74,17 @@ def test_every_token_is_in_one_micro_batch_with_its_own_past(
     groups = [with_common_beginning(group(seed)), group(seed + 1)]
     batch = flatten(groups)
     everything = np.arange(len(batch.sampled))
-    by_rank = make_micro_batches(
-        batch,
-        tokens=everything,
-        tokens_per_micro_batch=budget,
-        share=share,  # pyright: ignore[reportArgumentType]
-        num_ranks=num_ranks,
-    )
+    by_rank = [
+        make_micro_batches(
+            batch,
+            tokens=everything,
+            tokens_per_micro_batch=budget,
+            share=share,  # pyright: ignore[reportArgumentType]
+            rank=rank,
+            num_ranks=num_ranks,
+        )
+        for rank in range(num_ranks)
+    ]
     assert len({len(parts) for parts in by_rank}) == 1
     seen: dict[tuple[int, int], tuple[int, ...]] = {}
     for part in [part for parts in by_rank for part in parts]:

@@ -177,7 +177,7 @@ def test_the_gradient_is_the_same_for_any_order_and_grouping_of_contexts() -> No
         owner = rng.integers(0, 5, size=batch.num_contexts)
         for number in rng.permutation(5):
             chosen = trained[owner[batch.sampled.context[trained]] == number]
-            ((part,),) = make_micro_batches(batch, tokens=chosen, tokens_per_micro_batch=10_000)
+            (part,) = make_micro_batches(batch, tokens=chosen, tokens_per_micro_batch=10_000)
             trainer.accumulate([part], columns)
         assert distance(gradient_of(model), wanted) < 1e-12
 
