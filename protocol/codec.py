@@ -201,22 +201,26 @@ def _check_spans(
     num_spans: NDArray[np.int64],
 ) -> None:
     """Spans lie within their context and cover each sampled token once and nothing else."""
-    start, end = spans[:, 0].astype(np.int64), spans[:, 1].astype(np.int64)
-    if np.any(spans < 0) or np.any(start >= end) or np.any(end > np.repeat(lengths, num_spans)):
+    bounds = spans[:, :2].astype(np.int64)
+    start, end = bounds.T
+    if (spans < 0).any() or (start >= end).any() or (end > lengths.repeat(num_spans)).any():
         raise MalformedMessage("group: a span must satisfy 0 <= start < end <= its context's length")
-    offsets = np.repeat(np.concatenate([[0], np.cumsum(lengths)[:-1]]) if len(lengths) else lengths, num_spans)
-    edges = np.zeros(len(mask) + 1, dtype=np.int64)
-    np.add.at(edges, start + offsets, 1)
-    np.add.at(edges, end + offsets, -1)
-    if not np.array_equal(np.cumsum(edges)[:-1], mask):
-        raise MalformedMessage("group: spans must cover every sampled token once and no other")
-    follows = np.diff(offsets) == 0
-    if np.any(follows & (start[1:] < end[:-1])):
+    bounds += (lengths.cumsum() - lengths).repeat(num_spans)[:, np.newaxis]
+    flat = bounds.ravel()
+    if (flat[1:] < flat[:-1]).any():
         raise MalformedMessage("group: spans must be ascending")
+    # Where one span ends and the next starts, sampling goes on: the mask has no edge at such a pair of bounds.
+    is_edge = np.ones(len(flat), dtype=np.bool_)
+    meets = flat[1:] == flat[:-1]
+    is_edge[1:] &= ~meets
+    is_edge[:-1] &= ~meets
+    if not np.array_equal(flat[is_edge], np.flatnonzero(np.diff(mask.view(np.bool_), prepend=False, append=False))):
+        raise MalformedMessage("group: spans must cover every sampled token once and no other")
 
 
-def _flat(arrays: Sequence[NDArray[np.generic]], dtype: str) -> bytes:
-    return np.concatenate([np.asarray(array, dtype=dtype) for array in arrays]).tobytes() if arrays else b""
+def _flat(arrays: Sequence[NDArray[np.generic]], dtype: str) -> Buffer:
+    """The bytes of the arrays after one another, copied once."""
+    return np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype, casting="safe").view(np.uint8).data.toreadonly()
 
 
 def _intern(names: list[str]) -> tuple[list[str], list[int]]:
