@@ -19,6 +19,10 @@ _COMMANDS = {
     "index": ("retriever.command:index", "Corpus -> index folder."),
     "eval": ("actor.command:evaluate", "Accuracy and token cost of the policy that an engine serves."),
     "audit": ("learner.audit:audit", "Recompute from the store what was leased, trained, skipped, and how old."),
+    "chaos": (
+        "learner.launch.chaos:chaos",
+        "Kill, stop, slow and cut off processes of a run that goes on; then audit.",
+    ),
     "keys": ("learner.launch.keys:keys", "Make CURVE keys for addresses beyond loopback."),
 }
 

@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 10.0
 _RESTART_PAUSE_S = 0.25
-_MAX_RESTARTS = 5
-_WINDOW_S = 60.0
+MAX_RESTARTS = 5
+RESTART_WINDOW_S = 60.0
 _USER_ERROR_STATUS = 2
 _TRAINING_STOPPED_STATUS = 3
 
@@ -53,7 +53,7 @@ class _Child:
     process: asyncio.subprocess.Process | None = None
     status: int | None = None
     num_restarts: int = 0
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=_MAX_RESTARTS))
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_RESTARTS))
 
 
 class Supervisor:
@@ -159,14 +159,14 @@ class Supervisor:
             if child.status == 0:
                 return
             now = time.monotonic()
-            too_often = len(child.recent) == _MAX_RESTARTS and now - child.recent[0] < _WINDOW_S
+            too_often = len(child.recent) == MAX_RESTARTS and now - child.recent[0] < RESTART_WINDOW_S
             wrong_from_the_start = child.status == _USER_ERROR_STATUS and child.num_restarts == 0
             if wrong_from_the_start or child.status == _TRAINING_STOPPED_STATUS or too_often:
                 if not self._failure.done():
                     self._failure.set_exception(self._error_of(child, child.status) or RunFailed(child.spec.name))
                 return
             child.recent.append(now)
-            pause_s = min(5.0, _RESTART_PAUSE_S * 2 ** sum(now - then < _WINDOW_S for then in child.recent))
+            pause_s = min(5.0, _RESTART_PAUSE_S * 2 ** sum(now - then < RESTART_WINDOW_S for then in child.recent))
             log.warning("%s ended (%s): restarting in %.1f s", child.spec.name, _ended(child.status), pause_s)
             await asyncio.sleep(pause_s)
             child.num_restarts += 1

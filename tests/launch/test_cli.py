@@ -79,7 +79,7 @@ def help_of(*arguments: str) -> str:
 def test_help_imports_nothing_heavy() -> None:
     said = help_of()
     assert "HEAVY []" in said
-    for name in ("demo", "up", "learner", "actor", "engine", "retriever", "index", "eval", "audit", "keys"):
+    for name in ("demo", "up", "learner", "actor", "engine", "retriever", "index", "eval", "audit", "chaos", "keys"):
         assert f"\n  {name} " in said
 
 

@@ -93,8 +93,8 @@ async def test_too_many_restarts_fail_the_run_with_the_log(tmp_path: Path) -> No
         await supervisor.start([python("learner", SLEEP), python("actor-0", code)])
         with pytest.raises(RunFailed, match=r"(?s)actor-0 ended \(exit status 4\); .*actor-0.log ends:\n.*trouble"):
             await asyncio.wait_for(supervisor.wait("learner"), WAIT_S)
-        assert supervisor.states()["actor-0"][1] == supervisor_module._MAX_RESTARTS
-    assert supervisor.log_path("actor-0").read_text().count("trouble") == supervisor_module._MAX_RESTARTS + 1
+        assert supervisor.states()["actor-0"][1] == supervisor_module.MAX_RESTARTS
+    assert supervisor.log_path("actor-0").read_text().count("trouble") == supervisor_module.MAX_RESTARTS + 1
 
 
 async def test_a_learner_that_cannot_go_on_is_not_started_again(tmp_path: Path) -> None:
