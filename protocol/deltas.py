@@ -1,0 +1,202 @@
+"""Weights against the weights that a receiver holds: lossless, and as small as the fraction that changed.
+
+A file of weights is taken as words of 2 bytes (bf16) or 4 (fp32), in blocks of 2 MiB, each with the codec for it:
+
+    sparse   few words changed: the gaps between them, and by how many representable numbers (ULP) each has moved
+    dense    many changed: the exclusive or with the base
+
+Both are cut into byte planes, since bytes of one significance are alike, and every plane is compressed by zstd -1. A
+snapshot is a delta against zeros. Figures: docs/weights.md.
+
+    block = codec u8, bytes a gap u8, planes u16, words written u32; the planes' sizes u32; the planes
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+import xxhash
+import zstandard
+from numpy.typing import NDArray
+
+from protocol.errors import WeightsError
+
+Data = bytes | bytearray | memoryview
+Words = NDArray[np.unsignedinteger]
+
+WORD_BYTES = (2, 4)
+_BLOCK_BYTES = 2 << 20
+# Of a block's 8-byte pieces. Beyond it (a fourth of bf16 values) the exclusive or is about as small and much faster.
+_SPARSE_BELOW = 0.68
+_SPARSE, _DENSE = 0, 1
+_FORMS = {(_SPARSE, 1), (_SPARSE, 2), (_SPARSE, 4), (_DENSE, 0)}
+_HEADER = struct.Struct("<BBHI")
+_ZSTD_LEVEL = 1
+
+
+def checksum(data: Data) -> str:
+    """xxh3 of 128 bits, hex: finds what a memory, a disk or a wire did. Against a forger there is CURVE."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def encode(target: Data, base: Data | None, *, word_bytes: int) -> bytes:
+    """What makes `target` of `base`, which has the same length; None is a base of zeros.
+
+    Raises: WeightsError (lengths that differ, a word of other than 2 or 4 bytes).
+    """
+    _check(base, num_bytes=len(target), word_bytes=word_bytes)
+    word = np.dtype(f"<u{word_bytes}")
+    compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
+    written: list[bytes] = []
+    for start in range(0, len(target), _BLOCK_BYTES):
+        new = _block(target, start)
+        old = None if base is None else _block(base, start)
+        difference = new if old is None else new ^ old
+        touched = np.flatnonzero(difference != 0)
+        if old is None or len(touched) >= _SPARSE_BELOW * len(new):
+            form, columns = (_DENSE, 0), [difference.view(word)]
+        else:
+            columns = _sparse(_changed(difference, touched, word), new.view(word), old.view(word))
+            form = _SPARSE, columns[0].itemsize
+        planes = [compressor.compress(plane.data) if plane.any() else b"" for plane in _planes(columns)]
+        written.append(_HEADER.pack(*form, len(planes), len(columns[0])))
+        written.append(struct.pack(f"<{len(planes)}I", *map(len, planes)))
+        written += planes
+    return b"".join(written)
+
+
+def decode(payload: Data, base: Data | None, *, num_bytes: int, word_bytes: int, expected: str) -> bytearray:
+    """The target of `num_bytes` bytes that `payload` makes of `base`, whose checksum is `expected`.
+
+    Raises: WeightsError (not a delta, or not of this base, or damaged: a flipped bit anywhere is found).
+    """
+    _check(base, num_bytes=num_bytes, word_bytes=word_bytes)
+    data = bytearray(-(-num_bytes // 8) * 8)
+    hasher = xxhash.xxh3_128()
+    reader = _Reader(payload, word_bytes=word_bytes)
+    for start in range(0, num_bytes, _BLOCK_BYTES):
+        end = min(start + _BLOCK_BYTES, num_bytes)
+        block = np.frombuffer(data, "<u8", -(-(end - start) // 8), start)
+        if base is not None:
+            block[:] = _block(base, start)
+        reader.apply(block.view(f"<u{word_bytes}"))
+        hasher.update(block.view(np.uint8)[: end - start].data)
+    reader.end()
+    if hasher.hexdigest() != expected:
+        raise WeightsError(f"weights must have the checksum {expected}, got {hasher.hexdigest()}")
+    return data if len(data) == num_bytes else data[:num_bytes]
+
+
+class _Reader:
+    """Blocks of a payload, one after another. Trusts nothing that it reads."""
+
+    def __init__(self, payload: Data, *, word_bytes: int) -> None:
+        self._payload = memoryview(payload)
+        self._word_bytes = word_bytes
+        self._offset = 0
+        self._decompressor = zstandard.ZstdDecompressor()
+
+    def apply(self, words: Words) -> None:
+        """Makes a block of the base, words [N], the target's by the payload's next block. In place."""
+        codec, gap_bytes, num_planes, num_written = _HEADER.unpack(self._take(_HEADER.size))
+        if (codec, gap_bytes) not in _FORMS or num_planes != gap_bytes + self._word_bytes:
+            raise WeightsError(f"a delta's block has codec {codec}, gaps of {gap_bytes} bytes and {num_planes} planes")
+        if num_written > len(words) or (codec == _DENSE and num_written < len(words)):
+            raise WeightsError(f"a delta's block has {len(words)} words, and {num_written} are written")
+        sizes = struct.unpack(f"<{num_planes}I", self._take(4 * num_planes))
+        planes = [self._plane(size, num_written) for size in sizes]
+        if codec == _DENSE:
+            words ^= _joined(planes, words.dtype, num_written)
+        elif num_written:
+            index = np.cumsum(_joined(planes[:gap_bytes], np.dtype(np.int64), num_written) + 1) - 1
+            if index[-1] >= len(words):
+                raise WeightsError(f"a changed word of a block must be < {len(words)}, got {index[-1]}")
+            moves = _signed(_joined(planes[gap_bytes:], words.dtype, num_written))
+            moves = ((moves >> 1) & np.iinfo(moves.dtype).max) ^ -(moves & 1)
+            words[index] = _ordered(_ordered(_signed(words[index])) + moves).view(words.dtype)
+
+    def end(self) -> None:
+        if self._offset != len(self._payload):
+            raise WeightsError(f"a delta of {self._offset} bytes has {len(self._payload)}")
+
+    def _take(self, size: int) -> memoryview:
+        taken = self._payload[self._offset : self._offset + size]
+        if len(taken) != size:
+            raise WeightsError(f"a delta ends after {len(self._payload)} bytes, within a block")
+        self._offset += size
+        return taken
+
+    def _plane(self, size: int, length: int) -> NDArray[np.uint8] | None:
+        """uint8 [length]; None for zeros, which are not written."""
+        frame = self._take(size)
+        if not size:
+            return None
+        try:
+            if zstandard.frame_content_size(frame) != length:  # asked first: that much is allocated
+                raise WeightsError(f"a plane of a delta must have {length} bytes")
+            return np.frombuffer(self._decompressor.decompress(frame), np.uint8)
+        except zstandard.ZstdError as error:
+            raise WeightsError(f"a plane of a delta cannot be decompressed: {error}") from error
+
+
+def _check(base: Data | None, *, num_bytes: int, word_bytes: int) -> None:
+    if word_bytes not in WORD_BYTES:
+        raise WeightsError(f"word_bytes must be one of {WORD_BYTES}, got {word_bytes}")
+    if base is not None and len(base) != num_bytes:
+        raise WeightsError(f"the base of a delta must have {num_bytes} bytes, got {len(base)}")
+
+
+def _block(data: Data, start: int) -> NDArray[np.uint64]:
+    """The block at `start` as 8-byte pieces; the last of them is filled up with zeros."""
+    num_bytes = min(_BLOCK_BYTES, len(data) - start)
+    if num_bytes % 8 == 0:
+        return np.frombuffer(data, "<u8", num_bytes // 8, start)
+    padded = np.zeros(-(-num_bytes // 8), "<u8")
+    padded.view(np.uint8)[:num_bytes] = np.frombuffer(data, np.uint8, num_bytes, start)
+    return padded
+
+
+def _changed(difference: NDArray[np.uint64], touched: NDArray[np.intp], word: np.dtype) -> NDArray[np.intp]:
+    """Indices of the words that differ, ascending, looked for in the 8-byte pieces `touched` only."""
+    num_lanes = 8 // word.itemsize
+    lanes = np.flatnonzero(difference[touched].view(word) != 0)
+    return touched[lanes // num_lanes] * num_lanes + lanes % num_lanes
+
+
+def _sparse(index: NDArray[np.intp], new: Words, old: Words) -> list[Words]:
+    """How many words lie before each changed one, and its way in ULP, 0 -1 1 -2 2 … as 0 1 2 3 4 …: [len(index)]."""
+    gaps = np.diff(index, prepend=-1) - 1
+    longest = int(gaps.max(initial=0))
+    gap_bytes = next(size for size in (1, 2, 4) if longest < 1 << 8 * size)
+    moves = _ordered(_signed(new[index])) - _ordered(_signed(old[index]))
+    sign = moves >> (8 * new.itemsize - 1)
+    return [gaps.astype(f"<u{gap_bytes}"), ((moves << 1) ^ sign).view(new.dtype)]
+
+
+def _signed(words: Words) -> NDArray[np.signedinteger]:
+    return words.view(f"<i{words.itemsize}")
+
+
+def _ordered(bits: NDArray[np.signedinteger]) -> NDArray[np.signedinteger]:
+    """Integers in the order of the floating-point numbers that have these bits, and back: its own inverse."""
+    sign = bits >> (8 * bits.itemsize - 1)
+    return np.bitwise_xor(bits, sign & np.iinfo(bits.dtype).max)
+
+
+def _planes(columns: Sequence[Words]) -> list[NDArray[np.uint8]]:
+    return [
+        (column >> column.dtype.type(8 * place)).astype(np.uint8)
+        for column in columns
+        for place in range(column.itemsize)
+    ]
+
+
+def _joined(planes: Sequence[NDArray[np.uint8] | None], dtype: np.dtype, length: int) -> NDArray:
+    """Integers [length] of their byte planes, the least significant first."""
+    joined = np.zeros(length, dtype)
+    for place, plane in enumerate(planes):
+        if plane is not None:
+            joined |= plane.astype(dtype) << dtype.type(8 * place)
+    return joined

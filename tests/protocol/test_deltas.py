@@ -1,0 +1,139 @@
+"""Deltas bit for bit, on every kind of change, and nothing but a typed error on bytes that are damaged."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocol import deltas
+from protocol.deltas import checksum, decode, encode
+from protocol.errors import WeightsError
+
+BLOCK = 2 << 20
+
+
+def roundtrip(target: bytes, base: bytes | None, *, word_bytes: int) -> bytes:
+    """The payload, after it has given the target back."""
+    payload = encode(target, base, word_bytes=word_bytes)
+    found = decode(payload, base, num_bytes=len(target), word_bytes=word_bytes, expected=checksum(target))
+    assert found == target
+    return payload
+
+
+def random_weights(rng: np.random.Generator, num: int, *, word_bytes: int) -> np.ndarray:
+    """Words [num] of normal numbers, and some that are not: zeros of both signs, infinities, NaNs, denormals."""
+    bits = (rng.normal(size=num) * 0.02).astype(np.float32).view(np.uint32)
+    words = bits if word_bytes == 4 else (bits >> 16).astype(np.uint16)
+    odd = rng.integers(0, 1 << 8 * word_bytes, size=num // 50, dtype=words.dtype)
+    words[rng.integers(0, num, size=len(odd))] = odd
+    return words
+
+
+@pytest.mark.parametrize("word_bytes", [2, 4])
+@pytest.mark.parametrize("fraction", [0.0, 1e-5, 0.01, 0.1, 0.5, 1.0])
+def test_every_fraction_changed_comes_back_bit_for_bit(word_bytes: int, fraction: float) -> None:
+    rng = np.random.default_rng(0)
+    num = BLOCK // word_bytes + 777  # two blocks, and the end is no multiple of 8 bytes
+    base = random_weights(rng, num, word_bytes=word_bytes)
+    target = base.copy()
+    index = np.flatnonzero(rng.random(num) < fraction)
+    target[index] = random_weights(rng, len(index), word_bytes=word_bytes) if len(index) else target[index]
+    roundtrip(target.tobytes(), base.tobytes(), word_bytes=word_bytes)
+    roundtrip(target.tobytes() + b"abc", None, word_bytes=word_bytes)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), word_bytes=st.sampled_from([2, 4]))
+def test_any_bytes_of_any_length_come_back(data: st.DataObject, word_bytes: int) -> None:
+    base = data.draw(st.binary(max_size=64))
+    target = data.draw(st.binary(min_size=len(base), max_size=len(base)))
+    roundtrip(target, base, word_bytes=word_bytes)
+    roundtrip(target, None, word_bytes=word_bytes)
+
+
+def test_what_is_written_follows_what_changed() -> None:
+    """One ULP in a hundred bf16 values costs about as much as saying which: their entropy, within a fifth."""
+    rng = np.random.default_rng(1)
+    num, fraction = 1 << 20, 0.01
+    base = random_weights(rng, num, word_bytes=2)
+    target = base.copy()
+    changed = rng.random(num) < fraction
+    target[changed] += 1
+    payload = roundtrip(target.tobytes(), base.tobytes(), word_bytes=2)
+    entropy = -(fraction * math.log2(fraction) + (1 - fraction) * math.log2(1 - fraction))
+    bits = num * (entropy + fraction)  # and a sign
+    assert len(payload) * 8 < 1.2 * bits
+    assert len(roundtrip(base.tobytes(), base.tobytes(), word_bytes=2)) < 100
+
+
+def test_many_changes_cost_less_than_a_snapshot() -> None:
+    rng = np.random.default_rng(2)
+    base = (rng.normal(size=1 << 19) * 0.02).astype(np.float32)
+    moved = base + (1e-3 * rng.normal(size=len(base))).astype(np.float32)
+    words = [(x.view(np.uint32) >> 16).astype(np.uint16).tobytes() for x in (base, moved)]
+    snapshot = roundtrip(words[1], None, word_bytes=2)
+    assert len(roundtrip(words[1], words[0], word_bytes=2)) < 0.8 * len(snapshot) < 0.8 * len(words[1])
+
+
+def test_a_gap_as_long_as_the_block_is_found() -> None:
+    for position in (0, 255, 256, 65_535, 65_536, BLOCK // 2 - 1):
+        base = bytes(BLOCK)
+        target = bytearray(base)
+        target[2 * position] = 7
+        roundtrip(bytes(target), base, word_bytes=2)
+
+
+def test_the_way_of_a_value_is_counted_in_representable_numbers() -> None:
+    bits = np.array([0x0000, 0x8000, 0x0001, 0x8001, 0x3F80, 0xBF80], dtype=np.uint16)
+    values = deltas._ordered(bits.view(np.int16))
+    assert values.tolist() == [0, -1, 1, -2, 0x3F80, -0x3F81]
+    assert (deltas._ordered(values).view(np.uint16) == bits).all()
+
+
+def test_a_flipped_bit_anywhere_is_refused() -> None:
+    rng = random.Random(0)
+    generator = np.random.default_rng(3)
+    base = random_weights(generator, 5_000, word_bytes=2)
+    target = base.copy()
+    target[::40] += 1
+    for held in (base.tobytes(), None):
+        payload = encode(target.tobytes(), held, word_bytes=2)
+        for bit in rng.sample(range(8 * len(payload)), 400):
+            damaged = bytearray(payload)
+            damaged[bit // 8] ^= 1 << bit % 8
+            try:
+                found = decode(damaged, held, num_bytes=10_000, word_bytes=2, expected=checksum(target.tobytes()))
+            except WeightsError:
+                continue
+            assert found == target.tobytes(), "a bit that means nothing may be either"
+
+
+def test_another_base_and_a_torn_payload_are_refused() -> None:
+    target, base = b"\x01\x00" * 100, bytes(200)
+    payload, expected = encode(target, base, word_bytes=2), checksum(target)
+    with pytest.raises(WeightsError, match=f"must have the checksum {expected}, got "):
+        decode(payload, b"\x01" * 200, num_bytes=200, word_bytes=2, expected=expected)
+    with pytest.raises(WeightsError, match="base of a delta must have 200 bytes, got 199"):
+        decode(payload, base[1:], num_bytes=200, word_bytes=2, expected=expected)
+    with pytest.raises(WeightsError, match="word_bytes must be one of"):
+        encode(target, base, word_bytes=3)
+    for size in range(len(payload)):
+        with pytest.raises(WeightsError, match="ends after"):
+            decode(payload[:size], base, num_bytes=200, word_bytes=2, expected=expected)
+    with pytest.raises(WeightsError, match=f"a delta of {len(payload)} bytes has {len(payload) + 1}"):
+        decode(payload + b"\0", base, num_bytes=200, word_bytes=2, expected=expected)
+
+
+def test_random_bytes_are_refused_by_name() -> None:
+    rng = random.Random(4)
+    for _ in range(2_000):
+        payload = rng.randbytes(rng.randrange(60))
+        if payload:  # as often as not with a codec, so that what follows it is read
+            payload = bytes([rng.randrange(2), rng.randrange(2), rng.randrange(5), 0]) + payload[1:]
+        with pytest.raises(WeightsError):
+            decode(payload, bytes(64), num_bytes=64, word_bytes=2, expected="0" * 32)
