@@ -1,7 +1,8 @@
 """`palimpsest audit`: recomputes from the store alone what became of every lease, and how old what was trained was.
 
 It trusts no counter: states are counted from entries, ages from the spans in the stored groups against the batch that
-they stand in, and every batch is checked to hold B different groups, each once.
+they stand in, and every batch is checked to hold B different groups, each once. Of groups whose tokens were dropped
+(`learner.retention`) it reads the tally that was left.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import click
 
 if TYPE_CHECKING:
     from learner.store import Store
+    from learner.tally import Tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,8 @@ class Audit:
     """What the store says. `problems` is empty where every promise held.
 
     leased = trained + buffered + skipped + expired + running, over questions: `expired` are those that wait to be
-    issued again. Ages are of sampled tokens of trained groups, in learner steps.
+    issued again. Ages are of trained tokens, in learner steps; `num_tokens_masked` came over age with stragglers that
+    had been overtaken, and were not trained.
     """
 
     run_id: str
@@ -34,10 +37,12 @@ class Audit:
     num_running: int
     num_lease_attempts: int
     num_reissued: int
+    num_overtaken: int
     num_groups_lost: int
     num_trajectories_trained: int
     num_contexts_trained: int
     num_tokens_trained: int
+    num_tokens_masked: int
     num_publications: int
     staleness_bound: int
     staleness_max: int
@@ -66,7 +71,7 @@ def _audit(store: Store) -> Audit:
     batch_size, bound = int(meta["groups_per_batch"]), int(meta["staleness_bound"])
     states = dict(store.query("SELECT state, count(*) FROM entries GROUP BY state"))
     leased = store.query("SELECT count(DISTINCT cursor) FROM leases")[0][0]
-    trained = _walk(store, last_context_only=meta.get("ablation") == "last-context")
+    trained = _walk(store, bound, last_context_only=meta.get("ablation") == "last-context")
     problems = [*_check_batches(store, batch_size), *_check_entries(store), *trained.problems(bound)]
     if leased != sum(states.values()):
         problems.append(f"{leased} questions were leased, but {sum(states.values())} are accounted for")
@@ -89,10 +94,12 @@ def _audit(store: Store) -> Audit:
         num_running=states.get("running", 0),
         num_lease_attempts=attempts,
         num_reissued=attempts - leased,
+        num_overtaken=store.query("SELECT count(*) FROM moves WHERE to_slot > from_slot")[0][0],
         num_groups_lost=len(lost),
         num_trajectories_trained=trained.num_trajectories,
         num_contexts_trained=trained.num_contexts,
         num_tokens_trained=sum(trained.ages.values()),
+        num_tokens_masked=trained.num_masked,
         num_publications=len(store.publications()),
         staleness_bound=bound,
         staleness_max=max(trained.ages, default=0),
@@ -123,6 +130,7 @@ def _check_entries(store: Store) -> list[str]:
     in_groups = "cursor IN (SELECT cursor FROM groups)"
     running = "SELECT cursor FROM leases WHERE outcome = 'running'"
     leased_slot = "SELECT slot FROM leases WHERE leases.cursor = entries.cursor ORDER BY lease_id DESC LIMIT 1"
+    moved_there = "SELECT 1 FROM moves WHERE moves.cursor = entries.cursor AND to_slot = entries.slot"
     shared = "SELECT slot FROM entries GROUP BY slot HAVING count(*) > 1"
     checks = {
         "questions are trained but in no batch": f"state = 'trained' AND NOT {in_batches}",
@@ -130,7 +138,8 @@ def _check_entries(store: Store) -> list[str]:
         "questions have no stored group": f"state IN ('trained', 'buffered') AND NOT {in_groups}",
         "questions share a slot": f"slot >= 0 AND slot IN ({shared})",
         "questions run without a lease": f"state = 'running' AND cursor NOT IN ({running})",
-        "questions are in another slot than they were leased for": f"slot >= 0 AND slot != ({leased_slot})",
+        "questions are in another slot than they were leased for": f"slot >= 0 AND slot != ({leased_slot}) "
+        f"AND NOT EXISTS ({moved_there})",
     }
     counts = {what: store.query(f"SELECT count(*) FROM entries WHERE {where}")[0][0] for what, where in checks.items()}
     return [f"{count} {what}" for what, count in counts.items() if count]
@@ -138,8 +147,9 @@ def _check_entries(store: Store) -> list[str]:
 
 @dataclass(slots=True)
 class _Trained:
-    """What the stored groups of the logged batches hold; `ages`: age in steps → sampled tokens."""
+    """What the stored groups of the logged batches hold; `ages`: age in steps → trained tokens."""
 
+    num_masked: int = 0
     num_trajectories: int = 0
     num_contexts: int = 0
     num_unknown_spans: int = 0
@@ -159,27 +169,40 @@ class _Trained:
         return [f"{count} {what}" for what, count in checks.items() if count]
 
 
-def _walk(store: Store, *, last_context_only: bool) -> _Trained:
-    """Decodes every group of every batch. Trajectories that the environment failed are not trained."""
-    from protocol.types import Status
-
+def _walk(store: Store, bound: int, *, last_context_only: bool) -> _Trained:
+    """Every group of every batch, decoded, or by its tally."""
     publications = store.publications()
-    stored = {row[0] for row in store.query("SELECT cursor FROM groups")}
+    overtaken = {row[0] for row in store.query("SELECT cursor FROM moves WHERE to_slot > from_slot")}
     trained = _Trained()
     for step in range(store.num_batches()):
-        for cursor in stored.intersection(store.batch(step)):
-            for trajectory in store.group(cursor).trajectories:
-                if trajectory.status is Status.FAILED:
-                    continue
-                contexts = trajectory.contexts[-1:] if last_context_only else trajectory.contexts
-                sampled = [context for context in contexts if context.policy_versions]
-                trained.num_trajectories += bool(sampled)
-                trained.num_contexts += len(sampled)
-                for span in (span for context in sampled for span in context.policy_versions):
-                    age = step - span.version
-                    trained.ages[age] = trained.ages.get(age, 0) + span.end - span.start
-                    trained.num_unknown_spans += publications.get(span.publication) != span.version
+        for cursor in store.batch(step):
+            tally = _tally(store, cursor, last_context_only=last_context_only)
+            if tally is None:
+                continue
+            trained.num_trajectories += tally.num_trajectories
+            trained.num_contexts += tally.num_contexts
+            for version, publication, num_tokens in tally.tokens:
+                age = step - version
+                trained.num_unknown_spans += publications.get(publication) != version
+                if age > bound and cursor in overtaken:
+                    trained.num_masked += num_tokens
+                else:
+                    trained.ages[age] = trained.ages.get(age, 0) + num_tokens
     return trained
+
+
+def _tally(store: Store, cursor: int, *, last_context_only: bool) -> Tally | None:
+    """None where there is no such group."""
+    import json
+
+    from learner.tally import Tally
+
+    rows = store.query("SELECT num_bytes, tally FROM groups WHERE cursor = ?", cursor)
+    if not rows:
+        return None
+    if rows[0][0]:
+        return Tally.of(store.group(cursor), last_context_only=last_context_only)
+    return Tally(**json.loads(rows[0][1]))
 
 
 @click.command()
@@ -204,9 +227,9 @@ def _print(result: Audit) -> None:
         f"  leased {result.num_leased} = trained {result.num_trained} + buffered {result.num_buffered} + skipped "
         f"{result.num_skipped} + expired {result.num_expired} + running {result.num_running}\n"
         f"  lease attempts {result.num_lease_attempts}, of which issued again {result.num_reissued}; "
-        f"acknowledged groups lost {result.num_groups_lost}\n"
+        f"acknowledged groups lost {result.num_groups_lost}; overtaken {result.num_overtaken}\n"
         f"  age of trained tokens: mean {result.staleness_mean:.2f}, max {result.staleness_max}, "
-        f"bound {result.staleness_bound}\n"
+        f"bound {result.staleness_bound}; {result.num_tokens_masked} tokens over age, masked\n"
         f"  publications {result.num_publications}, trained: {result.num_trajectories_trained} trajectories, "
         f"{result.num_contexts_trained} contexts, {result.num_tokens_trained} tokens"
     )

@@ -15,6 +15,7 @@ from learner.parallel import World
 from learner.plane import Plane
 from learner.store import Store
 from protocol.codec import pack_groups, unpack_groups
+from protocol.config import RetentionConfig
 from protocol.types import TrajectoryGroup
 
 # At the end, engines get this long to commit the last version before the learner leaves.
@@ -44,6 +45,10 @@ class Front(Protocol):
         """Offers a version to engines."""
         ...
 
+    def checkpointed(self, step: int) -> None:
+        """A checkpoint of version `step` is durable: older batches are not needed to resume."""
+        ...
+
     def finish(self, *, version: int) -> bool:
         """The run is over. Whether all engines have the last version."""
         ...
@@ -54,8 +59,9 @@ class Live:
 
     publishes = True
 
-    def __init__(self, plane: Plane, *, num_recorded: int, world: World) -> None:
+    def __init__(self, plane: Plane, *, num_recorded: int, world: World, retention: RetentionConfig) -> None:
         self._plane = plane
+        self._retention = retention
         self._world = world
         self.num_recorded = num_recorded
 
@@ -75,6 +81,12 @@ class Live:
 
     def publish(self, data: bytes, *, version: int) -> None:
         self._plane.publish(data, version=version)
+
+    def checkpointed(self, step: int) -> None:
+        keep = self._retention
+        self._plane.run(
+            self._plane.coordinator.retain(checkpoint_step=step, keep_steps=keep.keep_steps, keep_bytes=keep.keep_bytes)
+        )
 
     def finish(self, *, version: int) -> bool:
         """Engines commit the last version, actors are told to leave."""
@@ -105,6 +117,9 @@ class Follower:
     def publish(self, data: bytes, *, version: int) -> None:
         pass
 
+    def checkpointed(self, step: int) -> None:
+        pass
+
     def finish(self, *, version: int) -> bool:
         return True
 
@@ -128,6 +143,9 @@ class Replay:
         pass
 
     def publish(self, data: bytes, *, version: int) -> None:
+        pass
+
+    def checkpointed(self, step: int) -> None:
         pass
 
     def finish(self, *, version: int) -> bool:

@@ -13,11 +13,17 @@ and slot.
         ^                 |   ^
         |                 |   +--grant-- waiting <--expire, reissue-- running       (the next attempt)
         +--skip-----------+              (zero variance, or failed too often: another question takes the slot)
+
+A straggler that alone holds up the current batch may be overtaken: it changes slots with a group that has come for a
+later batch. That group is only younger for it; the straggler's own tokens may pass the bound, and are then masked.
+
+Only questions that are not decided yet are held: a run of any length needs the same memory.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -34,12 +40,16 @@ class State(StrEnum):
 
 @dataclass(slots=True)
 class Entry:
-    """A question on its way: `slot` is where it will be trained (-1 once skipped)."""
+    """A question on its way: `slot` is where it will be trained (-1 once skipped), `first_slot` what it was leased for.
+
+    They differ only where it has been overtaken, or has overtaken another.
+    """
 
     cursor: int
     slot: int
     attempt: int
     state: State
+    first_slot: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +73,17 @@ class Ledger:
         self.num_steps = num_steps
         self.step = 0
         self.entries: dict[int, Entry] = {}
+        """The questions that are running, waiting or buffered."""
         self.leases: dict[int, LeaseRecord] = {}
         self.next_lease_id = 1
+        self.next_cursor = 0
         self.num_expired = 0
+        self.num_overtaken = 0
         self._next_slot = 0
         self._open_slots: list[int] = []
         self._waiting: list[tuple[int, int]] = []
         self._buffered: dict[int, int] = {}
+        self._leases_of: defaultdict[str, dict[int, LeaseRecord]] = defaultdict(dict)
 
     @classmethod
     def restore(
@@ -82,16 +96,20 @@ class Ledger:
         entries: Iterable[Entry],
         leases: Iterable[LeaseRecord],
         next_lease_id: int,
+        next_cursor: int,
     ) -> Ledger:
-        """The ledger as the store has it. Running leases stay with their actors until they expire."""
+        """The ledger as the store has it: its open entries. Running leases stay with their actors until they expire."""
         ledger = cls(groups_per_batch=groups_per_batch, staleness_bound=staleness_bound, num_steps=num_steps)
         ledger.step = step
         ledger.next_lease_id = next_lease_id
+        ledger.next_cursor = next_cursor
         ledger.entries = {entry.cursor: entry for entry in entries}
-        ledger.leases = {lease.lease_id: lease for lease in leases}
-        taken = {entry.slot for entry in ledger.entries.values() if entry.state is not State.SKIPPED}
-        ledger._next_slot = max(taken, default=-1) + 1
-        ledger._open_slots = sorted(set(range(ledger._next_slot)) - taken)
+        for lease in leases:
+            ledger._hold(lease)
+        taken = {entry.slot for entry in ledger.entries.values()}
+        first = step * groups_per_batch
+        ledger._next_slot = max(max(taken, default=-1) + 1, first)
+        ledger._open_slots = sorted(set(range(first, ledger._next_slot)) - taken)
         leased = {lease.cursor for lease in ledger.leases.values()}
         for entry in ledger.entries.values():
             if entry.state is State.RUNNING and entry.cursor not in leased:
@@ -102,22 +120,23 @@ class Ledger:
                 ledger._buffered[entry.slot] = entry.cursor
         return ledger
 
-    def batch_of(self, slot: int) -> int:
-        return slot // self.groups_per_batch
-
     def limit(self, engine_version: int) -> int:
         """Slots below this may be leased while the slowest serving engine has committed `engine_version`."""
         return self.groups_per_batch * min(self.staleness_bound + 1 + engine_version, self.num_steps)
 
     def min_version(self, slot: int) -> int:
         """The oldest version that a group of this slot may hold."""
-        return max(0, self.batch_of(slot) - self.staleness_bound)
+        return max(0, slot // self.groups_per_batch - self.staleness_bound)
+
+    def can_grant(self, *, engine_version: int) -> bool:
+        """Whether the bound (and the end of the run) allow another lease."""
+        return self._next_place()[0] < self.limit(engine_version)
 
     def grant(self, *, actor: str, now_s: float, engine_version: int) -> LeaseRecord | None:
-        """The next lease, or None where the bound (or the end of the run) forbids one."""
-        slot, cursor = self._next_place()
-        if slot >= self.limit(engine_version):
+        """The next lease, or None where `can_grant` is false."""
+        if not self.can_grant(engine_version=engine_version):
             return None
+        slot, cursor = self._next_place()
         if cursor is not None:
             heapq.heappop(self._waiting)
             entry = self.entries[cursor]
@@ -128,16 +147,17 @@ class Ledger:
                 heapq.heappop(self._open_slots)
             else:
                 self._next_slot += 1
-            entry = Entry(cursor=len(self.entries), slot=slot, attempt=0, state=State.RUNNING)
+            entry = Entry(cursor=self.next_cursor, slot=slot, attempt=0, state=State.RUNNING, first_slot=slot)
+            self.next_cursor += 1
             self.entries[entry.cursor] = entry
         lease = LeaseRecord(self.next_lease_id, entry.cursor, slot, entry.attempt, actor, now_s)
         self.next_lease_id += 1
-        self.leases[lease.lease_id] = lease
+        self._hold(lease)
         return lease
 
     def expire(self, lease_id: int) -> LeaseRecord | None:
         """The actor is gone or has lost it: its question is issued again, unless another attempt has won."""
-        lease = self.leases.pop(lease_id, None)
+        lease = self.drop(lease_id)
         if lease is not None:
             self.num_expired += 1
             self._wait_again(lease)
@@ -148,9 +168,9 @@ class Ledger:
 
         An attempt whose lease had expired is as good as any: its slot is the same, and so is its bound.
         """
-        self.leases.pop(lease_id, None)
-        entry = self.entries[cursor]
-        if entry.state not in (State.RUNNING, State.WAITING):
+        self.drop(lease_id)
+        entry = self.undecided(cursor)
+        if entry is None:
             return False
         self._leave_waiting(entry)
         entry.state = State.BUFFERED
@@ -159,26 +179,64 @@ class Ledger:
 
     def reissue(self, *, lease_id: int, cursor: int) -> None:
         """The attempt failed or was refused: the question is issued again."""
-        lease = self.leases.pop(lease_id, None)
+        lease = self.drop(lease_id)
         if lease is not None and lease.cursor == cursor:
             self._wait_again(lease)
 
     def skip(self, *, lease_id: int, cursor: int) -> bool:
         """The group will not be trained: its slot is open again. False where it was decided before."""
-        self.leases.pop(lease_id, None)
-        entry = self.entries[cursor]
-        if entry.state not in (State.RUNNING, State.WAITING):
+        self.drop(lease_id)
+        entry = self.undecided(cursor)
+        if entry is None:
             return False
         self._leave_waiting(entry)
         entry.state = State.SKIPPED
         heapq.heappush(self._open_slots, entry.slot)
         entry.slot = -1
+        del self.entries[cursor]
         return True
+
+    def drop(self, lease_id: int) -> LeaseRecord | None:
+        """The lease has ended; what becomes of its question is another event's."""
+        lease = self.leases.pop(lease_id, None)
+        if lease is not None:
+            of_actor = self._leases_of[lease.actor]
+            del of_actor[lease_id]
+            if not of_actor:
+                del self._leases_of[lease.actor]
+        return lease
+
+    def overtake(self, *, granted_before_s: float) -> list[tuple[Entry, Entry]]:
+        """(straggler, group) pairs that have changed slots, so that the current batch is complete.
+
+        A straggler runs under a lease that was granted before `granted_before_s`. Nothing happens while the batch would
+        still wait for another, or too few groups of later batches have come.
+        """
+        slots = self._current_slots()
+        missing = [slot for slot in slots if slot not in self._buffered]
+        later = sorted(slot for slot in self._buffered if slot >= slots.stop)
+        if not missing or len(later) < len(missing):
+            return []
+        late = {(lease.cursor, lease.attempt) for lease in self.leases.values() if lease.granted_s < granted_before_s}
+        stragglers = {
+            entry.slot: entry
+            for entry in self.entries.values()
+            if entry.state is State.RUNNING and (entry.cursor, entry.attempt) in late
+        }
+        if any(slot not in stragglers for slot in missing):
+            return []
+        pairs = []
+        for slot, later_slot in zip(missing, later, strict=False):
+            straggler, group = stragglers[slot], self.entries[self._buffered.pop(later_slot)]
+            straggler.slot, group.slot = later_slot, slot
+            self._buffered[slot] = group.cursor
+            pairs.append((straggler, group))
+        self.num_overtaken += len(pairs)
+        return pairs
 
     def ready_batch(self) -> list[int] | None:
         """The cursors of the current step's batch in slot order, or None while a slot of it is still empty."""
-        first = self.step * self.groups_per_batch
-        slots = range(first, first + self.groups_per_batch)
+        slots = self._current_slots()
         if any(slot not in self._buffered for slot in slots):
             return None
         return [self._buffered[slot] for slot in slots]
@@ -186,19 +244,33 @@ class Ledger:
     def finish(self, cursors: Iterable[int]) -> None:
         """The current step is trained."""
         for cursor in cursors:
-            entry = self.entries[cursor]
+            entry = self.entries.pop(cursor)
             entry.state = State.TRAINED
             del self._buffered[entry.slot]
         self.step += 1
 
+    def undecided(self, cursor: int) -> Entry | None:
+        """The entry of a question that still wants a group."""
+        entry = self.entries.get(cursor)
+        return entry if entry is not None and entry.state is not State.BUFFERED else None
+
     def outstanding(self, actor: str) -> list[LeaseRecord]:
-        return [lease for lease in self.leases.values() if lease.actor == actor]
+        return list(self._leases_of[actor].values()) if actor in self._leases_of else []
+
+    def num_outstanding(self, actor: str) -> int:
+        return len(self._leases_of[actor]) if actor in self._leases_of else 0
 
     def counts(self) -> dict[State, int]:
         counts = dict.fromkeys(State, 0)
         for entry in self.entries.values():
             counts[entry.state] += 1
+        counts[State.TRAINED] = self.step * self.groups_per_batch
+        counts[State.SKIPPED] = self.next_cursor - sum(counts.values())
         return counts
+
+    def _current_slots(self) -> range:
+        first = self.step * self.groups_per_batch
+        return range(first, first + self.groups_per_batch)
 
     def _next_place(self) -> tuple[int, int | None]:
         """(slot, cursor to issue again or None for a new question): the lowest slot that nobody works on."""
@@ -207,9 +279,13 @@ class Ledger:
             return self._waiting[0]
         return fresh, None
 
+    def _hold(self, lease: LeaseRecord) -> None:
+        self.leases[lease.lease_id] = lease
+        self._leases_of[lease.actor][lease.lease_id] = lease
+
     def _wait_again(self, lease: LeaseRecord) -> None:
-        entry = self.entries[lease.cursor]
-        if entry.state is State.RUNNING and entry.attempt == lease.attempt:
+        entry = self.entries.get(lease.cursor)
+        if entry is not None and entry.state is State.RUNNING and entry.attempt == lease.attempt:
             entry.state = State.WAITING
             heapq.heappush(self._waiting, (entry.slot, entry.cursor))
 

@@ -115,6 +115,7 @@ class Loop:
             world=trainer.world,
             dtype=self._dtype,
         )
+        self._front.checkpointed(self._step)
 
     def _record(
         self, groups: Sequence[TrajectoryGroup], stepped: StepMetrics, *, wait_s: float, publish_s: float

@@ -18,6 +18,7 @@ from learner.coordinator import Coordinator
 from learner.engines import Engines
 from learner.ledger import Ledger
 from learner.publisher import Publisher, make_snapshot
+from learner.scheduler import Limits
 from learner.store import Store
 from protocol.config import NetworkConfig
 from protocol.errors import PalimpsestError
@@ -40,12 +41,13 @@ class Plane:
         rules: Rules,
         lease_timeout_s: float,
         on_death: Callable[[], None],
+        straggler_timeout_s: float | None = None,
     ) -> None:
         self._network = network
         self._store = store
         self._ledger = ledger
         self._rules = rules
-        self._lease_timeout_s = lease_timeout_s
+        self._limits = Limits(lease_timeout_s, straggler_timeout_s)
         self._on_death = on_death
         self._thread = threading.Thread(target=self._main, name="plane", daemon=True)
         self._ready: Future[asyncio.AbstractEventLoop] = Future()
@@ -114,7 +116,7 @@ class Plane:
                 ledger=self._ledger,
                 engines=self.engines,
                 rules=self._rules,
-                lease_timeout_s=self._lease_timeout_s,
+                limits=self._limits,
             )
             self.publisher = Publisher(
                 router=transport.router(self._network.weights_address),

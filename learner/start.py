@@ -16,7 +16,6 @@ from learner.checkpoint import latest_checkpoint, restore_training
 from learner.front import Follower, Front, Live, Replay
 from learner.identity import identity_of
 from learner.journal import Journal
-from learner.ledger import Ledger
 from learner.lock import locked
 from learner.loop import Loop
 from learner.lora import add_adapters
@@ -113,19 +112,15 @@ def _lead(config: Config, trainer: Trainer, stack: ExitStack, *, step: int) -> t
     trainer.world.broadcast(str(num_recorded).encode())
     plane = stack.enter_context(_plane(config, store, vocab_size=trainer.policy.model.config.vocab_size))
     journal = _journal(config, stack, step=num_recorded)
-    return Live(plane, num_recorded=num_recorded, world=trainer.world), journal
+    return Live(plane, num_recorded=num_recorded, world=trainer.world, retention=config.learner.retention), journal
 
 
 def _plane(config: Config, store: Store, *, vocab_size: int) -> Plane:
     learner = config.learner
-    ledger = Ledger.restore(
+    ledger = store.restore_ledger(
         groups_per_batch=learner.groups_per_batch,
         staleness_bound=learner.staleness_bound,
         num_steps=learner.num_steps,
-        step=store.num_batches(),
-        entries=store.entries(),
-        leases=store.running_leases(),
-        next_lease_id=store.next_lease_id(),
     )
     rules = Rules(
         run_id=config.run.name,
@@ -139,6 +134,7 @@ def _plane(config: Config, store: Store, *, vocab_size: int) -> Plane:
         ledger=ledger,
         rules=rules,
         lease_timeout_s=learner.lease_timeout_s,
+        straggler_timeout_s=learner.straggler_timeout_s,
         on_death=lambda: os.kill(os.getpid(), signal.SIGTERM),
     )
 

@@ -1,7 +1,7 @@
 """The run's store: one SQLite file that holds leases, groups, publications and the batches in the order trained.
 
 A group and the decision on it are one transaction, committed before the actor is answered. Batches are a log: what
-was trained at each step can be read back and trained again.
+was trained at each step can be read back and trained again, until `learner.retention` drops its tokens.
 """
 
 from __future__ import annotations
@@ -10,17 +10,21 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import astuple
 from pathlib import Path
 
-from learner.ledger import Entry, LeaseRecord, State
+from learner.ledger import Entry, LeaseRecord, Ledger, State
+from learner.records import Arrived, Ended, Granted, Moved, Placed, Record, Trained
 from protocol.codec import decode_group
-from protocol.errors import DataError, StoreError
+from protocol.errors import DataError, StoreError, StoreFullError
 from protocol.faults import fault_point
 from protocol.messages import SubmitGroup
 from protocol.types import TrajectoryGroup
-from protocol.wire import Buffer, decode, expect
+from protocol.wire import decode, expect
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+_OPEN = "state IN ('running', 'waiting', 'buffered')"
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -30,12 +34,18 @@ CREATE TABLE leases (
   outcome TEXT NOT NULL DEFAULT 'running', reason TEXT NOT NULL DEFAULT '');
 CREATE INDEX leases_running ON leases(outcome) WHERE outcome = 'running';
 CREATE TABLE entries (
-  cursor INTEGER PRIMARY KEY, slot INTEGER NOT NULL, attempt INTEGER NOT NULL, state TEXT NOT NULL);
+  cursor INTEGER PRIMARY KEY, slot INTEGER NOT NULL, attempt INTEGER NOT NULL, state TEXT NOT NULL,
+  first_slot INTEGER NOT NULL);
+CREATE INDEX entries_open ON entries(cursor) WHERE state IN ('running', 'waiting', 'buffered');
+CREATE TABLE moves (
+  move_id INTEGER PRIMARY KEY, step INTEGER NOT NULL, cursor INTEGER NOT NULL, from_slot INTEGER NOT NULL,
+  to_slot INTEGER NOT NULL);
 CREATE TABLE groups (
   cursor INTEGER PRIMARY KEY, lease_id INTEGER NOT NULL, attempt INTEGER NOT NULL, stored_at REAL NOT NULL,
   num_trajectories INTEGER NOT NULL, num_contexts INTEGER NOT NULL, num_trained_tokens INTEGER NOT NULL,
-  oldest_version INTEGER, reward_mean REAL NOT NULL,
+  oldest_version INTEGER, reward_mean REAL NOT NULL, num_bytes INTEGER NOT NULL, tally TEXT NOT NULL,
   header BLOB NOT NULL, token_ids BLOB NOT NULL, loss_mask BLOB NOT NULL, logprobs BLOB NOT NULL, spans BLOB NOT NULL);
+CREATE INDEX groups_held ON groups(num_bytes) WHERE num_bytes > 0;
 CREATE TABLE batches (step INTEGER NOT NULL, position INTEGER NOT NULL, cursor INTEGER NOT NULL UNIQUE,
   PRIMARY KEY (step, position)) WITHOUT ROWID;
 CREATE TABLE publications (
@@ -89,20 +99,24 @@ class Store:
             self._query("COMMIT")
 
     @contextmanager
-    def transaction(self, name: str) -> Iterator[None]:
-        """All or nothing, durable when it returns. `name` is that of its fault points."""
+    def transaction(self, *names: str) -> Iterator[None]:
+        """All or nothing, durable when it returns. `names` are those of its fault points. Raises: StoreFullError."""
         try:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                for name in names:
+                    fault_point(f"store.{name}.open")
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # SQLite has rolled back by itself where the disk is full
+                    self._db.execute("ROLLBACK")
                 raise
-            fault_point(f"store.{name}.open")
-            self._db.execute("COMMIT")
-            fault_point(f"store.{name}.durable")
         except sqlite3.Error as error:
-            raise StoreError(f"store {self._path}: {error}") from error
+            full = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL
+            raise (StoreFullError if full else StoreError)(f"store {self._path}: {error}") from error
+        for name in names:
+            fault_point(f"store.{name}.durable")
 
     # --- identity ---
 
@@ -122,58 +136,15 @@ class Store:
     def meta(self) -> dict[str, str]:
         return dict(self._query("SELECT key, value FROM meta"))
 
-    # --- leases and groups ---
+    # --- what is decided ---
 
-    def record_lease(self, lease: LeaseRecord, *, engine_version: int) -> None:
-        with self.transaction("lease"):
-            self._db.execute(
-                "INSERT INTO leases (lease_id, cursor, slot, attempt, actor, engine_version, granted_at) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (lease.lease_id, lease.cursor, lease.slot, lease.attempt, lease.actor, engine_version, lease.granted_s),
-            )
-            self._put_entry(Entry(lease.cursor, lease.slot, lease.attempt, State.RUNNING))
-
-    def record_group(
-        self, *, entry: Entry, lease_id: int, group: TrajectoryGroup, frames: Sequence[Buffer], outcome: str
-    ) -> None:
-        """The group as it came, with the decision on it (`accepted` or why it is skipped)."""
-        rewards = [trajectory.reward for trajectory in group.trajectories]
-        contexts = list(group.contexts())
-        with self.transaction("group"):
-            self._db.execute(
-                "INSERT INTO groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    group.cursor,
-                    lease_id,
-                    group.attempt,
-                    time.time(),
-                    len(rewards),
-                    len(contexts),
-                    sum(context.num_trained_tokens for context in contexts),
-                    group.oldest_version,
-                    sum(rewards) / len(rewards),
-                    *frames,
-                ),
-            )
-            self._put_entry(entry)
-            self._end_lease(lease_id, outcome, "")
-
-    def record_end(self, *, entry: Entry | None, lease_id: int, outcome: str, reason: str = "") -> None:
-        """A lease that ended without a group: expired, failed, refused, duplicate."""
-        with self.transaction("end"):
-            if entry is not None:
-                self._put_entry(entry)
-            self._end_lease(lease_id, outcome, reason)
-
-    def record_batch(self, *, step: int, cursors: Sequence[int]) -> None:
-        """Step `step` was trained on these groups."""
-        with self.transaction("batch"):
-            self._db.executemany(
-                "INSERT INTO batches VALUES (?, ?, ?)", [(step, i, cursor) for i, cursor in enumerate(cursors)]
-            )
-            self._db.executemany(
-                "UPDATE entries SET state = 'trained' WHERE cursor = ?", [(cursor,) for cursor in cursors]
-            )
+    def commit(self, records: Sequence[Record]) -> None:
+        """All records of an event, or none. Raises: StoreFullError, StoreError."""
+        if not records:
+            return
+        with self.transaction(*dict.fromkeys(record.kind for record in records)):
+            for record in records:
+                self._write(record)
 
     def new_publication(self, version: int) -> int:
         """A publication id that was never used before in this run."""
@@ -184,20 +155,46 @@ class Store:
             assert row.lastrowid is not None
             return row.lastrowid
 
+    def drop_tokens(self, tallies: Mapping[int, str]) -> None:
+        """Question → what the audit needs of its group: the tokens themselves go. Their room is used again."""
+        with self.transaction("retention"):
+            self._db.executemany(
+                "UPDATE groups SET header = x'', token_ids = x'', loss_mask = x'', logprobs = x'', spans = x'', "
+                "num_bytes = 0, tally = ? WHERE cursor = ?",
+                [(tally, cursor) for cursor, tally in tallies.items()],
+            )
+
     # --- reading back ---
 
-    def entries(self) -> list[Entry]:
-        rows = self._query("SELECT cursor, slot, attempt, state FROM entries ORDER BY cursor")
-        return [Entry(cursor, slot, attempt, State(state)) for cursor, slot, attempt, state in rows]
-
-    def running_leases(self) -> list[LeaseRecord]:
-        rows = self._query(
+    def restore_ledger(self, *, groups_per_batch: int, staleness_bound: int, num_steps: int) -> Ledger:
+        """The ledger as of the last commit."""
+        entries = self._query(
+            f"SELECT cursor, slot, attempt, state, first_slot FROM entries WHERE {_OPEN} ORDER BY cursor"
+        )
+        leases = self._query(
             "SELECT lease_id, cursor, slot, attempt, actor, granted_at FROM leases WHERE outcome = 'running'"
         )
-        return [LeaseRecord(*row) for row in rows]
+        return Ledger.restore(
+            groups_per_batch=groups_per_batch,
+            staleness_bound=staleness_bound,
+            num_steps=num_steps,
+            step=self.num_batches(),
+            entries=[
+                Entry(cursor, slot, attempt, State(state), first) for cursor, slot, attempt, state, first in entries
+            ],
+            leases=[LeaseRecord(*row) for row in leases],
+            next_lease_id=self._query("SELECT coalesce(max(lease_id), 0) + 1 FROM leases")[0][0],
+            next_cursor=self._query("SELECT coalesce(max(cursor), -1) + 1 FROM entries")[0][0],
+        )
 
-    def next_lease_id(self) -> int:
-        return int(self._query("SELECT coalesce(max(lease_id), 0) + 1 FROM leases")[0][0])
+    def num_failures(self) -> dict[int, int]:
+        """Question → its groups that failed or were refused, for those that are open."""
+        return dict(
+            self._query(
+                "SELECT cursor, count(*) FROM leases WHERE outcome IN ('failed', 'refused') "
+                f"AND cursor IN (SELECT cursor FROM entries WHERE {_OPEN}) GROUP BY cursor"
+            )
+        )
 
     def publications(self) -> dict[int, int]:
         """publication → version"""
@@ -213,6 +210,8 @@ class Store:
         rows = self._query("SELECT header, token_ids, loss_mask, logprobs, spans FROM groups WHERE cursor = ?", cursor)
         if not rows:
             raise StoreError(f"store {self._path} holds no group {cursor}")
+        if not rows[0][0]:
+            raise StoreError(f"store {self._path} has dropped the tokens of group {cursor} (see learner.retention)")
         message, payload = decode(rows[0])
         return decode_group(expect(message, SubmitGroup), payload)
 
@@ -229,16 +228,52 @@ class Store:
         elif version != SCHEMA_VERSION:
             raise DataError(f"store {self._path} has schema {version}, this version reads {SCHEMA_VERSION}")
 
-    def _put_entry(self, entry: Entry) -> None:
-        self._db.execute(
-            "INSERT INTO entries VALUES (?, ?, ?, ?) ON CONFLICT (cursor) DO UPDATE "
-            "SET slot = excluded.slot, attempt = excluded.attempt, state = excluded.state",
-            (entry.cursor, entry.slot, entry.attempt, entry.state.value),
-        )
+    def _write(self, record: Record) -> None:
+        match record:
+            case Granted(lease, engine_version):
+                self._db.execute(
+                    "INSERT INTO leases (lease_id, cursor, slot, attempt, actor, granted_at, engine_version) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (*astuple(lease), engine_version),
+                )
+            case Ended(lease_id, outcome, reason):
+                self._db.execute(
+                    "UPDATE leases SET outcome = ?, reason = ? WHERE lease_id = ?", (outcome, reason[:1000], lease_id)
+                )
+            case Placed(entry):
+                self._db.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?)", astuple(entry))
+            case Arrived():
+                self._insert_group(record)
+            case Moved():
+                self._db.execute(
+                    "INSERT INTO moves (step, cursor, from_slot, to_slot) VALUES (?, ?, ?, ?)", astuple(record)
+                )
+            case Trained(step, cursors):
+                rows = [(step, position, cursor) for position, cursor in enumerate(cursors)]
+                self._db.executemany("INSERT INTO batches VALUES (?, ?, ?)", rows)
+                self._db.executemany(
+                    "UPDATE entries SET state = 'trained' WHERE cursor = ?", [(cursor,) for cursor in cursors]
+                )
 
-    def _end_lease(self, lease_id: int, outcome: str, reason: str) -> None:
+    def _insert_group(self, record: Arrived) -> None:
+        group, frames = record.group, record.frames
+        rewards = [trajectory.reward for trajectory in group.trajectories]
+        contexts = list(group.contexts())
         self._db.execute(
-            "UPDATE leases SET outcome = ?, reason = ? WHERE lease_id = ?", (outcome, reason[:1000], lease_id)
+            "INSERT INTO groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '', ?, ?, ?, ?, ?)",
+            (
+                group.cursor,
+                record.lease_id,
+                group.attempt,
+                time.time(),
+                len(rewards),
+                len(contexts),
+                sum(context.num_trained_tokens for context in contexts),
+                group.oldest_version,
+                sum(rewards) / len(rewards),
+                sum(len(frame) for frame in frames),
+                *frames,
+            ),
         )
 
     def _query(self, sql: str, *parameters: object) -> list[tuple]:

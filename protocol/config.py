@@ -197,10 +197,21 @@ class CheckpointConfig(Section):
     keep_every_steps: Positive | None = None
 
 
+class RetentionConfig(Section):
+    """Which tokens of trained batches stay in the store: those of the last `keep_steps` steps before a checkpoint, and
+    of no more than `keep_bytes`. None is dropped before a durable checkpoint. Without either, all stay, so that the
+    whole run can be replayed."""
+
+    keep_steps: NonNegative | None = None
+    keep_bytes: NonNegative | None = None
+
+
 class LearnerConfig(Section):
     """A step takes `groups_per_batch` B groups of `group_size` G; ages stay <= `staleness_bound` by construction.
 
     `lease_timeout_s`: a lease without a heartbeat that names it for so long is expired and issued again.
+    `straggler_timeout_s`: a group that has run for so long and alone holds up the batch is overtaken, and those of its
+    tokens that are over age when it is trained are masked; None waits for it, and batches do not depend on timing.
     `tokens_per_micro_batch`: computed at once; `prefix_sharing`: whether common prefixes of contexts are computed once
     (`auto`: where it pays). `reference`: the model folder that a KL is taken to; model.path if not given.
     `check_drift`: train with rate 0, so that the mismatch between engines and learner must stay flat.
@@ -225,11 +236,13 @@ class LearnerConfig(Section):
     lora: LoraConfig | None = None
     torch_threads: Positive = 1
     lease_timeout_s: Seconds = 10.0
+    straggler_timeout_s: Seconds | None = None
     ablation: Literal["none", "last-context"] = "none"
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    retention: RetentionConfig = RetentionConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> LearnerConfig:

@@ -20,6 +20,7 @@ PalimpsestError
 │   ├── DivergenceError       update after update was skipped because its loss or gradient is not finite
 │   └── DriftError            engines and learner drift apart although nothing is trained
 └── StoreError                the run's store cannot be read or written
+    └── StoreFullError        the disk has no room for it: nothing is admitted until there is
 """
 
 
@@ -101,3 +102,7 @@ class DriftError(TrainingStopped):
 
 class StoreError(PalimpsestError):
     """The run's store cannot be read or written."""
+
+
+class StoreFullError(StoreError):
+    """The disk, or a quota on it, has no room for what the store shall write; nothing of it was written."""

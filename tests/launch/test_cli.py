@@ -181,6 +181,7 @@ def test_keys_are_made_once(tmp_path: Path) -> None:
 
 
 def test_audit(tmp_path: Path) -> None:
+    from learner.records import Trained
     from learner.store import Store, store_path
 
     assert "no run in" in refused("audit", tmp_path)
@@ -188,7 +189,7 @@ def test_audit(tmp_path: Path) -> None:
     store.claim({"run_id": "run", "groups_per_batch": "1", "group_size": "1", "staleness_bound": "1"})
     clean = palimpsest("audit", tmp_path)
     assert (clean.status, "audit: clean" in clean.out) == (0, True)
-    store.record_batch(step=0, cursors=[7])
+    store.commit([Trained(0, (7,))])
     store.close()
     broken = palimpsest("audit", tmp_path, "--json")
     assert broken.status == 1, "a broken promise must be seen in the exit status"

@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 from learner.ledger import Entry, LeaseRecord, State
+from learner.records import Arrived, Ended, Granted, Placed, Trained
 from learner.store import Store, store_path
 from protocol.codec import encode_group
 from protocol.config import Config
@@ -26,13 +27,16 @@ def record_run(folder: Path, *, num_steps: int) -> Path:
         for step in range(num_steps):
             groups = groups_of(step)
             for each in groups:
-                lease_id, entry = each.cursor + 1, Entry(each.cursor, each.cursor, 0, State.BUFFERED)
-                store.record_lease(
-                    LeaseRecord(lease_id, each.cursor, each.cursor, 0, "actor", 0.0), engine_version=step
+                lease_id, frames = each.cursor + 1, encode_group(each, lease_id=each.cursor + 1)
+                store.commit(
+                    [
+                        Granted(LeaseRecord(lease_id, each.cursor, each.cursor, 0, "actor", 0.0), engine_version=step),
+                        Arrived(lease_id, each, frames),
+                        Placed(Entry(each.cursor, each.cursor, 0, State.BUFFERED, each.cursor)),
+                        Ended(lease_id, "accepted"),
+                    ]
                 )
-                frames = encode_group(each, lease_id=lease_id)
-                store.record_group(entry=entry, lease_id=lease_id, group=each, frames=frames, outcome="accepted")
-            store.record_batch(step=step, cursors=[each.cursor for each in groups])
+            store.commit([Trained(step, tuple(each.cursor for each in groups))])
     return folder
 
 

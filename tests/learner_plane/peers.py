@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from learner.admission import Rules
-from learner.ledger import Ledger
 from learner.plane import Plane
 from learner.store import Store, store_path
 from protocol.codec import encode_group
@@ -47,6 +46,7 @@ class Setting:
     staleness_bound: int = 1
     num_steps: int = 3
     lease_timeout_s: float = 60.0
+    straggler_timeout_s: float | None = None
     skip_zero_variance: bool = False
 
 
@@ -54,14 +54,10 @@ class Setting:
 def open_plane(setting: Setting, *, on_death: Callable[[], None] | None = None) -> Iterator[Plane]:
     """A plane as `run_learner` makes it, resumed from the store where there is one. It must not die, or say so."""
     store = Store(store_path(setting.folder))
-    ledger = Ledger.restore(
+    ledger = store.restore_ledger(
         groups_per_batch=setting.groups_per_batch,
         staleness_bound=setting.staleness_bound,
         num_steps=setting.num_steps,
-        step=store.num_batches(),
-        entries=store.entries(),
-        leases=store.running_leases(),
-        next_lease_id=store.next_lease_id(),
     )
     deaths: list[str] = []
     rules = Rules(RUN, GROUP_SIZE, VOCABULARY, setting.skip_zero_variance)
@@ -71,6 +67,7 @@ def open_plane(setting: Setting, *, on_death: Callable[[], None] | None = None) 
         ledger=ledger,
         rules=rules,
         lease_timeout_s=setting.lease_timeout_s,
+        straggler_timeout_s=setting.straggler_timeout_s,
         on_death=on_death or (lambda: deaths.append("died")),
     )
     try:

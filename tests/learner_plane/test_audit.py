@@ -9,6 +9,7 @@ import pytest
 
 from learner.audit import audit_run
 from learner.ledger import Entry, LeaseRecord, State
+from learner.records import Arrived, Ended, Granted, Placed, Trained
 from learner.store import Store, store_path
 from protocol.codec import encode_group
 from tests.learner_plane.test_admission import group
@@ -24,10 +25,15 @@ def run(tmp_path: Path) -> Path:
     for version in range(4):
         publication = store.new_publication(version if version else 0)
     sound = group()
-    store.record_lease(LeaseRecord(1, 0, 0, 0, "actor", 0.0), engine_version=3)
-    frames = encode_group(sound, lease_id=1)
-    store.record_group(entry=Entry(0, 0, 0, State.BUFFERED), lease_id=1, group=sound, frames=frames, outcome="accepted")
-    store.record_batch(step=0, cursors=[0])
+    store.commit(
+        [
+            Granted(LeaseRecord(1, 0, 0, 0, "actor", 0.0), engine_version=3),
+            Arrived(1, sound, encode_group(sound, lease_id=1)),
+            Placed(Entry(0, 0, 0, State.BUFFERED, 0)),
+            Ended(1, "accepted"),
+        ]
+    )
+    store.commit([Trained(0, (0,))])
     store.close()
     assert publication == 4
     return tmp_path

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from learner import coordinator
+from learner import scheduler
 from learner.audit import audit_run
 from learner.ledger import State
 from learner.plane import Plane
+from learner.records import Trained
 from learner.store import Store, store_path
 from protocol.codec import encode_group
 from protocol.config import NetworkConfig
@@ -50,7 +51,7 @@ def _tiny_safetensors() -> bytes:
 def count(setting: Setting, state: State) -> int:
     store = Store(store_path(setting.folder), read_only=True)
     try:
-        return sum(entry.state is state for entry in store.entries())
+        return store.query("SELECT count(*) FROM entries WHERE state = ?", state.value)[0][0]
     finally:
         store.close()
 
@@ -207,7 +208,7 @@ async def test_failed_groups_are_tried_so_often_and_then_skipped(tmp_path: Path)
         await serve_version(plane, 0)
         async with Actor(control_address(plane), capacity=1) as actor:
             await actor.until_leased(1)
-            for attempt in range(coordinator.MAX_FAILURES):
+            for attempt in range(scheduler.MAX_FAILURES):
                 lease = actor.leases[-1]
                 assert (lease.cursor, lease.attempt) == (0, attempt)
                 failed = replace(make_group(lease).trajectories[0], contexts=(), status=Status.FAILED)
@@ -280,7 +281,7 @@ async def test_goodbye_frees_leases(tmp_path: Path) -> None:
 
 
 async def test_a_lost_lease_is_issued_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coordinator, "_LOST_AFTER_S", 0.0)
+    monkeypatch.setattr(scheduler, "LOST_AFTER_S", 0.0)
     with open_plane(Setting(tmp_path)) as plane:
         await serve_version(plane, 0)
         async with Actor(control_address(plane)) as actor:
@@ -369,9 +370,9 @@ def test_the_store_belongs_to_one_run(tmp_path: Path) -> None:
 
 def test_a_transaction_is_all_or_nothing(tmp_path: Path) -> None:
     store = Store(store_path(tmp_path))
-    store.record_batch(step=0, cursors=[0, 1])
+    store.commit([Trained(0, (0, 1))])
     with pytest.raises(StoreError, match="UNIQUE"):
-        store.record_batch(step=1, cursors=[2, 1])
+        store.commit([Trained(1, (2, 1))])
     assert store.batch(1) == []
     assert store.num_batches() == 1
     store.close()
@@ -388,8 +389,8 @@ def test_a_plane_that_cannot_listen_says_so(tmp_path: Path) -> None:
             second = Plane(
                 network=network,
                 store=store,
-                ledger=coordinator_._ledger,
-                rules=coordinator_._rules,
+                ledger=coordinator_._scheduler.ledger,
+                rules=coordinator_._scheduler._rules,
                 lease_timeout_s=1.0,
                 on_death=lambda: None,
             )
@@ -413,9 +414,9 @@ async def test_the_older_of_two_actors_of_one_name_is_told_to_leave(tmp_path: Pa
 
 async def test_a_plane_that_dies_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     died = threading.Event()
-    monkeypatch.setattr(Store, "record_lease", _full_disk)
+    monkeypatch.setattr(Store, "commit", _broken)
     with (  # noqa: PT012
-        pytest.raises(PalimpsestError, match="disk is full"),
+        pytest.raises(PalimpsestError, match="disk I/O error"),
         open_plane(Setting(tmp_path), on_death=died.set) as plane,
     ):
         await serve_version(plane, 0)
@@ -424,5 +425,5 @@ async def test_a_plane_that_dies_says_why(tmp_path: Path, monkeypatch: pytest.Mo
             assert await asyncio.to_thread(died.wait, WAIT_S)
 
 
-def _full_disk(*_: object, **__: object) -> None:
-    raise StoreError("disk is full")
+def _broken(*_: object, **__: object) -> None:
+    raise StoreError("disk I/O error")

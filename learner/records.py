@@ -1,0 +1,73 @@
+"""What an event makes durable: the scheduler says it, the store writes the records of one event in one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from learner.ledger import Entry, LeaseRecord
+from protocol.types import TrajectoryGroup
+from protocol.wire import Buffer
+
+LeaseOutcome = Literal["accepted", "skipped", "duplicate", "refused", "failed", "expired", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """A lease, given while the slowest serving engine had committed `engine_version`."""
+
+    kind: ClassVar[str] = "lease"
+    lease: LeaseRecord
+    engine_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A lease has ended."""
+
+    kind: ClassVar[str] = "end"
+    lease_id: int
+    outcome: LeaseOutcome
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A group to keep, as it came: `frames` are its header and its four columns."""
+
+    kind: ClassVar[str] = "group"
+    lease_id: int
+    group: TrajectoryGroup
+    frames: Sequence[Buffer]
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """While the learner was at `step`, a question changed its slot: up for a straggler, down for who overtook it."""
+
+    kind: ClassVar[str] = "move"
+    step: int
+    cursor: int
+    from_slot: int
+    to_slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """The state of a question, in a copy of its own."""
+
+    kind: ClassVar[str] = "entry"
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Step `step` was trained on these groups."""
+
+    kind: ClassVar[str] = "batch"
+    step: int
+    cursors: tuple[int, ...]
+
+
+Record = Granted | Ended | Arrived | Moved | Placed | Trained

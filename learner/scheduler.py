@@ -1,0 +1,359 @@
+"""What the coordinator decides: a state and an event in, what to make durable and whom to tell out. No socket, no file.
+
+    heartbeat, goodbye, undelivered ─┐                         ┌─► records: one transaction, first
+    group ───────────────────────────┼─► Scheduler ─► Decision ┤
+    tick, engines, trained, drain ───┘   (Ledger, actors)      └─► sends: once the records are durable
+
+Every event ends with leases to whoever has most credits left, as far as the ledger's bound allows. The state can be
+thrown away at any moment: what counts of it is in the store, and the peers say the rest again with each heartbeat.
+`learner/coordinator.py` drives it from sockets, tests/learner_plane/simulation.py from a seed.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from learner.admission import Rules, Verdict, judge
+from learner.ledger import Entry, LeaseRecord, Ledger
+from learner.records import Arrived, Ended, Granted, LeaseOutcome, Moved, Placed, Record, Trained
+from protocol.errors import ProtocolError
+from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, Lease, RunStatus, SubmitGroup, SubmitReply
+from protocol.types import TrajectoryGroup
+from protocol.wire import Buffer, Message
+
+log = logging.getLogger(__name__)
+
+# A question whose groups failed or were refused so often (expired leases do not count) is skipped.
+MAX_FAILURES = 4
+# A lease that the actor's heartbeats do not name after so long was lost on the way.
+LOST_AFTER_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    peer: bytes
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """`records` are one transaction; `sends` go out after it, in order, or not at all."""
+
+    records: list[Record] = field(default_factory=list)
+    sends: list[Send] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """An actor that is silent for `lease_timeout_s` loses its leases; a lease that has run for `straggler_timeout_s`
+    may be overtaken (None: never)."""
+
+    lease_timeout_s: float
+    straggler_timeout_s: float | None = None
+
+
+@dataclass(slots=True)
+class Actor:
+    """An actor that is heard of. `offered` is the number of free credits that the heap of credits knows."""
+
+    peer: bytes
+    incarnation: str
+    capacity: int
+    seen_s: float
+    counters: dict[str, float]
+    offered: int = 0
+
+
+class Scheduler:
+    """Every method but the properties is one event, at `now_s` on a clock that never goes back.
+
+    publications  publication → version, as the store has them
+    num_failures  question → its groups that failed or were refused
+    started_s     when this learner started: actors get as long as ever to be heard of again
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        rules: Rules,
+        limits: Limits,
+        publications: Mapping[int, int],
+        num_failures: Mapping[int, int],
+        started_s: float,
+    ) -> None:
+        self.ledger = ledger
+        self.actors: dict[str, Actor] = {}
+        self.serving: list[EngineFields] = []
+        self.num_malformed = 0
+        self.num_refused = 0
+        self._rules = rules
+        self._limits = limits
+        self._publications = dict(publications)
+        self._failures = Counter(num_failures)
+        self._started_s = started_s
+        self._superseded: dict[str, str] = {}
+        self._credits: list[tuple[int, str]] = []
+        self._draining = ""
+        self._paused = False
+        self._known_status: RunStatus | None = None
+
+    def pause(self, ledger: Ledger, *, num_failures: Mapping[int, int]) -> None:
+        """A decision could not be made durable: the store's state replaces it. Nothing is decided until `resume`."""
+        ledger.num_expired, ledger.num_overtaken = self.ledger.num_expired, self.ledger.num_overtaken
+        self.ledger = ledger
+        self._failures = Counter(num_failures)
+        self._paused = True
+
+    def resume(self) -> None:
+        """There may be room again."""
+        self._paused = False
+        for name in self.actors:
+            self._offer(name)
+
+    # --- events ---
+
+    def heartbeat(self, peer: bytes, message: Heartbeat, *, now_s: float) -> Decision:
+        decision, name = Decision(), message.actor
+        if self._superseded.get(name) == message.incarnation:
+            decision.sends.append(Send(peer, Drain(reason=f"another actor has joined under the name {name}")))
+            return decision
+        known = self.actors.get(name)
+        if self._paused:
+            if known is not None and known.incarnation == message.incarnation:
+                known.peer, known.seen_s = peer, now_s
+            decision.sends.append(Send(peer, self._status()))
+            return decision
+        if known is not None and known.incarnation != message.incarnation:
+            log.warning("actor %s was started again: its old leases are issued again", name)
+            self._superseded[name] = known.incarnation
+            self._forget(decision, name)
+            known = None
+        offered = known.offered if known is not None else 0
+        self.actors[name] = Actor(peer, message.incarnation, message.capacity, now_s, dict(message.counters), offered)
+        self._offer(name)
+        held = set(message.held)
+        for lease in self.ledger.outstanding(name):
+            if lease.lease_id not in held and now_s - lease.granted_s > LOST_AFTER_S:
+                self._expire(decision, lease, "lost")
+        answer = Drain(reason=self._draining) if self._draining else self._status()
+        decision.sends.append(Send(peer, answer))
+        return self._grant(decision, now_s)
+
+    def goodbye(self, message: Goodbye, *, now_s: float) -> Decision:
+        decision, known = Decision(), self.actors.get(message.actor)
+        if not self._paused and (known is None or known.incarnation == message.incarnation):
+            self._forget(decision, message.actor)
+        return self._grant(decision, now_s)
+
+    def undelivered(self, lease_ids: Sequence[int], *, now_s: float) -> Decision:
+        """These leases could not be sent. Their actors get no other before they are heard of again."""
+        decision = Decision()
+        for lease in [lease for i in lease_ids if (lease := self.ledger.leases.get(i)) is not None]:
+            if (actor := self.actors.get(lease.actor)) is not None:
+                actor.capacity = 0
+            if not self._paused:
+                self._expire(decision, lease, "lost")
+        return self._grant(decision, now_s)
+
+    def group(
+        self,
+        peer: bytes,
+        message: SubmitGroup,
+        *,
+        read: Callable[[], TrajectoryGroup],
+        frames: Sequence[Buffer],
+        now_s: float,
+    ) -> Decision:
+        """A group has come; `read` decodes it, and is called where it is wanted at all."""
+        decision, cursor, lease_id = Decision(), message.cursor, message.lease_id
+        if self._paused:  # without an answer, the actor holds it
+            return decision
+        lease = self.ledger.leases.get(lease_id)
+        reason = ""
+        if cursor >= self.ledger.next_cursor or message.run_id != self._rules.run_id:
+            outcome, reason = "refused", f"question {cursor} of run {message.run_id} was never leased here"
+        elif lease_id >= self.ledger.next_lease_id or (lease is not None and lease.cursor != cursor):
+            outcome, reason = "refused", f"lease {lease_id} was never given for question {cursor}"
+        elif (entry := self.ledger.undecided(cursor)) is None:
+            outcome = "duplicate"
+            if self.ledger.drop(lease_id) is not None:
+                decision.records.append(Ended(lease_id, "duplicate"))
+        else:
+            verdict, group = self._judge(entry, read)
+            if group is not None:
+                outcome, reason = "accepted", verdict.reason
+                self._keep(decision, entry, Arrived(lease_id, group, frames), verdict)
+            else:
+                outcome, reason = "refused", verdict.reason
+                self._try_again(decision, entry, message, verdict)
+        if outcome == "refused":
+            self.num_refused += 1
+            log.warning("refused group %d: %s", cursor, reason)
+        decision.sends.append(Send(peer, SubmitReply(lease_id=lease_id, outcome=outcome, reason=reason)))
+        if lease is not None:
+            self._offer(lease.actor)
+        return self._grant(decision, now_s)
+
+    def tick(self, serving: list[EngineFields], *, now_s: float) -> Decision:
+        """Time has passed: silent actors lose their leases, stragglers are overtaken. `serving`: the engines by now."""
+        decision, timeout_s = Decision(), self._limits.lease_timeout_s
+        self.serving = serving
+        if self._paused:
+            return decision
+        for name in [name for name, actor in self.actors.items() if now_s - actor.seen_s > timeout_s]:
+            log.warning("actor %s is silent for %.0f s: its leases are issued again", name, timeout_s)
+            self._forget(decision, name)
+        for lease in list(self.ledger.leases.values()):
+            if lease.actor not in self.actors and now_s - max(lease.granted_s, self._started_s) > timeout_s:
+                self._expire(decision, lease, "expired")
+        if self._limits.straggler_timeout_s is not None:
+            self._overtake(decision, granted_before_s=now_s - self._limits.straggler_timeout_s)
+        return self._grant(decision, now_s)
+
+    def engines(self, serving: list[EngineFields], *, now_s: float) -> Decision:
+        """An engine has joined, left or committed a version."""
+        self.serving = serving
+        return self._grant(Decision(), now_s)
+
+    def trained(self, cursors: Sequence[int]) -> Decision:
+        """The current step is done; leases wait for an engine that has its version, or for the next tick."""
+        decision = Decision([Trained(self.ledger.step, tuple(cursors))])
+        self.ledger.finish(cursors)
+        return decision
+
+    def published(self, publication: int, *, version: int) -> None:
+        self._publications[publication] = version
+
+    def drain(self, reason: str) -> Decision:
+        """There is nothing more to do: every actor is told, now and at each heartbeat."""
+        self._draining = reason
+        return Decision(sends=[Send(actor.peer, Drain(reason=reason)) for actor in self.actors.values()])
+
+    # --- inside ---
+
+    def _judge(self, entry: Entry, read: Callable[[], TrajectoryGroup]) -> tuple[Verdict, TrajectoryGroup | None]:
+        """The group where it is to be kept."""
+        try:
+            group = read()
+        except ProtocolError as error:
+            self.num_malformed += 1
+            return Verdict("refuse", str(error)), None
+        # A straggler that was overtaken may hold what its lease allowed: what is over age by now is masked in training.
+        verdict = judge(
+            group,
+            rules=self._rules,
+            publications=self._publications,
+            step=self.ledger.step,
+            min_version=self.ledger.min_version(min(entry.slot, entry.first_slot)),
+        )
+        return verdict, group if verdict.kind in ("accept", "skip") else None
+
+    def _keep(self, decision: Decision, entry: Entry, arrived: Arrived, verdict: Verdict) -> None:
+        ids = {"lease_id": arrived.lease_id, "cursor": entry.cursor}
+        if verdict.kind == "accept":
+            self.ledger.accept(**ids)
+        else:
+            self.ledger.skip(**ids)
+        self._failures.pop(entry.cursor, None)
+        ended = Ended(arrived.lease_id, "accepted" if verdict.kind == "accept" else "skipped")
+        decision.records.extend([arrived, Placed(replace(entry)), ended])
+
+    def _try_again(self, decision: Decision, entry: Entry, message: SubmitGroup, verdict: Verdict) -> None:
+        """Issues the question again, or gives it up after too many failures; an attempt that goes on may still win."""
+        lease_id, cursor = message.lease_id, message.cursor
+        self._failures[cursor] += 1
+        if message.attempt == entry.attempt and self._failures[cursor] >= MAX_FAILURES:
+            log.warning("question %d gave no trainable group %d times: skipped", cursor, MAX_FAILURES)
+            self.ledger.skip(lease_id=lease_id, cursor=cursor)
+            self._failures.pop(cursor)
+        else:
+            self.ledger.reissue(lease_id=lease_id, cursor=cursor)
+        ended = Ended(lease_id, "failed" if verdict.kind == "retry" else "refused", verdict.reason)
+        decision.records.extend([Placed(replace(entry)), ended])
+
+    def _overtake(self, decision: Decision, *, granted_before_s: float) -> None:
+        for straggler, group in self.ledger.overtake(granted_before_s=granted_before_s):
+            log.warning("question %d is overtaken: slot %d for %d", straggler.cursor, straggler.slot, group.slot)
+            for entry, left in ((straggler, group.slot), (group, straggler.slot)):
+                decision.records.append(Moved(self.ledger.step, entry.cursor, left, entry.slot))
+                decision.records.append(Placed(replace(entry)))
+
+    def _grant(self, decision: Decision, now_s: float) -> Decision:
+        """Leases to whoever has most credits left, until the bound or the credits say stop."""
+        version = self._engine_version()
+        if self._draining or self._paused or version is None:
+            return decision
+        while self.ledger.can_grant(engine_version=version) and (name := self._most_credits()) is not None:
+            lease = self.ledger.grant(actor=name, now_s=now_s, engine_version=version)
+            assert lease is not None
+            entry = self.ledger.entries[lease.cursor]
+            decision.records.extend([Granted(lease, version), Placed(replace(entry))])
+            message = Lease(
+                lease_id=lease.lease_id,
+                run_id=self._rules.run_id,
+                cursor=lease.cursor,
+                attempt=lease.attempt,
+                group_size=self._rules.group_size,
+                min_version=self.ledger.min_version(lease.slot),
+            )
+            decision.sends.append(Send(self.actors[name].peer, message))
+            self._offer(name)
+        return decision
+
+    def _engine_version(self) -> int | None:
+        """s of the lease rule; None while nobody serves.
+
+        An engine that has fallen behind the bound can serve no lease to come, and must not hold the others back.
+        """
+        oldest = self.ledger.step - self.ledger.staleness_bound
+        lowest = min((engine.version for engine in self.serving if engine.version >= oldest), default=None)
+        return lowest if lowest is None else min(lowest, self.ledger.step)
+
+    def _most_credits(self) -> str | None:
+        while self._credits:
+            free, name = heapq.heappop(self._credits)
+            actor = self.actors.get(name)
+            if actor is not None and actor.offered == -free:
+                actor.offered = 0
+                return name
+        return None
+
+    def _offer(self, name: str) -> None:
+        """Puts the actor's free credits on the heap, if they have changed; what was there before no longer counts."""
+        actor = self.actors.get(name)
+        if actor is None:
+            return
+        free = max(0, actor.capacity - self.ledger.num_outstanding(name))
+        if free != actor.offered:
+            actor.offered = free
+            if free:
+                heapq.heappush(self._credits, (-free, name))
+
+    def _status(self) -> RunStatus:
+        """The same object as long as it says the same, so that it is encoded once."""
+        known = self._known_status
+        if known is None or known.step != self.ledger.step or known.engines != self.serving:
+            known = self._known_status = RunStatus(
+                run_id=self._rules.run_id,
+                step=self.ledger.step,
+                num_steps=self.ledger.num_steps,
+                engines=list(self.serving),
+            )
+        return known
+
+    def _forget(self, decision: Decision, name: str) -> None:
+        self.actors.pop(name, None)
+        for lease in self.ledger.outstanding(name):
+            self._expire(decision, lease, "expired")
+
+    def _expire(self, decision: Decision, lease: LeaseRecord, outcome: LeaseOutcome) -> None:
+        self.ledger.expire(lease.lease_id)
+        decision.records.append(Ended(lease.lease_id, outcome))
+        if (entry := self.ledger.entries.get(lease.cursor)) is not None:
+            decision.records.append(Placed(replace(entry)))
+        self._offer(lease.actor)
