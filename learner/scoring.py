@@ -1,12 +1,20 @@
-"""Log-probabilities and entropies of chosen tokens, from hidden states, without ever forming [tokens, vocabulary]."""
+"""Log-probabilities and entropies of chosen tokens, from hidden states, without ever forming [tokens, vocabulary].
+
+Logits exist in tiles of some tokens times some of the vocabulary. A softmax over tiles needs one pass: with m the
+largest logit so far, s the sum of exp(z - m) and e the sum of exp(z - m) (z - m), a larger m rescales both (Milakov &
+Gimelshein 2018); in the end log sum exp z = m + log s, and the entropy is log s - e / s.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}
-"""Logits at a time, of which two fp32 copies exist at most: 4 MiB on a CPU, 1 GiB on a GPU, which needs it to fill."""
+_TILE_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}
+"""Logits at a time, of which three fp32 copies exist at most: 6 MiB on a CPU, 1.5 GiB on a GPU, which needs them."""
 
 
 def token_scores(
@@ -17,19 +25,27 @@ def token_scores(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     entropy_grad: bool = False,
-    chunk_elements: int | None = None,
+    tile_elements: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(logprob [M], entropy [M] in nats) of `target` under softmax((hidden weight^T + bias) / temperature).
 
     hidden [M, H]; weight [V, H], the output embedding, tied or not; bias [V]; target int64 [M]. The softmax is in fp32,
-    in fp64 for fp64. Entropy carries gradient only with `entropy_grad`. Logits exist for `chunk_elements` // V rows at
-    a time (2^19 elements on a CPU, 2^27 on a GPU, if not given) and are formed again in the backward pass, unless one
-    chunk is all; so memory depends neither on M nor on V.
+    in fp64 for fp64. Entropy carries gradient only with `entropy_grad`. `tile_elements` logits exist at a time (2^19 on
+    a CPU, 2^27 on a GPU, if not given) and are formed again in the backward pass, unless one tile is all; so memory
+    depends neither on M nor on V.
     """
-    elements = chunk_elements or _CHUNK_ELEMENTS[hidden.device.type]
-    num_rows = max(1, elements // weight.shape[0])
-    logprob, entropy = _TokenScores.apply(hidden, weight, bias, target, temperature, num_rows)  # pyright: ignore[reportGeneralTypeIssues]
+    elements = tile_elements or _TILE_ELEMENTS[hidden.device.type]
+    tile = _tile_shape(len(hidden), len(weight), elements)
+    logprob, entropy = _TokenScores.apply(hidden, weight, bias, target, temperature, tile)  # pyright: ignore[reportGeneralTypeIssues]
     return logprob, entropy if entropy_grad else entropy.detach()
+
+
+def _tile_shape(num_rows: int, num_columns: int, elements: int) -> tuple[int, int]:
+    """(rows, columns) of at most `elements`: whole rows of a small vocabulary, about square of a large one, so that
+    neither hidden states nor the output embedding are read more often than they must."""
+    columns = min(num_columns, max(math.isqrt(elements), elements // max(1, num_rows)))
+    columns = math.ceil(num_columns / math.ceil(num_columns / columns))  # alike
+    return max(1, min(num_rows, elements // columns)), columns
 
 
 class _TokenScores(torch.autograd.Function):
@@ -37,73 +53,113 @@ class _TokenScores(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: float, num_rows: int
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        temperature: float,
+        tile: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
-        kept = _log_softmax(hidden, weight, bias, temperature) if len(hidden) <= num_rows else None
-        scores = []
-        for start in range(0, max(1, len(hidden)), num_rows):
-            chunk = slice(start, start + num_rows)
-            logprobs = _log_softmax(hidden[chunk], weight, bias, temperature) if kept is None else kept
-            scores.append((logprobs.gather(1, target[chunk, None]).squeeze(1), _entropy(logprobs)))
-            del logprobs  # before the next are formed
-        ctx.save_for_backward(hidden, weight, bias, target, kept)
-        ctx.temperature, ctx.num_rows = temperature, num_rows
+        kept = None
+        if len(hidden) <= tile[0] and len(weight) <= tile[1]:
+            kept = _logits(hidden, weight, bias, temperature).log_softmax(dim=-1)
+            logprob = kept.gather(1, target[:, None]).squeeze(1)
+            normalizer, entropy = torch.zeros_like(logprob), kept.exp().mul_(kept).sum(dim=-1).neg_()
+        else:
+            rows = (
+                _score_rows(hidden[chunk], weight, bias, target[chunk], temperature, tile[1])
+                for chunk in _slices(len(hidden), tile[0])
+            )
+            logprob, entropy, normalizer = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        ctx.save_for_backward(hidden, weight, bias, target, kept, normalizer, entropy)
+        ctx.temperature, ctx.tile = temperature, tile
         ctx.set_materialize_grads(False)
-        logprob, entropy = (torch.cat(parts) for parts in zip(*scores, strict=True))
         return logprob, entropy
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target, kept = ctx.saved_tensors
+        hidden, weight, bias, target, kept, normalizer, entropy = ctx.saved_tensors
         precise = torch.promote_types(weight.dtype, torch.float32)
         of_hidden, of_weight, of_bias = (
-            torch.zeros_like(each, dtype=dtype) if needed else None
-            for each, dtype, needed in zip(
-                (hidden, weight, bias), (hidden.dtype, precise, precise), ctx.needs_input_grad[:3], strict=True
-            )
+            torch.zeros_like(each, dtype=precise) if needed else None
+            for each, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         )
-        for start in range(0, len(hidden), ctx.num_rows):
-            chunk = slice(start, start + ctx.num_rows)
-            logprobs = _log_softmax(hidden[chunk], weight, bias, ctx.temperature) if kept is None else kept
-            of_scores = (None if grad is None else grad[chunk, None] / ctx.temperature for grad in grads)
-            of_logits = _grad_of_logits(logprobs, target[chunk], *of_scores).to(hidden.dtype)
-            del logprobs  # before the next are formed
-            if of_hidden is not None:
-                torch.mm(of_logits, weight, out=of_hidden[chunk])
-            if of_weight is not None:
-                _add_product(of_weight, of_logits.T, hidden[chunk])
-            if of_bias is not None:
-                of_bias += of_logits.sum(dim=0)
-        of_weight, of_bias = (None if each is None else each.to(weight.dtype) for each in (of_weight, of_bias))
-        return of_hidden, of_weight, of_bias, None, None, None
+        for rows in _slices(len(hidden), ctx.tile[0]):
+            of_logprob, of_entropy = (None if grad is None else grad[rows, None] / ctx.temperature for grad in grads)
+            for columns in _slices(len(weight), ctx.tile[1]):
+                logprobs = kept
+                if logprobs is None:
+                    some = None if bias is None else bias[columns]
+                    logprobs = _logits(hidden[rows], weight[columns], some, ctx.temperature)
+                    logprobs.sub_(normalizer[rows, None])
+                of_logits = _grad_of_logits(logprobs, entropy[rows, None], of_logprob, of_entropy)
+                if of_logprob is not None:
+                    inside, where = _inside(target[rows], columns)
+                    of_logits[inside, where] += of_logprob[inside, 0]
+                del logprobs
+                of_logits = of_logits.to(hidden.dtype)
+                if of_hidden is not None:
+                    _add_product(of_hidden[rows], of_logits, weight[columns])
+                if of_weight is not None:
+                    _add_product(of_weight[columns], of_logits.T, hidden[rows])
+                if of_bias is not None:
+                    of_bias[columns] += of_logits.sum(dim=0)
+        found = (of_hidden, of_weight, of_bias)
+        return *(None if each is None else each.to(weight.dtype) for each in found), None, None, None
+
+
+def _score_rows(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: float, num_columns: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprob, entropy, log sum exp of the logits), [rows] each, from tiles of `num_columns` of the vocabulary."""
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    largest = torch.full((len(hidden),), -1e30, dtype=precise, device=hidden.device)  # finite, as it is subtracted
+    total, weighted, picked = torch.zeros_like(largest), torch.zeros_like(largest), torch.zeros_like(largest)
+    for columns in _slices(len(weight), num_columns):
+        logits = _logits(hidden, weight[columns], None if bias is None else bias[columns], temperature)
+        inside, where = _inside(target, columns)
+        picked[inside] = logits[inside, where]
+        above = torch.maximum(largest, logits.amax(dim=1))
+        down, logits = largest - above, logits.sub_(above[:, None])
+        parts = logits.exp()
+        weighted = (weighted + down * total) * down.exp() + parts.mul_(logits).sum(dim=1)
+        total = total * down.exp() + torch.exp(logits, out=parts).sum(dim=1)
+        largest = above
+    normalizer = largest + total.log()
+    return picked - normalizer, total.log() - weighted / total, normalizer
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    """Of [0, length), the last one shorter; one empty slice of nothing."""
+    for start in range(0, max(1, length), step):
+        yield slice(start, min(length, start + step))
+
+
+def _inside(target: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """(rows whose target lies in these columns, at which of them), int64 both."""
+    rows = torch.nonzero((target >= columns.start) & (target < columns.stop)).squeeze(1)
+    return rows, target[rows] - columns.start
+
+
+def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """fp32 or fp64 [rows, columns], at the temperature."""
+    logits = torch.nn.functional.linear(rows, weight, bias)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
 
 
 def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
-    """Adds one @ other to `total`, which is fp32 where they are bf16: rounding must not grow with the chunks."""
+    """Adds one @ other to `total`, which is fp32 where they are bf16: rounding must not grow with the tiles."""
     if total.dtype == one.dtype:
         total.addmm_(one, other)
     else:
         total += one @ other
 
 
-def _log_softmax(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """fp32 or fp64 [rows, V]"""
-    logits = torch.nn.functional.linear(rows, weight, bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.div_(temperature).log_softmax(dim=-1)
-
-
-def _entropy(logprobs: Tensor) -> Tensor:
-    """[rows]"""
-    return logprobs.exp().mul_(logprobs).sum(dim=-1).neg_()
-
-
-def _grad_of_logits(logprobs: Tensor, target: Tensor, of_logprob: Tensor | None, of_entropy: Tensor | None) -> Tensor:
-    """[rows, V], from the gradients of logprob and entropy, [rows, 1] each."""
+def _grad_of_logits(logprobs: Tensor, entropy: Tensor, of_logprob: Tensor | None, of_entropy: Tensor | None) -> Tensor:
+    """[rows, columns] but for the targets themselves, from the gradients of logprob and entropy, [rows, 1] each."""
     grad = logprobs.exp()
     if of_entropy is not None:
-        inner = (logprobs + _entropy(logprobs)[:, None]).mul_(of_entropy)
-        grad.mul_(inner if of_logprob is None else inner.add_(of_logprob)).neg_()
-    elif of_logprob is not None:
-        grad.mul_(-of_logprob)
-    return grad if of_logprob is None else grad.scatter_add_(1, target[:, None], of_logprob)
+        inner = (logprobs + entropy).mul_(of_entropy)
+        return grad.mul_(inner if of_logprob is None else inner.add_(of_logprob)).neg_()
+    return grad.mul_(-of_logprob) if of_logprob is not None else grad.zero_()
