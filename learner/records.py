@@ -1,4 +1,7 @@
-"""What an event makes durable: the scheduler says it, the store writes the records of one event in one transaction."""
+"""What an event makes durable: the scheduler says it, the store writes the records of one event in one transaction.
+
+`kind` names the fault points around the transaction.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ class Arrived:
 class Moved:
     """While the learner was at `step`, a question changed its slot: up for a straggler, down for who overtook it."""
 
-    kind: ClassVar[str] = "move"
+    kind: ClassVar[str] = ""
     step: int
     cursor: int
     from_slot: int
@@ -57,7 +60,7 @@ class Moved:
 class Placed:
     """The state of a question, in a copy of its own."""
 
-    kind: ClassVar[str] = "entry"
+    kind: ClassVar[str] = ""
     entry: Entry
 
 

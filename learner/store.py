@@ -142,7 +142,7 @@ class Store:
         """All records of an event, or none. Raises: StoreFullError, StoreError."""
         if not records:
             return
-        with self.transaction(*dict.fromkeys(record.kind for record in records)):
+        with self.transaction(*sorted({record.kind for record in records} - {""})):
             for record in records:
                 self._write(record)
 

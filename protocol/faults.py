@@ -27,6 +27,8 @@ FAULT_POINTS = {
     "store.end.durable": "learner: it is committed",
     "store.batch.open": "learner: a trained batch is written to the log and not committed",
     "store.batch.durable": "learner: it is committed, and its version is not published",
+    "store.retention.open": "learner: tokens of an old batch are dropped and that is not committed",
+    "store.retention.durable": "learner: it is committed",
     "store.publication.open": "learner: a publication id is written and not committed",
     "store.publication.durable": "learner: it is committed, and nothing is offered under it",
     "acknowledgement.sent": "learner: an actor has been told what became of its group",
