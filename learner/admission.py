@@ -20,6 +20,15 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """An actor that is silent for `lease_timeout_s` loses its leases; a lease that has run for `straggler_timeout_s`
+    may be overtaken (None: never)."""
+
+    lease_timeout_s: float
+    straggler_timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """`accept` it; `skip` it (valid, but teaches nothing); `retry` the question (the environment failed);
     `refuse` it (it must not be trained; the question is issued again)."""

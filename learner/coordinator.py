@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from learner.admission import Rules
+from learner.admission import Limits, Rules
 from learner.engines import Engines
 from learner.ledger import Ledger
-from learner.records import Arrived, Moved
+from learner.records import Arrived, Decision, Moved
 from learner.retention import drop_tokens, expired_steps
-from learner.scheduler import Decision, Limits, Scheduler
+from learner.scheduler import Scheduler
 from learner.store import Store
 from protocol.codec import decode_group
 from protocol.errors import ProtocolError, StoreFullError

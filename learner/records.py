@@ -1,17 +1,17 @@
-"""What an event makes durable: the scheduler says it, the store writes the records of one event in one transaction.
+"""What the scheduler decides at an event: records, which the store writes in one transaction, and messages.
 
-`kind` names the fault points around the transaction.
+A record's `kind` names the fault points around the transaction.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from learner.ledger import Entry, LeaseRecord
 from protocol.types import TrajectoryGroup
-from protocol.wire import Buffer
+from protocol.wire import Buffer, Message
 
 LeaseOutcome = Literal["accepted", "skipped", "duplicate", "refused", "failed", "expired", "lost"]
 
@@ -74,3 +74,17 @@ class Trained:
 
 
 Record = Granted | Ended | Arrived | Moved | Placed | Trained
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    peer: bytes
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """`records` are one transaction; `sends` go out after it, in order, or not at all."""
+
+    records: list[Record] = field(default_factory=list)
+    sends: list[Send] = field(default_factory=list)

@@ -11,19 +11,19 @@ thrown away at any moment: what counts of it is in the store, and the peers say 
 
 from __future__ import annotations
 
-import heapq
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from learner.admission import Rules, Verdict, judge
+from learner.actors import Actor, Actors
+from learner.admission import Limits, Rules, Verdict, judge
 from learner.ledger import Entry, LeaseRecord, Ledger
-from learner.records import Arrived, Ended, Granted, LeaseOutcome, Moved, Placed, Record, Trained
+from learner.records import Arrived, Decision, Ended, Granted, LeaseOutcome, Moved, Placed, Send, Trained
 from protocol.errors import ProtocolError
 from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, Lease, RunStatus, SubmitGroup, SubmitReply
 from protocol.types import TrajectoryGroup
-from protocol.wire import Buffer, Message
+from protocol.wire import Buffer
 
 log = logging.getLogger(__name__)
 
@@ -31,41 +31,6 @@ log = logging.getLogger(__name__)
 MAX_FAILURES = 4
 # A lease that the actor's heartbeats do not name after so long was lost on the way.
 LOST_AFTER_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    peer: bytes
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """`records` are one transaction; `sends` go out after it, in order, or not at all."""
-
-    records: list[Record] = field(default_factory=list)
-    sends: list[Send] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """An actor that is silent for `lease_timeout_s` loses its leases; a lease that has run for `straggler_timeout_s`
-    may be overtaken (None: never)."""
-
-    lease_timeout_s: float
-    straggler_timeout_s: float | None = None
-
-
-@dataclass(slots=True)
-class Actor:
-    """An actor that is heard of. `offered` is the number of free credits that the heap of credits knows."""
-
-    peer: bytes
-    incarnation: str
-    capacity: int
-    seen_s: float
-    counters: dict[str, float]
-    offered: int = 0
 
 
 class Scheduler:
@@ -87,7 +52,7 @@ class Scheduler:
         started_s: float,
     ) -> None:
         self.ledger = ledger
-        self.actors: dict[str, Actor] = {}
+        self.actors = Actors()
         self.serving: list[EngineFields] = []
         self.num_malformed = 0
         self.num_refused = 0
@@ -97,7 +62,6 @@ class Scheduler:
         self._failures = Counter(num_failures)
         self._started_s = started_s
         self._superseded: dict[str, str] = {}
-        self._credits: list[tuple[int, str]] = []
         self._draining = ""
         self._paused = False
         self._known_status: RunStatus | None = None
@@ -123,21 +87,20 @@ class Scheduler:
             decision.sends.append(Send(peer, Drain(reason=f"another actor has joined under the name {name}")))
             return decision
         known = self.actors.get(name)
-        if self._paused:
-            if known is not None and known.incarnation == message.incarnation:
-                known.peer, known.seen_s = peer, now_s
-            decision.sends.append(Send(peer, self._status()))
-            return decision
         if known is not None and known.incarnation != message.incarnation:
+            if self._paused:
+                return decision
             log.warning("actor %s was started again: its old leases are issued again", name)
             self._superseded[name] = known.incarnation
             self._forget(decision, name)
             known = None
-        offered = known.offered if known is not None else 0
-        self.actors[name] = Actor(peer, message.incarnation, message.capacity, now_s, dict(message.counters), offered)
+        if known is None:
+            known = self.actors[name] = Actor(peer, message.incarnation)
+        known.peer, known.capacity, known.seen_s = peer, message.capacity, now_s
+        known.counters = dict(message.counters)
         self._offer(name)
         held = set(message.held)
-        for lease in self.ledger.outstanding(name):
+        for lease in self.ledger.outstanding(name) if not self._paused else ():
             if lease.lease_id not in held and now_s - lease.granted_s > LOST_AFTER_S:
                 self._expire(decision, lease, "lost")
         answer = Drain(reason=self._draining) if self._draining else self._status()
@@ -288,7 +251,7 @@ class Scheduler:
         version = self._engine_version()
         if self._draining or self._paused or version is None:
             return decision
-        while self.ledger.can_grant(engine_version=version) and (name := self._most_credits()) is not None:
+        while self.ledger.can_grant(engine_version=version) and (name := self.actors.take()) is not None:
             lease = self.ledger.grant(actor=name, now_s=now_s, engine_version=version)
             assert lease is not None
             entry = self.ledger.entries[lease.cursor]
@@ -314,25 +277,8 @@ class Scheduler:
         lowest = min((engine.version for engine in self.serving if engine.version >= oldest), default=None)
         return lowest if lowest is None else min(lowest, self.ledger.step)
 
-    def _most_credits(self) -> str | None:
-        while self._credits:
-            free, name = heapq.heappop(self._credits)
-            actor = self.actors.get(name)
-            if actor is not None and actor.offered == -free:
-                actor.offered = 0
-                return name
-        return None
-
     def _offer(self, name: str) -> None:
-        """Puts the actor's free credits on the heap, if they have changed; what was there before no longer counts."""
-        actor = self.actors.get(name)
-        if actor is None:
-            return
-        free = max(0, actor.capacity - self.ledger.num_outstanding(name))
-        if free != actor.offered:
-            actor.offered = free
-            if free:
-                heapq.heappush(self._credits, (-free, name))
+        self.actors.offer(name, num_outstanding=self.ledger.num_outstanding(name))
 
     def _status(self) -> RunStatus:
         """The same object as long as it says the same, so that it is encoded once."""
