@@ -1,0 +1,356 @@
+"""Groups/s from per-context arrays at an actor to a validated group at a learner, against other ways of sending them.
+
+    python benchmarks/transport.py [--quick] [--rounds 15]
+
+raw      pyzmq alone: the four columns of a group, made beforehand, as four frames from a DEALER to a ROUTER,
+         synchronous sockets, nothing looked at: the limit
+ours     what `actor.runner` and the coordinator do but for leases: encode_group, decode (the runner's check), Dealer;
+         Router, decode, decode_group, which validates
+durable  the same through a real Runner and a real Plane: leases, one durable SQLite transaction a lease and a group,
+         acknowledgements. `vs_raw_durable` is against raw, which stores nothing; `durable_vs_raw_file` against raw
+         whose receiver appends each group to a file, syncs it and answers, as many groups in flight
+lists    Python lists in msgpack, arrays again at the receiver
+ray      objects of a Ray actor, 8 in flight; null where Ray is not installed (pip install palimpsest[ray])
+
+A group is 8 trajectories of 4 contexts, 38,697 tokens. One process sends, one receives; every method is measured in
+every round, in rotating order; a ratio is the median of the rounds' ratios. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import msgpack
+import numpy as np
+import zmq
+from synthetic import NUM_TRAJECTORIES, PUBLICATION, RUN, VOCABULARY, make_group
+
+from actor.runner import Runner
+from learner.admission import Rules
+from learner.ledger import Ledger
+from learner.plane import Plane
+from learner.store import Store, store_path
+from protocol.codec import decode_group, encode_group
+from protocol.config import NetworkConfig
+from protocol.messages import EngineFields, EngineReport, Lease, SubmitGroup
+from protocol.transport import Transport
+from protocol.types import TrajectoryGroup
+from protocol.wire import Buffer, decode, expect
+
+RULES = Rules(run_id=RUN, group_size=NUM_TRAJECTORIES, vocab_size=VOCABULARY, skip_zero_variance=True)
+# Groups sent and not acknowledged, as an actor's credits bound them; all but the durable ways acknowledge every 16th.
+IN_FLIGHT = 32
+ACK_EVERY = 16
+# Groups a round, so that a round of each takes about half a second.
+NUM_GROUPS = {"raw": 2_000, "ours": 1_200, "durable": 150, "raw_file": 150, "lists": 80, "ray": 160}
+
+
+# --- the sending process ---
+
+
+def send_all(connection: Connection) -> None:
+    """For each (method, address, number) received: sends as many groups that way."""
+    group = make_group()
+    while (order := connection.recv()) is not None:
+        method, address, num = order
+        SENDERS[method](group, address, num)
+        connection.send("sent")
+
+
+def _send_sync(address: str, num: int, make: Callable[[], list[Buffer]], *, acks_every: int) -> None:
+    """From a synchronous DEALER, at most IN_FLIGHT that the receiver has not acknowledged."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.connect(address)
+        num_open = 0
+        for _ in range(num):
+            socket.send_multipart(make(), copy=False)
+            num_open += 1
+            if num_open == IN_FLIGHT:
+                socket.recv()
+                num_open -= acks_every
+        while num_open >= acks_every:
+            socket.recv()
+            num_open -= acks_every
+
+
+def _send_raw(group: TrajectoryGroup, address: str, num: int) -> None:
+    frames = encode_group(group, lease_id=0)[1:]
+    _send_sync(address, num, lambda: frames, acks_every=ACK_EVERY)
+
+
+def _send_raw_file(group: TrajectoryGroup, address: str, num: int) -> None:
+    frames = encode_group(group, lease_id=0)[1:]
+    _send_sync(address, num, lambda: frames, acks_every=1)
+
+
+def _send_lists(group: TrajectoryGroup, address: str, num: int) -> None:
+    _send_sync(address, num, lambda: [_pack_lists(group)], acks_every=ACK_EVERY)
+
+
+def _send_ours(group: TrajectoryGroup, address: str, num: int) -> None:
+    async def send() -> None:
+        transport = Transport()
+        dealer = transport.dealer(address)
+        num_open = 0
+        for i in range(num):
+            frames = encode_group(group, lease_id=i)
+            decode(frames)
+            await dealer.send(frames)
+            num_open += 1
+            if num_open == IN_FLIGHT:
+                await dealer.recv()
+                num_open -= ACK_EVERY
+        while num_open >= ACK_EVERY:
+            await dealer.recv()
+            num_open -= ACK_EVERY
+        transport.close()
+
+    asyncio.run(send())
+
+
+def _send_durable(group: TrajectoryGroup, address: str, num: int) -> None:
+    """A real runner whose rollouts take no time, until the plane drains it."""
+
+    async def rollout(lease: Lease) -> TrajectoryGroup:
+        return replace(group, run_id=lease.run_id, cursor=lease.cursor, attempt=lease.attempt)
+
+    async def send() -> None:
+        transport = Transport()
+        runner = Runner(
+            name="actor",
+            capacity=IN_FLIGHT,
+            dealer=transport.dealer(address),
+            rollout=rollout,
+            on_engines=lambda _: None,
+            counters=dict,
+            heartbeat_s=0.5,
+        )
+        await runner.run()
+        transport.close()
+
+    asyncio.run(send())
+
+
+def _pack_lists(group: TrajectoryGroup) -> bytes:
+    rows = [
+        {
+            "token_ids": each.token_ids.tolist(),
+            "loss_mask": each.loss_mask.tolist(),
+            "logprobs": each.behavior_logprobs.tolist(),
+            "spans": [(span.start, span.end, span.version) for span in each.policy_versions],
+        }
+        for each in group.contexts()
+    ]
+    packed = msgpack.packb(rows)
+    assert packed is not None
+    return packed
+
+
+SENDERS: dict[str, Callable[[TrajectoryGroup, str, int], None]] = {
+    "raw": _send_raw,
+    "raw_file": _send_raw_file,
+    "ours": _send_ours,
+    "durable": _send_durable,
+    "lists": _send_lists,
+}
+
+# --- the receiving process ---
+
+
+def _rate(arrivals_s: list[float]) -> float:
+    return (len(arrivals_s) - 1) / (arrivals_s[-1] - arrivals_s[0])
+
+
+def _receive(
+    method: str, num: int, connection: Connection, handle: Callable[[list[zmq.Frame]], None], *, ack_every: int
+) -> float:
+    """Groups/s at a synchronous ROUTER."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        port = socket.bind_to_random_port("tcp://127.0.0.1")
+        connection.send((method, f"tcp://127.0.0.1:{port}", num))
+        arrivals_s = []
+        for i in range(num):
+            frames = socket.recv_multipart(copy=False)
+            handle(frames)
+            arrivals_s.append(time.perf_counter())
+            if (i + 1) % ack_every == 0:
+                socket.send_multipart([frames[0], b""])
+        connection.recv()
+    return _rate(arrivals_s)
+
+
+def receive_raw(num: int, connection: Connection) -> float:
+    return _receive("raw", num, connection, lambda _frames: None, ack_every=ACK_EVERY)
+
+
+def receive_raw_file(num: int, connection: Connection) -> float:
+    with tempfile.TemporaryFile() as file:
+
+        def store(frames: list[zmq.Frame]) -> None:
+            for frame in frames[1:]:
+                file.write(frame.buffer)
+            file.flush()
+            os.fdatasync(file.fileno())
+
+        return _receive("raw_file", num, connection, store, ack_every=1)
+
+
+def receive_lists(num: int, connection: Connection) -> float:
+    def unpack(frames: list[zmq.Frame]) -> None:
+        for row in msgpack.unpackb(frames[1].buffer):
+            np.asarray(row["token_ids"], dtype=np.int32)
+            np.asarray(row["loss_mask"], dtype=np.bool_)
+            np.asarray(row["logprobs"], dtype=np.float32)
+
+    return _receive("lists", num, connection, unpack, ack_every=ACK_EVERY)
+
+
+def receive_ours(num: int, connection: Connection) -> float:
+    async def receive() -> float:
+        transport = Transport()
+        router = transport.router("tcp://127.0.0.1:0")
+        connection.send(("ours", router.address, num))
+        arrivals_s = []
+        for i in range(num):
+            peer, frames = await router.recv()
+            message, payload = decode(frames)
+            decode_group(expect(message, SubmitGroup), payload)
+            arrivals_s.append(time.perf_counter())
+            if (i + 1) % ACK_EVERY == 0:
+                await router.send(peer, [b""])
+        await asyncio.to_thread(connection.recv)
+        transport.close()
+        return _rate(arrivals_s)
+
+    return asyncio.run(receive())
+
+
+def receive_durable(num: int, connection: Connection) -> float:
+    """Leases while the runner has credits; one batch of all groups is what is waited for."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(store_path(Path(folder)))
+        ledger = Ledger(groups_per_batch=num, staleness_bound=0, num_steps=1)
+        plane = Plane(
+            network=NetworkConfig(),
+            store=store,
+            ledger=ledger,
+            rules=RULES,
+            lease_timeout_s=60.0,
+            on_death=lambda: None,
+        )
+        with plane:
+            assert plane.run(plane.coordinator.new_publication(0)) == PUBLICATION
+            engine = EngineFields(name="engine", url="http://127.0.0.1:1", version=0, publication=PUBLICATION)
+            report = EngineReport(request_id=1, engine=engine, state="serving")
+            plane.engines.report(report, now_s=time.monotonic() + 3_600)
+            connection.send(("durable", plane.coordinator._router.address, num))
+            plane.run(plane.coordinator.next_batch())
+            times_s = [row[0] for row in store.query("SELECT stored_at FROM groups ORDER BY stored_at")]
+            plane.run(plane.coordinator.drain("measured"))
+            connection.recv()
+        store.close()
+    return _rate(times_s)
+
+
+def open_ray(group: TrajectoryGroup) -> Callable[[int], float] | None:
+    """The Ray way, or None where it is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        return None
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+
+    @ray.remote
+    class Sender:
+        def group(self) -> TrajectoryGroup:
+            return group
+
+    sender = Sender.remote()
+
+    def receive(num: int) -> float:
+        in_flight = [sender.group.remote() for _ in range(8)]
+        arrivals_s = []
+        for _ in range(num):
+            received = ray.get(in_flight.pop(0))
+            arrivals_s.append(time.perf_counter())
+            in_flight.append(sender.group.remote())
+            del received
+        ray.get(in_flight)
+        return _rate(arrivals_s)
+
+    return receive
+
+
+def measure(*, num_rounds: int, divisor: int) -> dict[str, list[float]]:
+    """Groups/s by method, one value a round."""
+    spawn = multiprocessing.get_context("spawn")
+    connection, theirs = spawn.Pipe()
+    sender = spawn.Process(target=send_all, args=(theirs,), daemon=True)
+    sender.start()
+    methods: dict[str, Callable[[int], float]] = {
+        "raw": lambda num: receive_raw(num, connection),
+        "ours": lambda num: receive_ours(num, connection),
+        "durable": lambda num: receive_durable(num, connection),
+        "raw_file": lambda num: receive_raw_file(num, connection),
+        "lists": lambda num: receive_lists(num, connection),
+    }
+    if (receive_ray := open_ray(make_group())) is not None:
+        methods["ray"] = receive_ray
+    rates: dict[str, list[float]] = {name: [] for name in methods}
+    for i in range(-1, num_rounds):
+        names = list(methods)
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            rate = methods[name](max(20, NUM_GROUPS[name] // divisor))
+            if i >= 0:  # the first round only warms up
+                rates[name].append(rate)
+    connection.send(None)
+    sender.join()
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three short rounds")
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    rates = measure(num_rounds=3 if options.quick else options.rounds, divisor=5 if options.quick else 1)
+    for name, values in rates.items():
+        print(f"{name:>9} {statistics.median(values):8.0f} groups/s   {min(values):8.0f} to {max(values):8.0f}")
+
+    def ratio(one: str, other: str) -> float | None:
+        if other not in rates:
+            return None
+        return round(statistics.median(a / b for a, b in zip(rates[one], rates[other], strict=True)), 3)
+
+    print(
+        json.dumps(
+            {
+                "benchmark": "transport",
+                "vs_raw": ratio("ours", "raw"),
+                "vs_ray": ratio("ours", "ray"),
+                "vs_lists": ratio("ours", "lists"),
+                "vs_raw_durable": ratio("durable", "raw"),
+                "durable_vs_raw_file": ratio("durable", "raw_file"),
+                "groups_per_s": {name: round(statistics.median(values), 1) for name, values in rates.items()},
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
