@@ -6,9 +6,11 @@ import asyncio
 import ctypes
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Coroutine
+from contextlib import suppress
 from types import FrameType
 from typing import TypeVar
 
@@ -29,6 +31,7 @@ def start_role(title: str) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     setproctitle.setproctitle(f"palimpsest {title}")
     signal.signal(signal.SIGTERM, _stop)
+    _allow_many_connections()
     _die_with_launcher()
 
 
@@ -66,6 +69,13 @@ async def _cancelled_by_signals(coroutine: Coroutine[object, object, T], signals
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:
     sys.exit(143)
+
+
+def _allow_many_connections() -> None:
+    """As many open files as the system allows: each peer of a server is one, and the usual soft limit is 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS has a lower one that it does not tell
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _die_with_launcher() -> None:

@@ -1,7 +1,7 @@
 """The one file that imports zmq: sockets with limits, CURVE and typed errors.
 
 Loopback (or ipc) by default. Any other address needs CURVE keys, on both sides; a server admits only the public keys in
-its `authorized` folder.
+its `authorized` folder. What a peer may send, and how much of it, is limited: docs/security.md.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
-import stat
+import re
+import shutil
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -22,41 +23,17 @@ import zmq.auth
 from zmq.auth.asyncio import AsyncioAuthenticator
 
 from protocol.errors import DataError, SecurityError, UnreachableError
+from protocol.keys import AllowList, Keys
+from protocol.limits import RateLimit
 from protocol.wire import MAX_FRAME_BYTES, Buffer
 
 # Messages queued towards one peer before sending waits (DEALER) or drops (ROUTER, PUB).
 _SEND_LIMIT = 1_000
 # Messages of one peer received and not yet read. With MAX_FRAME_BYTES it bounds what a hostile peer can make us hold.
 _RECEIVE_LIMIT = 64
-
-
-@dataclass(frozen=True)
-class Keys:
-    """A folder made by `palimpsest keys`: server.key(_secret), client.key(_secret) and authorized/*.key."""
-
-    folder: Path
-
-    def pair(self, name: str) -> tuple[bytes, bytes]:
-        """(public, secret) of `server` or `client`. Raises: DataError, SecurityError (a secret readable by others)."""
-        path = self.folder / f"{name}.key_secret"
-        if not path.is_file():
-            raise DataError(
-                f"no {path.name} in keys folder {self.folder}: make one with `palimpsest keys {self.folder}`"
-            )
-        if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise SecurityError(f"{path} can be read by others: run `chmod 600 {path}`")
-        public, secret = zmq.auth.load_certificate(path)
-        if secret is None:
-            raise DataError(f"{path} holds no secret key")
-        return public, secret
-
-    def server_public(self) -> bytes:
-        path = self.folder / "server.key"
-        if not path.is_file():
-            raise DataError(
-                f"no server.key in keys folder {self.folder}: copy the one of the server's keys folder there"
-            )
-        return zmq.auth.load_certificate(path)[0]
+# A receiver that is never out of messages lets others have the loop after so many.
+_YIELD_EVERY = 32
+_CLIENT_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def create_keys(folder: Path) -> None:
@@ -65,11 +42,33 @@ def create_keys(folder: Path) -> None:
     if existing := sorted(folder.glob("*.key*")):
         raise DataError(f"{folder} already holds {existing[0].name}: choose another folder")
     for name in ("server", "client"):
-        _, secret = zmq.auth.create_certificates(folder, name)
-        os.chmod(secret, 0o600)
+        _create_pair(folder, name)
     authorized = folder / "authorized"
     authorized.mkdir()
-    (authorized / "client.key").write_bytes((folder / "client.key").read_bytes())
+    shutil.copyfile(folder / "client.key", authorized / "client.key")
+
+
+def create_client(folder: Path, name: str) -> Path:
+    """Another client of the server whose keys are in `folder`: a folder for its node, under clients/; its public key
+    joins the allow-list. Raises: DataError where there is no server, or a client of that name, or it is no name."""
+    if not _CLIENT_NAME.fullmatch(name):
+        raise DataError(f"a client's name must be 1 to 64 of A-Z a-z 0-9 _ -, got {name!r}")
+    server, public = folder / "server.key", folder / "authorized" / f"{name}.key"
+    if not server.is_file():
+        raise DataError(f"no server.key in keys folder {folder}: make one with `palimpsest keys {folder}`")
+    client = folder / "clients" / name
+    if client.exists() or public.exists():
+        raise DataError(f"{folder} already has a client {name}: choose another name, or delete {public} to shut it out")
+    client.mkdir(parents=True, mode=0o700)
+    _create_pair(client, "client")
+    shutil.copyfile(server, client / "server.key")
+    shutil.copyfile(client / "client.key", public)
+    return client
+
+
+def _create_pair(folder: Path, name: str) -> None:
+    _, secret = zmq.auth.create_certificates(folder, name)
+    os.chmod(secret, 0o600)
 
 
 def is_loopback(address: str) -> bool:
@@ -99,12 +98,15 @@ class Transport:
         self._authenticator: AsyncioAuthenticator | None = None
         self._sockets: list[Socket] = []
 
-    def router(self, address: str) -> Router:
-        """A bound ROUTER; port 0 takes a free one (see `.address`). Raises: UnreachableError, SecurityError."""
+    def router(self, address: str, *, max_frame_bytes: int = MAX_FRAME_BYTES) -> Router:
+        """A bound ROUTER; port 0 takes a free one (see `.address`). Who sends a larger frame is disconnected.
+
+        Raises: UnreachableError, SecurityError.
+        """
         socket = self._context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        return self._keep(Router(socket, self._bind(socket, address)))
+        bound = self._bind(socket, address, max_frame_bytes=max_frame_bytes)
+        return self._keep(Router(socket, bound, RateLimit()))
 
     def publisher(self, address: str) -> Publisher:
         """A bound PUB. Raises: UnreachableError, SecurityError."""
@@ -137,8 +139,8 @@ class Transport:
         self._sockets.append(socket)
         return socket
 
-    def _bind(self, socket: zmq.asyncio.Socket, address: str) -> str:
-        _set_limits(socket)
+    def _bind(self, socket: zmq.asyncio.Socket, address: str, *, max_frame_bytes: int = MAX_FRAME_BYTES) -> str:
+        _set_limits(socket, max_frame_bytes)
         try:
             if self._keys is not None:
                 self._serve_curve(socket, self._keys)
@@ -167,7 +169,7 @@ class Transport:
         if self._authenticator is None:
             self._authenticator = AsyncioAuthenticator(self._context)
             self._authenticator.start()
-            self._authenticator.configure_curve(domain="*", location=str(authorized))
+            self._authenticator.configure_curve_callback(domain="*", credentials_provider=AllowList(authorized))
 
     def _connect(self, socket: zmq.asyncio.Socket, address: str) -> str:
         _set_limits(socket)
@@ -202,12 +204,33 @@ class Socket:
 
 
 class Router(Socket):
-    """Talks to many peers, each known by an opaque identity for as long as its connection lives."""
+    """Talks to many peers, each known by an opaque identity for as long as its connection lives.
+
+    A peer that sends too much, or what must be refused, has its messages dropped for a while: `num_dropped`.
+    """
+
+    def __init__(self, socket: zmq.asyncio.Socket, address: str, limit: RateLimit) -> None:
+        super().__init__(socket, address)
+        self._limit = limit
+        self._num_received = 0
+        self.num_dropped = 0
 
     async def recv(self) -> tuple[bytes, list[Buffer]]:
         """(peer, frames): frames are not copied."""
-        identity, *frames = await self._socket.recv_multipart(copy=False)
-        return identity.bytes, [frame.buffer for frame in frames]
+        while True:
+            identity, *frames = await self._socket.recv_multipart(copy=False)
+            self._num_received += 1
+            if self._num_received % _YIELD_EVERY == 0:  # pyzmq does not while there are messages
+                await asyncio.sleep(0)
+            peer = identity.bytes
+            buffers: list[Buffer] = [frame.buffer for frame in frames]
+            if self._limit.admits(peer, header_bytes=len(buffers[0]) if buffers else 0, now_s=time.monotonic()):
+                return peer, buffers
+            self.num_dropped += 1
+
+    def refused(self, peer: bytes) -> None:
+        """A message of this peer could not be read: a few may be a defect, many are hostile."""
+        self._limit.refuse(peer, now_s=time.monotonic())
 
     async def send(self, peer: bytes, frames: Sequence[Buffer]) -> bool:
         """False where the peer is gone or does not read (its queue is full): the message is dropped."""
@@ -260,8 +283,8 @@ class Subscriber(Socket):
         return [frame.buffer for frame in await self._socket.recv_multipart(copy=False)]
 
 
-def _set_limits(socket: zmq.asyncio.Socket) -> None:
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+def _set_limits(socket: zmq.asyncio.Socket, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
+    socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
     socket.setsockopt(zmq.SNDHWM, _SEND_LIMIT)
     socket.setsockopt(zmq.RCVHWM, _RECEIVE_LIMIT)
     socket.setsockopt(zmq.LINGER, 0)

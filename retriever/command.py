@@ -166,12 +166,13 @@ async def _serve(
     import signal
 
     from protocol.transport import Transport
+    from protocol.wire import MAX_HEADER_BYTES
     from retriever.search import Searcher
     from retriever.service import RetrieverService
 
     transport = Transport(keys=keys)
     try:
-        router = transport.router(address)
+        router = transport.router(address, max_frame_bytes=MAX_HEADER_BYTES)
         collections = open_all()
         searcher = Searcher(collections, cache_size=cache_size)
         service = RetrieverService(router=router, searcher=searcher, limits=limits)

@@ -96,6 +96,8 @@ class RetrieverService:
                 request = self._admit(frames)
             except (ProtocolError, RemoteError) as error:
                 self.stats.num_refused += 1
+                if isinstance(error, ProtocolError):
+                    self._router.refused(peer)
                 reply = ErrorReply(request_id=_request_id(frames), error=str(error))
                 await self._send(peer, encode(reply))
                 continue

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from protocol.errors import DataError, ProtocolError, RemoteError, SecurityError, UnreachableError
-from protocol.messages import Drain, ErrorReply, ManifestRequest, SearchReply, SearchRequest
+from protocol.messages import Drain, ErrorReply, SearchReply, SearchRequest
 from protocol.rpc import RequestClient
 from protocol.transport import Transport, create_keys, is_loopback
 from protocol.wire import decode, encode
@@ -192,7 +192,7 @@ async def served(transport: Open) -> AsyncIterator[RequestClient]:
                 case "error":
                     await router.send(peer, [encode(ErrorReply(request_id=request.request_id, error="no such index"))])
                 case "other kind":
-                    await router.send(peer, [encode(ManifestRequest(request_id=request.request_id, publication=0))])
+                    await router.send(peer, [encode(request)])
                 case "noise":
                     late = SearchReply(request_id=request.request_id + 1_000, results=[])
                     for message in (b"", b"\xff\xff", encode(late), encode(Drain())):
@@ -226,7 +226,7 @@ async def test_replies_find_their_requests(served: RequestClient) -> None:
 async def test_errors_of_requests(served: RequestClient) -> None:
     with pytest.raises(RemoteError, match=r"search at tcp://.*: no such index"):
         await ask(served, "error")
-    with pytest.raises(ProtocolError, match="expected search_reply, got manifest_request"):
+    with pytest.raises(ProtocolError, match="expected search_reply, got search"):
         await ask(served, "other kind")
     with pytest.raises(TimeoutError, match=r"no answer to search from tcp://.* in 0.05 s"):
         await ask(served, "silence", timeout_s=0.05)
