@@ -3,36 +3,32 @@
     Announcement or 1 s ─► report, learn the newest              (a task of its own: never silent while weights move)
                                   │
                                   ▼
-    fetch chunks, verify ─► prepare a folder ─► pause ─► update, flush ─► continue ─► committed, report
+    fetch, verify: a folder ─► pause ─► update, flush ─► continue ─► canary ─► committed, report
+                                  └────────── anything fails ──────────┘
+                                                    ▼
+                       quarantined: paused, what is in flight aborted; brought again 2 s later
 
 Until the engine has committed a first publication it serves no lease (`joining`). It goes on serving what it has while
-the next one is fetched (`serving`) and put in place (`updating`: requests wait in the engine). A publication is
-committed once the engine runs again: whatever fails before that leaves the engine `quarantined`, reported, and brought
-again from the start, which an engine that already states the version takes like any other update. An engine that was
-restarted states another version than was committed, and joins anew.
+the next one is fetched (`serving`) and put in place (`updating`: requests wait in the engine). The canary, prompts of
+which the learner has published log-probs, leaves before the engine continues, to be answered among the first: it shows
+that the engine computes with the published weights and has no prefix of old ones in its cache. An engine that fails is
+`quarantined` and reported, and gives no tokens until it has been brought again from the start. One that was restarted
+states another version than was committed, and joins anew.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
-import shutil
+import time
 from pathlib import Path
 
+from actor.sampling import SamplingParams
 from actor.sglang_client import PauseMode, SGLangClient
+from actor.weight_fetch import Prepared, WeightFetcher
 from protocol.errors import EngineError, ProtocolError, RemoteError, WeightsError
 from protocol.faults import fault_point
-from protocol.messages import (
-    Chunk,
-    ChunkRequest,
-    EngineFields,
-    EngineReply,
-    EngineReport,
-    Manifest,
-    ManifestRequest,
-)
+from protocol.messages import EngineFields, EngineReply, EngineReport
 from protocol.rpc import RequestClient
 from protocol.transport import Subscriber
 from protocol.types import PolicyTag
@@ -42,8 +38,8 @@ log = logging.getLogger(__name__)
 _REPORT_EVERY_S = 1.0
 _REQUEST_TIMEOUT_S = 10.0
 _RETRY_S = 2.0
-# Chunks asked for at once: enough to hide a round trip, few enough to bound memory at 8 MiB each.
-_CHUNKS_IN_FLIGHT = 4
+_CANARY_TIMEOUT_S = 60.0
+_CANARY_SAMPLING = SamplingParams(temperature=0.0, max_new_tokens=1, allow_truncation=True)
 
 
 class WeightAgent:
@@ -67,6 +63,7 @@ class WeightAgent:
         folder: Path,
         url: str,
         pause_mode: PauseMode,
+        canary_tolerance: float,
     ) -> None:
         self._name = name
         self._url = url
@@ -74,8 +71,8 @@ class WeightAgent:
         self._engine = engine
         self._requests = requests
         self._announcements = announcements
-        self._base_model = base_model
-        self._folder = folder
+        self._fetcher = WeightFetcher(requests=requests, base_model=base_model, folder=folder)
+        self._canary_tolerance = canary_tolerance
         self._committed: PolicyTag | None = None
         self._newest: PolicyTag | None = None
         self._updating = False
@@ -84,6 +81,8 @@ class WeightAgent:
         self._learned = asyncio.Event()
         self.num_updates = 0
         self.num_failures = 0
+        self.pause_s = 0.0
+        self.canary_error = 0.0
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -163,7 +162,12 @@ class WeightAgent:
                 "engine": fields,
                 "state": self._state(),
                 "error": self._error[:1000],
-                "counters": {"updates": float(self.num_updates), "failures": float(self.num_failures)},
+                "counters": {
+                    "updates": float(self.num_updates),
+                    "failures": float(self.num_failures),
+                    "fetched_bytes": float(self._fetcher.num_bytes),
+                    "repeated_chunks": float(self._fetcher.num_repeated_chunks),
+                },
             }
         )
         reply, _ = await self._requests.request(report, EngineReply, timeout_s=_REQUEST_TIMEOUT_S)
@@ -173,97 +177,86 @@ class WeightAgent:
 
     async def _bring(self, tag: PolicyTag) -> None:
         """The engine serves `tag` when this returns. Where fetching fails it serves what it did; where anything after
-        that fails, nothing is committed: it may be paused still, or hold either version."""
-        prepared = await self._fetch(tag)
+        that fails, nothing is committed and the engine stands still."""
+        prepared = await self._fetcher.fetch(tag)
         fault_point("agent.prepared")
         previous = self._committed
         self._updating = True
         self._news.set()
         try:
-            try:
-                await self._engine.pause(self._pause_mode)
-                await self._engine.update_weights_from_disk(str(prepared), weight_version=str(tag), flush_cache=True)
-                fault_point("agent.updated")
-            finally:
-                await self._engine.continue_()
+            await self._update(prepared)
             self._committed = tag
             fault_point("agent.committed")
-        except BaseException:
+        except BaseException as error:
             self._committed = None
+            if isinstance(error, Exception):
+                await self._stop_engine()
             raise
         finally:
             self._updating = False
-        await asyncio.to_thread(self._remove_all_but, prepared)
-        log.info("engine %s: %s -> %s", self._name, previous or "nothing", tag)
+        await asyncio.to_thread(self._fetcher.forget_others)
+        log.info(
+            "engine %s: %s -> %s, paused %.3f s, canary off by %.2g nats",
+            self._name,
+            previous or "nothing",
+            tag,
+            self.pause_s,
+            self.canary_error,
+        )
 
-    async def _fetch(self, tag: PolicyTag) -> Path:
-        """A model folder with the publication's weights, verified chunk by chunk and as a whole."""
-        request = ManifestRequest(request_id=self._requests.next_id(), publication=tag.publication)
-        manifest, _ = await self._requests.request(request, Manifest, timeout_s=_REQUEST_TIMEOUT_S)
-        if (manifest.run_id, manifest.publication, manifest.version) != (tag.run_id, tag.publication, tag.version):
-            raise WeightsError(f"asked for {tag}, got a manifest of publication {manifest.publication}")
-        num_chunks = -(-manifest.num_bytes // manifest.chunk_bytes)
-        if len(manifest.chunk_sha256) != num_chunks:
-            raise WeightsError(f"{tag}: {num_chunks} chunks need as many checksums, got {len(manifest.chunk_sha256)}")
-        data = bytearray(manifest.num_bytes)
-        slots = asyncio.Semaphore(_CHUNKS_IN_FLIGHT)
-        chunks = [asyncio.ensure_future(self._fetch_chunk(manifest, i, data, slots)) for i in range(num_chunks)]
+    async def _update(self, prepared: Prepared) -> None:
+        """Pause, update, continue, canary. Raises: EngineError, WeightsError.
+
+        An engine that has nothing committed gives back what it was asked: nobody may get tokens of it before the
+        canary's answer. One that has goes on with its requests: should the canary fail, those that end in the
+        milliseconds before its answer have been given.
+        """
+        started_s = time.perf_counter()
+        await self._engine.pause("abort" if self._committed is None else self._pause_mode)
+        await self._engine.update_weights_from_disk(
+            str(prepared.folder), weight_version=str(prepared.tag), flush_cache=True
+        )
+        fault_point("agent.updated")
+        canary = asyncio.ensure_future(self._canary_error(prepared))
         try:
-            await asyncio.gather(*chunks)
+            await asyncio.sleep(0)  # its requests leave first
+            await self._engine.continue_()
+            self.pause_s = time.perf_counter() - started_s
+            self.canary_error = await canary
         finally:
-            for chunk in chunks:
-                chunk.cancel()
-        return await asyncio.to_thread(self._prepare, tag, data, manifest)
+            canary.cancel()
+            await asyncio.gather(canary, return_exceptions=True)
+        if self.canary_error > self._canary_tolerance:
+            raise WeightsError(
+                f"the canary's log-probs must be within {self._canary_tolerance:g} nats of the learner's, got "
+                f"{self.canary_error:.4g}: the engine does not compute with the weights of {prepared.tag}"
+            )
 
-    async def _fetch_chunk(self, manifest: Manifest, index: int, data: bytearray, slots: asyncio.Semaphore) -> None:
-        async with slots:
-            request = ChunkRequest(request_id=self._requests.next_id(), publication=manifest.publication, index=index)
-            _, payload = await self._requests.request(request, Chunk, timeout_s=_REQUEST_TIMEOUT_S)
-        start = index * manifest.chunk_bytes
-        expected = min(manifest.chunk_bytes, manifest.num_bytes - start)
-        if len(payload) != 1 or len(payload[0]) != expected:
-            raise WeightsError(f"chunk {index} of publication {manifest.publication} must have {expected} bytes")
-        if hashlib.sha256(payload[0]).hexdigest() != manifest.chunk_sha256[index]:
-            raise WeightsError(f"chunk {index} of publication {manifest.publication} does not match its checksum")
-        data[start : start + expected] = payload[0]
+    async def _canary_error(self, prepared: Prepared) -> float:
+        """Mean distance in nats between the engine's log-probs and the learner's; 0 without a canary.
 
-    def _prepare(self, tag: PolicyTag, data: bytearray, manifest: Manifest) -> Path:
-        """Checks the whole and writes it, in a thread: seconds for gigabytes. Raises: WeightsError."""
-        check_snapshot(data, manifest)
-        folder = self._folder / f"publication-{tag.publication}"
+        Raises: EngineError (no answer), WeightsError (of other weights, or with a prefix from the cache).
+        """
+        canary = prepared.canary
+        if canary is None or not canary.prompts:
+            return 0.0
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "model.safetensors").write_bytes(data)
-            for path in self._base_model.iterdir():
-                if path.is_file() and ".safetensors" not in path.name and path.suffix != ".bin":
-                    shutil.copyfile(path, folder / path.name)
-        except OSError as error:
-            raise WeightsError(f"{folder} cannot be written: {error.strerror or error}") from error
-        return folder
+            async with asyncio.timeout(_CANARY_TIMEOUT_S):
+                asked = (self._engine.generate(prompt, _CANARY_SAMPLING, rid="canary") for prompt in canary.prompts)
+                completions = await asyncio.gather(*asked)
+        except TimeoutError:
+            raise WeightsError(f"no answer to the canary in {_CANARY_TIMEOUT_S:g} s") from None
+        for completion in completions:
+            if completion.spans[0].weight_version != str(prepared.tag):
+                raise WeightsError(f"the canary must be of {prepared.tag}, got {completion.spans[0].weight_version}")
+            if completion.cached_tokens:
+                raise WeightsError(f"the canary found {completion.cached_tokens} tokens of old weights in the cache")
+        gaps = [abs(float(c.logprobs[0]) - wanted) for c, wanted in zip(completions, canary.logprobs, strict=True)]
+        return sum(gaps) / len(gaps)
 
-    def _remove_all_but(self, prepared: Path) -> None:
-        for folder in self._folder.glob("publication-*"):
-            if folder != prepared:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def check_snapshot(data: bytes | bytearray, manifest: Manifest) -> None:
-    """The snapshot's bytes are the manifest's, and its safetensors header lists the manifest's tensors.
-
-    Raises: WeightsError.
-    """
-    if hashlib.sha256(data).hexdigest() != manifest.sha256:
-        raise WeightsError(f"publication {manifest.publication} does not match its checksum")
-    try:
-        header_bytes = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + header_bytes])
-        found = {
-            name: (entry["dtype"], list(entry["shape"]), 8 + header_bytes + entry["data_offsets"][0])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"publication {manifest.publication} is not a safetensors file: {error}") from error
-    wanted = {tensor.name: (tensor.dtype, tensor.shape, tensor.offset) for tensor in manifest.tensors}
-    if found != wanted:
-        raise WeightsError(f"publication {manifest.publication} holds other tensors than its manifest says")
+    async def _stop_engine(self) -> None:
+        """Whatever it holds now, it shall not sample from it: what is in flight is sampled again elsewhere."""
+        try:
+            await self._engine.pause("abort")
+        except EngineError as error:
+            log.warning("engine %s cannot be paused: %s", self._name, error)

@@ -16,6 +16,7 @@ from learner.plane import Plane
 from learner.store import Store
 from protocol.codec import pack_groups, unpack_groups
 from protocol.config import RetentionConfig
+from protocol.messages import CanaryFields
 from protocol.types import TrajectoryGroup
 
 # At the end, engines get this long to commit the last version before the learner leaves.
@@ -41,8 +42,8 @@ class Front(Protocol):
         """The step on these groups is trained: durable before its version can be seen."""
         ...
 
-    def publish(self, data: bytes, *, version: int) -> None:
-        """Offers a version to engines."""
+    def publish(self, data: bytes, *, version: int, canary: CanaryFields | None = None) -> None:
+        """Offers a version to engines, which `canary` shall prove of each."""
         ...
 
     def checkpointed(self, step: int) -> None:
@@ -79,8 +80,8 @@ class Live:
     def log(self, groups: Sequence[TrajectoryGroup]) -> None:
         self._plane.run(self._plane.coordinator.finish_batch([group.cursor for group in groups]))
 
-    def publish(self, data: bytes, *, version: int) -> None:
-        self._plane.publish(data, version=version)
+    def publish(self, data: bytes, *, version: int, canary: CanaryFields | None = None) -> None:
+        self._plane.publish(data, version=version, canary=canary)
 
     def checkpointed(self, step: int) -> None:
         keep = self._retention
@@ -114,7 +115,7 @@ class Follower:
     def log(self, groups: Sequence[TrajectoryGroup]) -> None:
         pass
 
-    def publish(self, data: bytes, *, version: int) -> None:
+    def publish(self, data: bytes, *, version: int, canary: CanaryFields | None = None) -> None:
         pass
 
     def checkpointed(self, step: int) -> None:
@@ -142,7 +143,7 @@ class Replay:
     def log(self, groups: Sequence[TrajectoryGroup]) -> None:
         pass
 
-    def publish(self, data: bytes, *, version: int) -> None:
+    def publish(self, data: bytes, *, version: int, canary: CanaryFields | None = None) -> None:
         pass
 
     def checkpointed(self, step: int) -> None:

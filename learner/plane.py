@@ -17,11 +17,13 @@ from learner.admission import Rules
 from learner.coordinator import Coordinator
 from learner.engines import Engines
 from learner.ledger import Ledger
-from learner.publisher import Publisher, make_snapshot
+from learner.publications import Series
+from learner.publisher import Publisher
 from learner.scheduler import Limits
 from learner.store import Store
 from protocol.config import NetworkConfig
 from protocol.errors import PalimpsestError
+from protocol.messages import CanaryFields
 from protocol.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ class Plane:
         self._ready: Future[asyncio.AbstractEventLoop] = Future()
         self._stop = asyncio.Event()
         self._error: BaseException | None = None
+        self._series = Series(rules.run_id)
         self.engines = Engines()
         self.coordinator: Coordinator
         self.publisher: Publisher
@@ -76,14 +79,14 @@ class Plane:
             raise PalimpsestError(f"the plane has died: {self._error}") from self._error
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
 
-    def publish(self, data: bytes, *, version: int) -> int:
-        """Publishes a snapshot (the bytes of a safetensors file) under an id that is durable first.
+    def publish(self, data: bytes, *, version: int, canary: CanaryFields | None = None) -> int:
+        """Publishes weights (the bytes of a safetensors file) under an id that is durable first.
 
-        Called outside the plane: checksums of a large model take seconds, in which actors must be heard.
+        Called outside the plane: the delta of a large model takes seconds, in which actors must be heard.
         """
         publication = self.run(self.coordinator.new_publication(version))
-        snapshot = make_snapshot(data, run_id=self._rules.run_id, publication=publication, version=version)
-        self.run(self.publisher.offer(snapshot))
+        offer = self._series.offer(data, publication=publication, version=version, canary=canary)
+        self.run(self.publisher.offer(offer))
         return publication
 
     async def wait_committed(self, version: int, *, timeout_s: float) -> bool:

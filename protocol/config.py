@@ -135,7 +135,10 @@ class ActorConfig(Section):
 
 
 class EngineConfig(Section):
-    """`count` embedded engines started here, and `urls` of SGLang servers that are attached to (one agent each)."""
+    """`count` embedded engines started here, and `urls` of SGLang servers that are attached to (one agent each).
+
+    `canary_tolerance`: by so many nats, on average, an engine's log-probs of the canary may differ from the learner's.
+    """
 
     count: NonNegative = 1
     urls: tuple[str, ...] = ()
@@ -143,6 +146,7 @@ class EngineConfig(Section):
     max_running_requests: Positive = 128
     max_total_tokens: Positive = 65_536
     torch_threads: Positive = 1
+    canary_tolerance: Annotated[float, Field(gt=0)] = 0.1
 
 
 class RetrieverConfig(Section):

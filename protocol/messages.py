@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from protocol.wire import Message
 
@@ -23,6 +23,8 @@ MAX_NAME_CHARS = 128
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 Id = Annotated[int, Field(ge=0, lt=1 << 62)]
+Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+"""Of `protocol.deltas.checksum`."""
 Counts = Annotated[list[Count], FailFast()]
 """A column. A long one that is wrong is refused at its first wrong value."""
 
@@ -179,13 +181,16 @@ class Announcement(Message):
 
 
 class ManifestRequest(Message):
+    """How to come from publication `held` (-1: from nothing) to `publication`."""
+
     kind: ClassVar[str] = "manifest_request"
     request_id: Id
     publication: Count
+    held: Annotated[int, Field(ge=-1)]
 
 
 class TensorFields(BaseModel):
-    """One tensor of a snapshot: its bytes are [offset, offset + num_bytes) of the snapshot."""
+    """One tensor of a publication: its bytes are [offset, offset + num_bytes) of the safetensors file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: Annotated[str, Field(max_length=512)]
@@ -195,8 +200,36 @@ class TensorFields(BaseModel):
     num_bytes: Id
 
 
+class PartFields(BaseModel):
+    """`num_bytes` of `protocol.deltas` that make `publication` of `base` (-1: a snapshot), in chunks.
+
+    `checksum` is that of the weights made, `chunk_checksums` those of the delta's chunks.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    base: Annotated[int, Field(ge=-1)]
+    publication: Count
+    num_bytes: Id
+    checksum: Checksum
+    chunk_checksums: list[Checksum]
+
+
+class CanaryFields(BaseModel):
+    """Short prompts, and the learner's log-prob of the most likely next token of each under the published weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    prompts: Annotated[list[Annotated[list[Count], Field(min_length=1, max_length=64)]], Field(max_length=16)]
+    logprobs: Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(max_length=16)]
+
+    @model_validator(mode="after")
+    def _paired(self) -> CanaryFields:
+        if len(self.prompts) != len(self.logprobs):
+            raise ValueError(f"{len(self.prompts)} prompts need as many logprobs, got {len(self.logprobs)}")
+        return self
+
+
 class Manifest(Message):
-    """What a publication consists of: its tensors, and a checksum for every chunk and for the whole (sha256, hex)."""
+    """What a publication consists of, and the parts that lead there, each upon the one before it."""
 
     kind: ClassVar[str] = "manifest"
     request_id: Id
@@ -204,24 +237,29 @@ class Manifest(Message):
     publication: Count
     version: Count
     num_bytes: Id
+    word_bytes: Literal[2, 4]
     chunk_bytes: Annotated[int, Field(ge=1)]
     tensors: list[TensorFields]
-    chunk_sha256: list[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    parts: list[PartFields]
+    canary: CanaryFields | None = None
 
 
 class ChunkRequest(Message):
+    """One chunk of the part that makes `publication` of `base`."""
+
     kind: ClassVar[str] = "chunk_request"
     request_id: Id
+    base: Annotated[int, Field(ge=-1)]
     publication: Count
     index: Count
 
 
 class Chunk(Message):
-    """One payload frame: bytes [index * chunk_bytes, …) of the snapshot."""
+    """One payload frame: bytes [index * chunk_bytes, …) of the part."""
 
     kind: ClassVar[str] = "chunk"
     request_id: Id
+    base: Annotated[int, Field(ge=-1)]
     publication: Count
     index: Count
 

@@ -119,6 +119,7 @@ async def _keep_current(config: Config, *, name: str, url: str, advertise: str |
                 folder=folder,
                 url=advertise or client.base_url,
                 pause_mode=pause_mode,
+                canary_tolerance=config.engine.canary_tolerance,
             )
             await agent.run()
     finally:

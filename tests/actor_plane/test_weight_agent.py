@@ -4,37 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from actor import weight_agent
+from actor import weight_agent, weight_fetch
+from actor.completion import Completion, Span
 from actor.engine.server import EngineServer
 from actor.sampling import SamplingParams
 from actor.sglang_client import PauseMode, SGLangClient
 from actor.tasks.toy.tokenizer import VOCABULARY_SIZE, write_tokenizer
-from actor.weight_agent import WeightAgent, check_snapshot
+from actor.weight_agent import WeightAgent
+from actor.weight_fetch import Prepared, WeightFetcher, check_manifest, check_tensors
 from learner.engines import Engines
-from learner.publisher import Publisher, Snapshot, make_snapshot
-from protocol.errors import EngineUnavailable, RemoteError, WeightsError
+from learner.publications import Series
+from learner.publisher import Publisher
+from protocol.deltas import decode
+from protocol.errors import EngineUnavailable, ProtocolError, RemoteError, WeightsError
 from protocol.messages import (
     Announcement,
+    CanaryFields,
     Chunk,
     ChunkRequest,
     EngineFields,
     Manifest,
     ManifestRequest,
+    PartFields,
 )
 from protocol.rpc import RequestClient
 from protocol.transport import Transport
 from protocol.types import PolicyTag
-from protocol.wire import decode
+from protocol.wire import Message
+from protocol.wire import decode as decode_message
 
 WAIT_S = 30.0
 RUN = "run"
@@ -88,14 +97,23 @@ class Plane:
             run_id=RUN,
             on_engines_changed=self._changed,
         )
+        self.series = Series(RUN, chunk_bytes=CHUNK_BYTES)
         self.serving = asyncio.create_task(self.publisher.serve())
 
     async def _changed(self) -> None:
         self.num_changes += 1
 
-    async def publish(self, data: bytes, *, publication: int, version: int) -> None:
-        snapshot = make_snapshot(data, run_id=RUN, publication=publication, version=version, chunk_bytes=CHUNK_BYTES)
-        await self.publisher.offer(snapshot)
+    async def publish(self, data: bytes, *, publication: int, version: int, canary: CanaryFields | None = None) -> None:
+        await self.publisher.offer(self.series.offer(data, publication=publication, version=version, canary=canary))
+
+    def damage(self, *, base: int, publication: int, position: int) -> Callable[[], None]:
+        """Flips a bit of what is offered; the answer repairs it."""
+        parts = self.publisher._publications._parts
+        good = parts[base, publication]
+        payload = bytearray(good.payload)
+        payload[position] ^= 1
+        parts[base, publication] = dataclasses.replace(good, payload=bytes(payload))
+        return lambda: parts.update({(base, publication): good})
 
     async def close(self) -> None:
         self.serving.cancel()
@@ -130,8 +148,8 @@ async def requests(plane: Plane) -> AsyncIterator[RequestClient]:
         yield client
 
 
-async def manifest_of(requests: RequestClient, publication: int) -> Manifest:
-    request = ManifestRequest(request_id=requests.next_id(), publication=publication)
+async def manifest_of(requests: RequestClient, publication: int, *, held: int = -1) -> Manifest:
+    request = ManifestRequest(request_id=requests.next_id(), publication=publication, held=held)
     return (await requests.request(request, Manifest, timeout_s=WAIT_S))[0]
 
 
@@ -143,15 +161,18 @@ async def test_manifest_and_chunks_add_up(plane: Plane, requests: RequestClient,
     await plane.publish(data, publication=7, version=3)
     manifest = await manifest_of(requests, 7)
     assert (manifest.run_id, manifest.publication, manifest.version, manifest.num_bytes) == (RUN, 7, 3, len(data))
-    assert len(manifest.chunk_sha256) == -(-len(data) // CHUNK_BYTES) > 2
+    part = manifest.parts[0]
+    assert (len(manifest.parts), part.base, part.publication) == (1, -1, 7)
+    assert len(part.chunk_checksums) == -(-part.num_bytes // CHUNK_BYTES) > 2
     received = bytearray()
-    for index in range(len(manifest.chunk_sha256)):
-        request = ChunkRequest(request_id=requests.next_id(), publication=7, index=index)
+    for index in range(len(part.chunk_checksums)):
+        request = ChunkRequest(request_id=requests.next_id(), base=-1, publication=7, index=index)
         chunk, payload = await requests.request(request, Chunk, timeout_s=WAIT_S)
         assert chunk.index == index
         received += payload[0]
-    assert received == data
-    check_snapshot(received, manifest)
+    found = decode(received, None, num_bytes=len(data), word_bytes=manifest.word_bytes, expected=part.checksum)
+    assert found == data
+    check_tensors(found, manifest)
     tensors = load_file(model / "model.safetensors")
     assert {tensor.name: tuple(tensor.shape) for tensor in manifest.tensors} == {
         name: tuple(tensor.shape) for name, tensor in tensors.items()
@@ -160,11 +181,12 @@ async def test_manifest_and_chunks_add_up(plane: Plane, requests: RequestClient,
 
 async def test_old_publications_go(plane: Plane, requests: RequestClient, model: Path) -> None:
     for publication in (1, 2, 3):
-        await plane.publish(weights(model, scale=publication), publication=publication, version=publication)
+        data = weights(model, scale=0.3 + 0.37 * publication)
+        await plane.publish(data, publication=publication, version=publication)
     with pytest.raises(RemoteError, match=r"publication 1 is not .* offered: ask for the newest"):
         await manifest_of(requests, 1)
     assert (await manifest_of(requests, 2)).version == 2
-    request = ChunkRequest(request_id=requests.next_id(), publication=3, index=10**6)
+    request = ChunkRequest(request_id=requests.next_id(), base=-1, publication=3, index=10**6)
     with pytest.raises(RemoteError, match="publication 3"):
         await requests.request(request, Chunk, timeout_s=WAIT_S)
 
@@ -179,7 +201,7 @@ async def test_announcements_name_the_newest(plane: Plane, model: Path) -> None:
             publication += 1
             await plane.publish(data, publication=publication, version=5)
             await asyncio.wait([receiving], timeout=0.05)
-    message, _ = decode(receiving.result())
+    message, _ = decode_message(receiving.result())
     assert isinstance(message, Announcement)
     assert (message.run_id, message.version) == (RUN, 5)
 
@@ -193,39 +215,147 @@ async def test_malformed_requests_cost_nothing(plane: Plane, requests: RequestCl
     assert (await manifest_of(requests, 1)).publication == 1
 
 
-# --- snapshots that do not verify ---
+# --- fetching ---
 
 
-def snapshot_of(model: Path) -> Snapshot:
+@pytest.fixture
+def fetcher(requests: RequestClient, model: Path, tmp_path: Path) -> WeightFetcher:
+    return WeightFetcher(requests=requests, base_model=model, folder=tmp_path)
+
+
+def nudged(data: bytes, *, seed: int) -> bytes:
+    """A safetensors file of which a hundredth of the values moved by one ULP."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    values = np.frombuffer(data[start:], np.uint32).copy()
+    values[np.random.default_rng(seed).random(len(values)) < 0.01] += 1
+    return data[:start] + values.tobytes()
+
+
+async def test_who_holds_a_publication_gets_deltas_and_who_was_away_catches_up(
+    plane: Plane, fetcher: WeightFetcher, model: Path
+) -> None:
     data = weights(model, scale=1.0)
-    return make_snapshot(data, run_id=RUN, publication=1, version=0, chunk_bytes=CHUNK_BYTES)
+    versions = {1: data}
+    await plane.publish(data, publication=1, version=0)
+    first = await fetcher.fetch(PolicyTag(RUN, 1, 0))
+    snapshot_bytes = fetcher.num_bytes
+    assert (first.folder / "model.safetensors").read_bytes() == data
+    for publication in range(2, 7):
+        data = versions[publication] = nudged(data, seed=publication)
+        await plane.publish(data, publication=publication, version=publication - 1)
+    for publication in (2, 5, 6):  # one step, three at once, one
+        prepared = await fetcher.fetch(PolicyTag(RUN, publication, publication - 1))
+        assert (prepared.folder / "model.safetensors").read_bytes() == versions[publication]
+    assert 0 < fetcher.num_bytes - snapshot_bytes < 0.15 * snapshot_bytes
+    late = WeightFetcher(requests=fetcher._requests, base_model=model, folder=fetcher._folder / "late")
+    prepared = await late.fetch(PolicyTag(RUN, 6, 5))
+    assert (prepared.folder / "model.safetensors").read_bytes() == versions[6]
+    assert late.num_bytes < 1.25 * snapshot_bytes
+
+
+async def test_a_chunk_that_is_damaged_or_lost_is_asked_for_again(
+    plane: Plane, fetcher: WeightFetcher, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_fetch, "_CHUNK_TIMEOUT_S", 0.2)
+    data = weights(model, scale=1.0)
+    await plane.publish(data, publication=1, version=0)
+    answer, num_asked = plane.publisher._answer, 0
+
+    async def lossy(message: Message) -> tuple[Message, list[memoryview]]:
+        nonlocal num_asked
+        reply, payload = await answer(message)
+        if isinstance(message, ChunkRequest):
+            num_asked += 1
+            if num_asked == 1:
+                raise ProtocolError("lost")
+            if num_asked == 2:
+                payload = [memoryview(bytes(payload[0][:-1]) + bytes([payload[0][-1] ^ 1]))]
+        return reply, payload
+
+    monkeypatch.setattr(plane.publisher, "_answer", lossy)
+    prepared = await fetcher.fetch(PolicyTag(RUN, 1, 0))
+    assert (prepared.folder / "model.safetensors").read_bytes() == data
+    assert fetcher.num_repeated_chunks == 2
+
+
+async def test_what_has_been_fetched_is_not_fetched_again(plane: Plane, fetcher: WeightFetcher, model: Path) -> None:
+    await plane.publish(weights(model, scale=1.0), publication=1, version=0)
+    repair = plane.damage(base=-1, publication=1, position=-1)
+    with pytest.raises(WeightsError, match="does not match its checksum"):
+        await fetcher.fetch(PolicyTag(RUN, 1, 0))
+    num_bytes = fetcher.num_bytes
+    assert num_bytes >= 2 * CHUNK_BYTES
+    repair()
+    await fetcher.fetch(PolicyTag(RUN, 1, 0))
+    snapshot = plane.publisher._publications._parts[-1, 1].fields
+    assert fetcher.num_bytes == snapshot.num_bytes
+    assert snapshot.num_bytes - num_bytes < CHUNK_BYTES
+    await fetcher.fetch(PolicyTag(RUN, 1, 0))
+    assert fetcher.num_bytes == snapshot.num_bytes, "it is there"
 
 
 @pytest.mark.parametrize("position", [0, 9, 1_000, -1])
-def test_a_flipped_byte_is_refused(model: Path, position: int) -> None:
-    snapshot = snapshot_of(model)
-    check_snapshot(snapshot.data, snapshot.manifest)
-    damaged = bytearray(snapshot.data)
+async def test_a_bit_flipped_in_what_is_held_is_found_and_a_snapshot_heals_it(
+    plane: Plane, fetcher: WeightFetcher, model: Path, position: int
+) -> None:
+    data = weights(model, scale=1.0)
+    await plane.publish(data, publication=1, version=0)
+    file = (await fetcher.fetch(PolicyTag(RUN, 1, 0))).folder / "model.safetensors"
+    damaged = bytearray(data)
     damaged[position] ^= 1
-    with pytest.raises(WeightsError, match="does not match its checksum"):
-        check_snapshot(damaged, snapshot.manifest)
+    file.write_bytes(damaged)
+    data = nudged(data, seed=0)
+    await plane.publish(data, publication=2, version=1)
+    with pytest.raises(WeightsError, match="must have the checksum"):
+        await fetcher.fetch(PolicyTag(RUN, 2, 1))
+    prepared = await fetcher.fetch(PolicyTag(RUN, 2, 1))
+    assert (prepared.folder / "model.safetensors").read_bytes() == data
+    (prepared.folder / "model.safetensors").write_bytes(damaged)
+    prepared = await fetcher.fetch(PolicyTag(RUN, 2, 1))
+    assert (prepared.folder / "model.safetensors").read_bytes() == data
+
+
+def manifest_for(model: Path) -> Manifest:
+    offer = Series(RUN, chunk_bytes=CHUNK_BYTES).offer(weights(model, scale=1.0), publication=4, version=2)
+    return offer.manifest.model_copy(update={"parts": [part.fields for part in offer.parts]})
+
+
+def test_manifests_that_lead_elsewhere_are_refused(model: Path) -> None:
+    tag, manifest = PolicyTag(RUN, 4, 2), manifest_for(model)
+    check_manifest(manifest, tag, held=-1)
+    check_manifest(manifest, tag, held=3)
+    snapshot = manifest.parts[0]
+
+    def changed(**update: object) -> PartFields:
+        return snapshot.model_copy(update=update)
+
+    for parts, held, message in [
+        ([], -1, "the parts end at publication -1"),
+        ([], 4, "the parts end at publication 4"),
+        ([changed(publication=3)], -1, "the parts end at publication 3"),
+        ([changed(base=2)], 3, "must begin at publication 3 or at nothing, got 2"),
+        ([changed(publication=2), changed(base=1)], -1, "must begin where the last one ends, at publication 2, not 1"),
+        ([changed(num_bytes=snapshot.num_bytes + CHUNK_BYTES)], -1, "need as many checksums"),
+    ]:
+        with pytest.raises(WeightsError, match=message):
+            check_manifest(manifest.model_copy(update={"parts": parts}), tag, held=held)
+    with pytest.raises(WeightsError, match="got a manifest of publication 4"):
+        check_manifest(manifest, PolicyTag(RUN, 4, 3), held=-1)
 
 
 def test_a_manifest_of_other_tensors_is_refused(model: Path) -> None:
-    snapshot = snapshot_of(model)
-    tensors = snapshot.manifest.tensors
+    data, manifest = weights(model, scale=1.0), manifest_for(model)
+    check_tensors(data, manifest)
+    tensors = manifest.tensors
     for changed in (tensors[1:], [tensors[0].model_copy(update={"shape": [1]}), *tensors[1:]]):
         with pytest.raises(WeightsError, match="other tensors than its manifest"):
-            check_snapshot(snapshot.data, snapshot.manifest.model_copy(update={"tensors": changed}))
+            check_tensors(data, manifest.model_copy(update={"tensors": changed}))
 
 
 @pytest.mark.parametrize("data", [b"", b"\x08\0\0\0\0\0\0\0[1,2,3] ", b"\xff" * 40, b"\x02\0\0\0\0\0\0\0[]"])
 def test_bytes_that_are_no_safetensors_are_refused(model: Path, data: bytes) -> None:
-    import hashlib
-
-    manifest = snapshot_of(model).manifest.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
     with pytest.raises(WeightsError, match="is not a safetensors file"):
-        check_snapshot(data, manifest)
+        check_tensors(data, manifest_for(model))
 
 
 # --- the agent and the embedded engine ---
@@ -262,6 +392,7 @@ async def engine(
             folder=tmp_path,
             url=server.url,
             pause_mode="retract",
+            canary_tolerance=1e-3,
         )
         running = asyncio.create_task(agent.run())
         yield Engine(server, client, agent)
@@ -294,16 +425,13 @@ async def test_the_engine_is_brought_to_each_version(plane: Plane, engine: Engin
 async def test_a_damaged_chunk_is_quarantined_and_fetched_again(plane: Plane, engine: Engine, model: Path) -> None:
     await plane.publish(weights(model, scale=1.0), publication=1, version=0)
     await plane.until(serves(plane, 1))
-    await plane.publish(weights(model, scale=2.0), publication=2, version=1)
-    good = plane.publisher._snapshots[2]
-    damaged = bytearray(good.data)
-    damaged[CHUNK_BYTES + 5] ^= 1
-    plane.publisher._snapshots[2] = dataclasses.replace(good, data=bytes(damaged))
+    await plane.publish(weights(model, scale=1.7), publication=2, version=1)
+    repair = plane.damage(base=1, publication=2, position=CHUNK_BYTES + 5)
     await plane.until(lambda: plane.state() == "quarantined")
     assert "chunk 1 of publication 2 does not match its checksum" in plane.error()
     assert plane.known() == []
     assert await engine.tag() == PolicyTag(RUN, 1, 0), "all or nothing: the engine keeps what it had"
-    plane.publisher._snapshots[2] = good
+    repair()
     await plane.until(serves(plane, 2))
     assert await engine.tag() == PolicyTag(RUN, 2, 1)
     assert plane.error() == ""
@@ -324,14 +452,13 @@ async def test_a_publication_that_is_gone_gives_way_to_the_newest(plane: Plane, 
     data = weights(model, scale=1.0)
     await plane.publish(data, publication=1, version=0)
     await plane.until(serves(plane, 1))
-    newest = plane.publisher._snapshots
-    await plane.publish(data, publication=2, version=1)
     # The reply to a report names publication 2; before its manifest is asked for, two newer ones push it out.
-    for publication in (3, 4):
+    for publication in (2, 3, 4):
+        data = weights(model, scale=0.3 + 0.37 * publication)
         await plane.publish(data, publication=publication, version=publication - 1)
-    assert sorted(newest) == [3, 4]
+    assert sorted(plane.publisher._publications._offers) == [3, 4]
     with pytest.raises(RemoteError, match="ask for the newest"):
-        await engine.agent._fetch(PolicyTag(RUN, 2, 1))
+        await engine.agent._fetcher.fetch(PolicyTag(RUN, 2, 1))
     await plane.until(serves(plane, 4))
 
 
@@ -386,14 +513,14 @@ async def test_reports_go_on_while_a_publication_is_fetched(
 ) -> None:
     await plane.publish(weights(model, scale=1.0), publication=1, version=0)
     await plane.until(serves(plane, 1))
-    fetch, go, begun = engine.agent._fetch, asyncio.Event(), asyncio.Event()
+    fetch, go, begun = engine.agent._fetcher.fetch, asyncio.Event(), asyncio.Event()
 
-    async def slow(tag: PolicyTag) -> Path:
+    async def slow(tag: PolicyTag) -> Prepared:
         begun.set()
         await go.wait()
         return await fetch(tag)
 
-    monkeypatch.setattr(engine.agent, "_fetch", slow)
+    monkeypatch.setattr(engine.agent._fetcher, "fetch", slow)
     await plane.publish(weights(model, scale=2.0), publication=2, version=1)
     async with asyncio.timeout(WAIT_S):
         await begun.wait()
@@ -417,3 +544,97 @@ async def test_an_engine_that_was_restarted_joins_anew(plane: Plane, engine: Eng
         assert await engine.tag() == PolicyTag(RUN, 1, 0)
     finally:
         await again.stop()
+
+
+# --- the canary ---
+
+PROMPTS = [[5, 6, 7], [9, 8]]
+
+
+def canary_of(model: Path, *, scale: float) -> CanaryFields:
+    policy = Qwen2ForCausalLM.from_pretrained(model)
+    policy.load_state_dict({name: tensor * scale for name, tensor in policy.state_dict().items()})
+    with torch.no_grad():
+        logits = [policy(torch.tensor([prompt])).logits[0, -1] for prompt in PROMPTS]
+    return CanaryFields(prompts=PROMPTS, logprobs=[float(row.log_softmax(-1).max()) for row in logits])
+
+
+async def test_an_engine_that_computes_with_the_published_weights_commits(
+    plane: Plane, engine: Engine, model: Path
+) -> None:
+    for publication, scale in ((1, 1.0), (2, 1.7)):
+        canary = canary_of(model, scale=scale)
+        data = weights(model, scale=scale)
+        await plane.publish(data, publication=publication, version=publication, canary=canary)
+        await plane.until(serves(plane, publication))
+        assert engine.agent.canary_error < 1e-5
+    assert engine.agent.pause_s > 0
+
+
+async def test_an_engine_that_computes_otherwise_gives_no_tokens_until_it_is_healed(
+    plane: Plane, engine: Engine, model: Path
+) -> None:
+    await plane.publish(weights(model, scale=1.0), publication=1, version=0, canary=canary_of(model, scale=1.0))
+    await plane.until(serves(plane, 1))
+    wrong = canary_of(model, scale=1.0)
+    wrong = wrong.model_copy(update={"logprobs": [value - 0.01 for value in wrong.logprobs]})
+    await plane.publish(weights(model, scale=1.0), publication=2, version=1, canary=wrong)
+    await plane.until(lambda: plane.state() == "quarantined" and engine.agent.num_failures >= 2)
+    assert "must be within 0.001 nats of the learner's, got 0.01" in plane.error()
+    assert plane.known() == []
+    core = engine.server._engine
+    assert core is not None
+    await plane.until(lambda: core.scheduler.paused)
+    with pytest.raises(EngineUnavailable, match="abort"):  # what comes while it stands still, the next try gives back
+        await engine.client.generate([3], SamplingParams(max_new_tokens=2))
+    await plane.publish(weights(model, scale=2.0), publication=3, version=2, canary=canary_of(model, scale=2.0))
+    await plane.until(serves(plane, 3))
+    completion = await engine.client.generate([3], SamplingParams(max_new_tokens=2))
+    assert {span.weight_version for span in completion.spans} == {str(PolicyTag(RUN, 3, 2))}
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        ({"cached_tokens": 3}, "found 3 tokens of old weights in the cache"),
+        ({"spans": (Span(0, 1, "run:9:9"),)}, "must be of run:1:0, got run:9:9"),
+    ],
+)
+async def test_a_canary_from_the_cache_or_of_other_weights_is_refused(
+    plane: Plane,
+    engine: Engine,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    update: dict[str, object],
+    message: str,
+) -> None:
+    generate = engine.client.generate
+
+    async def wrong(*args: object, **kwargs: object) -> Completion:
+        return dataclasses.replace(await generate(*args, **kwargs), **update)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine.client, "generate", wrong)
+    await plane.publish(weights(model, scale=1.0), publication=1, version=0, canary=canary_of(model, scale=1.0))
+    await plane.until(lambda: plane.state() == "quarantined")
+    assert message in plane.error()
+    monkeypatch.setattr(engine.client, "generate", generate)
+    await plane.until(serves(plane, 1))
+
+
+async def test_an_engine_that_does_not_answer_the_canary_is_quarantined(
+    plane: Plane, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_agent, "_CANARY_TIMEOUT_S", 0.05)
+
+    async def silent(*_: object, **__: object) -> Completion:
+        await asyncio.sleep(math.inf)
+        raise AssertionError
+
+    generate = engine.client.generate
+    monkeypatch.setattr(engine.client, "generate", silent)
+    await plane.publish(weights(model, scale=1.0), publication=1, version=0, canary=canary_of(model, scale=1.0))
+    await plane.until(lambda: "no answer to the canary in 0.05 s" in plane.error())
+    assert plane.known() == []
+    monkeypatch.setattr(engine.client, "generate", generate)
+    monkeypatch.setattr(weight_agent, "_CANARY_TIMEOUT_S", WAIT_S)
+    await plane.until(serves(plane, 1))
