@@ -30,7 +30,7 @@ from learner.journal import Journal
 from learner.step_metrics import StepMetrics
 from learner.store import finished_path
 from learner.trainer import Trainer
-from learner.weights import published_weights
+from learner.weights import canary, published_weights
 from protocol.codec import pack_groups
 from protocol.config import Config
 from protocol.errors import DivergenceError, DriftError
@@ -93,9 +93,11 @@ class Loop:
         """Offers the current weights; the seconds that it took."""
         started = time.perf_counter()
         if self._front.publishes:
-            weights = published_weights(self._trainer.policy.model, world=self._trainer.world, dtype=self._dtype)
+            trainer = self._trainer
+            weights = published_weights(trainer.policy.model, world=trainer.world, dtype=self._dtype)
+            proof = canary(trainer.scorer, device=trainer.policy.device)
             if weights:
-                self._front.publish(save_safetensors(weights), version=self._step)
+                self._front.publish(save_safetensors(weights), version=self._step, canary=proof)
         return time.perf_counter() - started
 
     def _save(self) -> None:

@@ -44,13 +44,14 @@ class Scorer(nn.Module):
         self,
         packed: PackedInputs,
         source: Tensor,
-        target: Tensor,
+        target: Tensor | None,
         *,
         temperature: float = 1.0,
         entropy_grad: bool = False,
     ) -> Scores:
         """Scores the token ids `target` as next tokens after the packed indices `source`, int64 [M >= 0] both.
 
+        Without `target` it scores the most likely ones, all of whose logits exist at once: for a few tokens.
         A value is that of the state before the token, of the hidden state that predicts it.
         """
         decoder = cast(nn.Module, self.model.get_decoder())
@@ -58,6 +59,8 @@ class Scorer(nn.Module):
         hidden = decoder(
             input_ids=packed.token_ids, position_ids=packed.position_ids, use_cache=False, packing_plan=packed.plan
         ).last_hidden_state[0].index_select(0, source)  # fmt: skip
+        if target is None:
+            target = nn.functional.linear(hidden, head.weight, head.bias).argmax(-1)
         logprob, entropy = token_scores(
             hidden, head.weight, target, bias=head.bias, temperature=temperature, entropy_grad=entropy_grad
         )

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from learner.attention import to_device
 from learner.lora import merge, scalings
+from learner.packing import pack
 from learner.parallel import World, full
+from learner.scorer import Scorer
+from protocol.messages import CanaryFields
+
+_CANARY_PROMPTS = 4
+_CANARY_TOKENS = 8
+# Any number that is prime to usual vocabularies: the prompts are no text.
+_CANARY_STRIDE = 7919
 
 
 @torch.no_grad()
@@ -30,6 +42,23 @@ def published_weights(model: PreTrainedModel, *, world: World, dtype: torch.dtyp
             gathered[name] = whole.detach().cpu()
     merged = merge(gathered, scaling) if gathered else {}
     return {name: _cast(tensor, dtype).contiguous() for name, tensor in merged.items()}
+
+
+@torch.no_grad()
+def canary(scorer: Scorer, *, device: torch.device) -> CanaryFields:
+    """What an engine that has the published weights must say: prompts that share no prefix, and log-probs after them.
+
+    All ranks call it: one forward of a few tokens, as the learner computes, in bf16 where it trains in bf16.
+    """
+    num_tokens = cast(nn.Linear, scorer.model.get_output_embeddings()).weight.shape[0]
+    places = np.arange(_CANARY_PROMPTS)[:, None]
+    prompts = (places * (num_tokens // _CANARY_PROMPTS) + _CANARY_STRIDE * np.arange(_CANARY_TOKENS)) % num_tokens
+    row = pack(list(prompts))
+    last = row.locate(places[:, 0], np.full(_CANARY_PROMPTS, _CANARY_TOKENS - 1))
+    scores = scorer(to_device(row, device), torch.from_numpy(last).to(device), None)
+    if isinstance(scorer, FSDPModule):
+        scorer.reshard()  # without a backward the root would stay whole, and in bf16
+    return CanaryFields(prompts=prompts.tolist(), logprobs=scores.logprob.tolist())
 
 
 def save_folder(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
