@@ -1,0 +1,248 @@
+"""Peers that flood, squat, babble or hold on: each costs its own connection only."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import zmq
+import zmq.asyncio
+
+from protocol.errors import DataError
+from protocol.keys import AllowList
+from protocol.limits import BURST, RATE_PER_S, REFUSAL_COST, RateLimit
+from protocol.transport import Dealer, Router, Transport, create_client, create_keys
+
+WAIT_S = 20.0
+REFUSED_S = 0.5
+
+Open = Callable[..., Transport]
+
+
+@pytest.fixture
+async def transport() -> AsyncIterator[Open]:
+    opened: list[Transport] = []
+
+    def make(keys: Path | None = None) -> Transport:
+        opened.append(Transport(keys=keys))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        each.close()
+
+
+@asynccontextmanager
+async def echoing(router: Router) -> AsyncIterator[None]:
+    """Every message comes back; one that says `bad` is refused instead."""
+
+    async def echo() -> None:
+        while True:
+            peer, frames = await router.recv()
+            if frames and bytes(frames[0]) == b"bad":
+                router.refused(peer)
+            else:
+                await router.send(peer, frames)
+
+    task = asyncio.create_task(echo())
+    yield
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def echoed(dealer: Dealer, text: bytes, *, timeout_s: float = WAIT_S) -> bool:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await dealer.send([text])
+            return bytes((await dealer.recv())[0]) == text
+    except TimeoutError:
+        return False
+
+
+# --- limits ---
+
+
+def test_a_peer_spends_its_burst_and_then_its_rate() -> None:
+    limit = RateLimit()
+    admitted = sum(limit.admits(b"a", header_bytes=0, now_s=0.0) for _ in range(int(BURST) + 100))
+    assert admitted == BURST
+    assert limit.admits(b"b", header_bytes=0, now_s=0.0)
+    assert not limit.admits(b"a", header_bytes=0, now_s=0.0)
+    admitted = sum(limit.admits(b"a", header_bytes=0, now_s=0.1) for _ in range(int(BURST)))
+    assert admitted == pytest.approx(0.1 * RATE_PER_S, abs=1)
+    admitted = sum(limit.admits(b"a", header_bytes=0, now_s=1e6) for _ in range(2 * int(BURST)))
+    assert admitted == BURST
+
+
+def test_long_headers_and_refusals_cost_more() -> None:
+    limit = RateLimit()
+    assert sum(limit.admits(b"a", header_bytes=4 << 20, now_s=0.0) for _ in range(1_000)) == -(-BURST // 1025)
+    num = 0
+    while limit.admits(b"b", header_bytes=0, now_s=0.0):
+        limit.refuse(b"b", now_s=0.0)
+        num += 1
+    assert num == BURST // REFUSAL_COST
+    assert not limit.admits(b"b", header_bytes=0, now_s=0.0)
+    assert limit.admits(b"b", header_bytes=0, now_s=1.0)
+
+
+def test_peers_that_come_and_go_take_no_memory() -> None:
+    limit = RateLimit()
+    for i in range(30_000):
+        limit.admits(b"%d" % i, header_bytes=0, now_s=0.0)
+    assert len(limit._buckets) == 10_000
+
+
+# --- sockets ---
+
+
+async def test_a_flood_is_dropped_and_others_are_served(transport: Open) -> None:
+    router = transport().router("tcp://127.0.0.1:0")
+    hostile, honest = transport().dealer(router.address), transport().dealer(router.address)
+    async with echoing(router):
+        assert await echoed(honest, b"before")
+        while router.num_dropped == 0:
+            await hostile.try_send([b"x" * 65_536])
+            await asyncio.sleep(0)
+        assert await echoed(honest, b"meanwhile")
+
+
+async def test_a_receiver_that_is_never_out_of_messages_lets_others_run(transport: Open) -> None:
+    router = transport().router("tcp://127.0.0.1:0")
+    dealer = transport().dealer(router.address)
+    received = 0
+
+    async def receive() -> None:
+        nonlocal received
+        while True:
+            await router.recv()
+            received += 1
+
+    for _ in range(500):
+        await dealer.send([b""])
+    receiving = asyncio.create_task(receive())
+    async with asyncio.timeout(WAIT_S):
+        while received == 0:  # noqa: ASYNC110 (whether this loop runs is what is tested)
+            await asyncio.sleep(0)
+    assert received <= 32
+    receiving.cancel()
+    await asyncio.wait([receiving])
+
+
+async def test_who_sends_nonsense_is_not_listened_to(transport: Open) -> None:
+    router = transport().router("tcp://127.0.0.1:0")
+    hostile, honest = transport().dealer(router.address), transport().dealer(router.address)
+    async with echoing(router):
+        assert await echoed(hostile, b"fine so far")
+        for _ in range(100):
+            await hostile.send([b"bad"])
+        assert not await echoed(hostile, b"and now?", timeout_s=REFUSED_S)
+        assert await echoed(honest, b"hello")
+
+
+async def test_too_large_a_frame_ends_the_connection(transport: Open) -> None:
+    router = transport().router("tcp://127.0.0.1:0", max_frame_bytes=1_000)
+    hostile, honest = transport().dealer(router.address), transport().dealer(router.address)
+    async with echoing(router):
+        assert await echoed(hostile, b"x" * 1_000)
+        assert not await echoed(hostile, b"x" * 1_001, timeout_s=REFUSED_S)
+        assert await echoed(honest, b"hello")
+
+
+async def test_a_peer_cannot_take_the_identity_of_another(transport: Open) -> None:
+    router = transport().router("tcp://127.0.0.1:0")
+    honest = transport().dealer(router.address)
+    context = zmq.asyncio.Context()
+    thief = context.socket(zmq.DEALER)
+    try:
+        await honest.send([b"hello"])
+        async with asyncio.timeout(WAIT_S):
+            peer, _ = await router.recv()
+        thief.setsockopt(zmq.LINGER, 0)
+        thief.setsockopt(zmq.ROUTING_ID, peer)
+        thief.connect(router.address)
+        await thief.send(b"I am it")
+        assert not await thief.poll(int(REFUSED_S * 1000))
+        assert await router.send(peer, [b"for the honest one"])
+        async with asyncio.timeout(WAIT_S):
+            assert bytes((await honest.recv())[0]) == b"for the honest one"
+    finally:
+        context.destroy(linger=0)
+
+
+@pytest.mark.parametrize(
+    "babble",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\xff" * 10_000,
+        bytes(10_000),
+        b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\0NULL" + bytes(16 + 1 + 31) + b"\x04\xff" * 5_000,
+        b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\0CURVE" + bytes(15 + 1 + 31) + b"\x04\xc8\x05HELLO" + bytes(195) * 3,
+    ],
+)
+@pytest.mark.parametrize("curve", [False, True])
+async def test_babble_on_a_port(transport: Open, tmp_path: Path, babble: bytes, curve: bool) -> None:
+    keys = None
+    if curve:
+        create_keys(tmp_path / "keys")
+        keys = tmp_path / "keys"
+    router = transport(keys).router("tcp://127.0.0.1:0")
+    port = int(router.address.rpartition(":")[2])
+    held = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+    try:
+        for connection in held:
+            connection.sendall(babble)
+        async with echoing(router):
+            assert await echoed(transport(keys).dealer(router.address), b"hello")
+    finally:
+        for connection in held:
+            connection.close()
+
+
+# --- who is let in ---
+
+
+async def test_each_client_has_keys_of_its_own_and_can_be_shut_out(transport: Open, tmp_path: Path) -> None:
+    """While the server runs: nothing is started again."""
+    create_keys(tmp_path / "keys")
+    router = transport(tmp_path / "keys").router("tcp://127.0.0.1:0")
+    async with echoing(router):
+        assert await echoed(transport(tmp_path / "keys").dealer(router.address), b"the first client")
+        node = create_client(tmp_path / "keys", "node-7")
+        assert sorted(path.name for path in node.iterdir()) == ["client.key", "client.key_secret", "server.key"]
+        assert await echoed(transport(node).dealer(router.address), b"node-7")
+        (tmp_path / "keys" / "authorized" / "node-7.key").unlink()
+        assert not await echoed(transport(node).dealer(router.address), b"node-7", timeout_s=REFUSED_S)
+        assert await echoed(transport(tmp_path / "keys").dealer(router.address), b"the first client")
+
+
+def test_clients_that_cannot_be_made(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no server.key in keys folder"):
+        create_client(tmp_path / "keys", "node")
+    create_keys(tmp_path / "keys")
+    create_client(tmp_path / "keys", "node")
+    for name in ("node", "client"):
+        with pytest.raises(DataError, match=f"already has a client {name}"):
+            create_client(tmp_path / "keys", name)
+    for name in ("", "..", "a/b", "x" * 65):
+        with pytest.raises(DataError, match="a client's name must be"):
+            create_client(tmp_path / "keys", name)
+
+
+def test_an_allow_list_that_cannot_be_read_lets_nobody_in(tmp_path: Path) -> None:
+    create_keys(tmp_path / "keys")
+    folder = tmp_path / "keys" / "authorized"
+    key = (folder / "client.key").read_text().split('public-key = "')[1][:40].encode()
+    (folder / "broken.key").write_bytes(b"\xff\x00nonsense")
+    allowed = AllowList(folder)
+    assert allowed.callback("*", key)
+    assert not allowed.callback("*", key[::-1])
+    folder.rename(tmp_path / "gone")
+    assert not allowed.callback("*", key)
+    (tmp_path / "gone").rename(folder)
+    assert allowed.callback("*", key)
