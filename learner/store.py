@@ -10,7 +10,6 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import astuple
 from pathlib import Path
 
 from learner.ledger import Entry, LeaseRecord, Ledger, State
@@ -33,6 +32,7 @@ CREATE TABLE leases (
   actor TEXT NOT NULL, engine_version INTEGER NOT NULL, granted_at REAL NOT NULL,
   outcome TEXT NOT NULL DEFAULT 'running', reason TEXT NOT NULL DEFAULT '');
 CREATE INDEX leases_running ON leases(outcome) WHERE outcome = 'running';
+CREATE INDEX leases_cursor ON leases(cursor);
 CREATE TABLE entries (
   cursor INTEGER PRIMARY KEY, slot INTEGER NOT NULL, attempt INTEGER NOT NULL, state TEXT NOT NULL,
   first_slot INTEGER NOT NULL);
@@ -234,19 +234,31 @@ class Store:
                 self._db.execute(
                     "INSERT INTO leases (lease_id, cursor, slot, attempt, actor, granted_at, engine_version) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    (*astuple(lease), engine_version),
+                    (
+                        lease.lease_id,
+                        lease.cursor,
+                        lease.slot,
+                        lease.attempt,
+                        lease.actor,
+                        lease.granted_s,
+                        engine_version,
+                    ),
                 )
             case Ended(lease_id, outcome, reason):
                 self._db.execute(
                     "UPDATE leases SET outcome = ?, reason = ? WHERE lease_id = ?", (outcome, reason[:1000], lease_id)
                 )
             case Placed(entry):
-                self._db.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?)", astuple(entry))
+                self._db.execute(
+                    "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?)",
+                    (entry.cursor, entry.slot, entry.attempt, entry.state.value, entry.first_slot),
+                )
             case Arrived():
                 self._insert_group(record)
-            case Moved():
+            case Moved(step, cursor, from_slot, to_slot):
                 self._db.execute(
-                    "INSERT INTO moves (step, cursor, from_slot, to_slot) VALUES (?, ?, ?, ?)", astuple(record)
+                    "INSERT INTO moves (step, cursor, from_slot, to_slot) VALUES (?, ?, ?, ?)",
+                    (step, cursor, from_slot, to_slot),
                 )
             case Trained(step, cursors):
                 rows = [(step, position, cursor) for position, cursor in enumerate(cursors)]

@@ -1,0 +1,203 @@
+"""The actors and engines of a simulation: they behave as actor/runner.py, engine_pool.py and weight_agent.py do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from protocol.codec import encode_group
+from protocol.messages import Drain, EngineFields, EngineReport, Goodbye, Heartbeat, Lease, RunStatus, SubmitReply
+from protocol.types import Context, Question, Status, Trajectory, TrajectoryGroup, VersionSpan
+from protocol.wire import Buffer, Message
+
+if TYPE_CHECKING:
+    from tests.learner_plane.simulation import World
+
+GROUP_SIZE = 2
+HEARTBEAT_S = 2.0
+REPORT_S = 2.0
+RESEND_S = 3.0
+ENGINE_WAIT_S = 30.0
+_TOKENS = np.array([1, 2, 3, 4], dtype=np.int32)
+_MASK = np.array([0, 0, 1, 1], dtype=np.bool_)
+_LOGPROBS = np.array([0, 0, -0.25, -1.5], dtype=np.float32)
+
+
+class SimulatedEngine:
+    """Comes to the newest publication after a while, and says now and then where it is."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world = world
+        self.name = name
+        self.version = self.publication = -1
+        self._stuck_until_s = 0.0
+
+    def start(self) -> None:
+        self._report()
+
+    def forget(self) -> None:
+        """Killed and started again: it has no weights."""
+        self.world.seen["engine killed"] += 1
+        self.version = self.publication = -1
+
+    def get_stuck(self, duration_s: float) -> None:
+        """It serves on, and takes no update."""
+        self.world.seen["engine stuck"] += 1
+        self._stuck_until_s = self.world.now_s + duration_s
+
+    def _report(self) -> None:
+        learner = self.world.learner
+        newest = learner.newest
+        if learner.scheduler is not None and newest > (self.version, self.publication):
+            self.world.after(self.world.random.uniform(0.05, 1.0), lambda: self._commit(*newest))
+        fields = EngineFields(
+            name=self.name, url="http://127.0.0.1:1", version=self.version, publication=self.publication
+        )
+        report = EngineReport(request_id=0, engine=fields, state="serving" if self.version >= 0 else "joining")
+        self.world.deliver(lambda: learner.receive(self.name.encode(), report))
+        self.world.after(REPORT_S, self._report)
+
+    def _commit(self, version: int, publication: int) -> None:
+        if self.world.now_s > self._stuck_until_s and version >= self.version:
+            self.version, self.publication = version, publication
+
+
+@dataclass
+class _Job:
+    """A lease at work: `spans` are (version, publication) of the contexts sampled so far. `frames` once it is done."""
+
+    lease: Lease
+    num_contexts: int
+    slowness: float
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    waits_since_s: float | None = None
+    frames: list[Buffer] = field(default_factory=list)
+    sent_s: float = -np.inf
+
+
+class SimulatedActor:
+    """Works on all its leases at once; holds a finished group until it is acknowledged."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world = world
+        self.name = name
+        self.capacity = world.random.randint(1, 6)
+        self._incarnation = 0
+        self._jobs: dict[int, _Job] = {}
+        self._is_up = True
+        self._cut_until_s = 0.0
+        self._status_s = 0.0
+
+    @property
+    def peer(self) -> bytes:
+        return f"{self.name}/{self._incarnation}".encode()
+
+    def is_connected(self, peer: bytes) -> bool:
+        return self._is_up and peer == self.peer and self.world.now_s >= self._cut_until_s
+
+    def start(self) -> None:
+        self._incarnation += 1
+        self._is_up = True
+        self._beat(self._incarnation)
+
+    def die(self) -> None:
+        """Its work is gone. Now and then it has time for a goodbye."""
+        if not self._is_up:
+            return
+        self.world.seen["actor killed"] += 1
+        if self.world.random.random() < 0.3:
+            self._send(Goodbye(actor=self.name, incarnation=str(self._incarnation)))
+        self._is_up = False
+        self._jobs.clear()
+        self.world.after(self.world.random.uniform(0.5, 20.0), self.start)
+
+    def cut_off(self, duration_s: float) -> None:
+        self.world.seen["actor cut off"] += 1
+        self._cut_until_s = self.world.now_s + duration_s
+
+    def receive(self, peer: bytes, message: Message) -> None:
+        if not self.is_connected(peer):
+            return
+        match message:
+            case RunStatus():
+                self._status_s = self.world.now_s
+            case Lease() if message.lease_id not in self._jobs:
+                slowness = 40.0 if self.world.chance(0.02) else 1.0
+                job = _Job(message, num_contexts=self.world.random.randint(1, 3), slowness=slowness)
+                self._jobs[message.lease_id] = job
+                self._soon(job)
+            case SubmitReply():
+                job = self._jobs.get(message.lease_id)
+                if job is not None and job.frames:
+                    del self._jobs[message.lease_id]
+            case Drain():
+                self.world.seen["drained"] += 1
+                self.die()
+
+    def _beat(self, incarnation: int) -> None:
+        if not self._is_up or incarnation != self._incarnation:
+            return
+        self._send(
+            Heartbeat(
+                actor=self.name,
+                incarnation=str(incarnation),
+                capacity=self.capacity,
+                held=list(self._jobs),
+                counters={},
+            )
+        )
+        for job in self._jobs.values():
+            if job.frames and self.world.now_s - job.sent_s > RESEND_S and self._status_s > job.sent_s:
+                self._submit(job)
+        self.world.after(HEARTBEAT_S, lambda: self._beat(incarnation))
+
+    def _soon(self, job: _Job) -> None:
+        incarnation = self._incarnation
+        delay_s = self.world.random.lognormvariate(-0.5, 0.8) * job.slowness
+        self.world.after(delay_s, lambda: self._work(job) if incarnation == self._incarnation and self._is_up else None)
+
+    def _work(self, job: _Job) -> None:
+        """Samples the next context on any engine that is new enough for the lease."""
+        able = [engine for engine in self.world.engines if engine.version >= job.lease.min_version]
+        if not able:
+            job.waits_since_s = self.world.now_s if job.waits_since_s is None else job.waits_since_s
+            if self.world.now_s - job.waits_since_s < ENGINE_WAIT_S:
+                self._soon(job)
+                return
+            self._finish(job, failed=True)
+            return
+        engine = self.world.random.choice(able)
+        job.spans.append((engine.version, engine.publication))
+        if len(job.spans) < job.num_contexts:
+            self._soon(job)
+        else:
+            self._finish(job, failed=self.world.chance(0.02))
+
+    def _finish(self, job: _Job, *, failed: bool) -> None:
+        lease, world = job.lease, self.world
+        spans = [(0, 10**6)] if world.chance(0.01) else job.spans  # of a publication that never was: to be refused
+        contexts = tuple(
+            Context(_TOKENS, _MASK, _LOGPROBS, (VersionSpan(2, 4, version, publication),))
+            for version, publication in spans
+        )
+        status = Status.FAILED if failed else Status.COMPLETED
+        last = 1.0 if world.random.random() < world.shape.flat else 0.0
+        trajectories = tuple(
+            Trajectory(() if failed else contexts, reward, status, reward_parts={"em": reward})
+            for reward in (1.0, last)
+        )
+        question = Question(id=f"q{lease.cursor}", text="who?", answers=("w1",))
+        group = TrajectoryGroup(lease.run_id, lease.cursor, lease.attempt, question, trajectories)
+        job.frames = encode_group(group, lease_id=lease.lease_id)
+        self._submit(job)
+
+    def _submit(self, job: _Job) -> None:
+        job.sent_s = self.world.now_s
+        self._send(job.frames)
+
+    def _send(self, message: Message | list[Buffer]) -> None:
+        if self.world.now_s >= self._cut_until_s:
+            peer = self.peer
+            self.world.deliver(lambda: self.world.learner.receive(peer, message))

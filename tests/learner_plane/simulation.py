@@ -1,0 +1,125 @@
+"""A run in simulated time: scheduler, codec, store and audit are the real ones; only sockets and the clock are not.
+
+Messages are late, lost, doubled and overtake each other. Actors are killed, cut off and slow; engines lag, get stuck
+and forget; the learner is killed before, in and after commits and between answers, and resumes from its newest
+checkpoint and the log; the disk fills up. Everything is drawn from one seed. Much is checked as it goes, the rest by
+`World.check`. Raises: Violation, where a promise is broken.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from learner.audit import audit_run
+from learner.store import Store, store_path
+from tests.learner_plane.simulated_learner import Crash, SimulatedLearner
+from tests.learner_plane.simulated_peers import SimulatedActor, SimulatedEngine
+
+STALLED_S = 1_500.0
+"""Without a step for so long, although every fault ends, it is a deadlock."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`chaos`: 0 is a quiet run, 1 has every fault. `flat`: the part of groups without variance."""
+
+    groups_per_batch: int = 8
+    staleness_bound: int = 2
+    num_steps: int = 1_000_000
+    chaos: float = 1.0
+    flat: float = 0.1
+    straggler_timeout_s: float | None = None
+
+
+class Violation(AssertionError):
+    """A promise is broken."""
+
+
+class World:
+    """Time, the network and misfortune. `seen` counts what has happened, so that a test can say that it did."""
+
+    def __init__(self, folder: Path, *, seed: int, shape: Shape) -> None:
+        self.random = random.Random(seed)
+        self.shape = shape
+        self.folder = folder
+        self.now_s = 0.0
+        self.num_events = 0
+        self.seen: Counter[str] = Counter()
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._num_queued = 0
+        self.learner = SimulatedLearner(self)
+        self.engines = [SimulatedEngine(self, f"engine-{i}") for i in range(3)]
+        self.actors = {f"actor-{i}": SimulatedActor(self, f"actor-{i}") for i in range(5)}
+        self.learner.start()
+        for peer in (*self.engines, *self.actors.values()):
+            peer.start()
+        self.after(5.0, self._misfortune)
+
+    def run(self, num_events: int) -> None:
+        """So many events, or until the last step."""
+        while self.num_events < num_events and self.learner.step < self.shape.num_steps:
+            self.num_events += 1
+            self.now_s, _, event = heapq.heappop(self._queue)
+            try:
+                event()
+            except Crash:
+                self.learner.die()
+            if self.now_s - self.learner.stepped_s > STALLED_S:
+                raise Violation(f"no step for {STALLED_S} s at {self.now_s:.0f} s: {self.learner.describe()}")
+
+    def after(self, delay_s: float, event: Callable[[], None]) -> None:
+        self._num_queued += 1
+        heapq.heappush(self._queue, (self.now_s + delay_s, self._num_queued, event))
+
+    def chance(self, probability: float) -> bool:
+        return self.random.random() < probability * self.shape.chaos
+
+    def deliver(self, receive: Callable[[], None]) -> None:
+        """A message: late, lost or doubled."""
+        if self.chance(0.01):
+            self.seen["message lost"] += 1
+            return
+        self.after(self.random.expovariate(1 / 0.05), receive)
+        if self.chance(0.01):
+            self.seen["message doubled"] += 1
+            self.after(self.random.uniform(0.0, 20.0), receive)
+
+    def check(self) -> None:
+        """What the store says at the end."""
+        self.learner.stop()
+        audit = audit_run(self.folder)
+        store = Store(store_path(self.folder), read_only=True)
+        states = dict(store.query("SELECT cursor, state FROM entries"))
+        log = [cursor for step in range(store.num_batches()) for cursor in store.batch(step)]
+        store.close()
+        lost = {c for c in self.learner.acknowledged if states[c] not in ("trained", "buffered", "skipped")}
+        if audit.problems:
+            raise Violation(f"the audit says {audit.problems}")
+        if lost:
+            raise Violation(f"acknowledged and lost: {sorted(lost)[:5]}")
+        if len(set(log)) != len(log):
+            raise Violation("the log trains a group twice")
+        if self.learner.weights != log[: len(self.learner.weights)]:
+            raise Violation("the weights are not of the log")
+        self.seen["tokens masked"] = audit.num_tokens_masked
+        self.seen["tokens trained"] = audit.num_tokens_trained
+        self.seen["steps"] = audit.num_steps
+
+    def _misfortune(self) -> None:
+        if self.chance(0.5):
+            self.random.choice(
+                [
+                    lambda: self.random.choice(list(self.actors.values())).die(),
+                    lambda: self.random.choice(list(self.actors.values())).cut_off(self.random.uniform(1.0, 30.0)),
+                    lambda: self.random.choice(self.engines).forget(),
+                    lambda: self.random.choice(self.engines).get_stuck(self.random.uniform(5.0, 100.0)),
+                    self.learner.die,
+                    self.learner.fill_disk,
+                ]
+            )()
+        self.after(self.random.expovariate(1 / 5.0), self._misfortune)
