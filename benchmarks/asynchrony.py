@@ -1,0 +1,342 @@
+"""Trajectories/s at staleness bounds η = 1, 2, 4 against η = 0, and that nothing is trained too old or too seldom.
+
+    python benchmarks/asynchrony.py [--quick] [--steps 24] [--mean-s 0.5]
+
+    Plane + store (a process) ◄── ZeroMQ ──► 4 Runners ── HTTP ──► an engine of 64 slots
+                              ◄────────────── ZeroMQ ───────────── its agent: reports, announcements
+
+Nothing is computed: a token takes a fixed time, so an episode takes its length, which is log-normal with a 30-fold
+spread from the 1st to the 99th percentile. B = 16 groups of 8. A learner's step takes 10 % of the mean episode, the
+engine's commit of a version 5 %, in which it goes on sampling; whoever samples meanwhile goes on under the new version.
+Rewards are coin tosses, so a group in 128 is skipped for zero variance. The same questions, with the same lengths, at
+every η; the rate is taken from the 5th step on. Heartbeats are as frequent against episodes as in a run of long ones.
+
+masked_fraction  of the trained tokens, those that are older than η (the largest of all η)
+ks_p             two-sample Kolmogorov-Smirnov, lengths trained against all that were generated, also those that were
+                 not trained in the end (the smallest of all η)
+
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import multiprocessing
+import sys
+import tempfile
+import time
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from aiohttp import web
+from safetensors.numpy import save as save_safetensors
+
+from actor.engine_pool import EngineInfo, EnginePool
+from actor.runner import Runner
+from actor.sampling import SamplingParams
+from learner.admission import Rules
+from learner.ledger import Ledger
+from learner.plane import Plane
+from learner.store import Store, store_path
+from protocol.config import NetworkConfig
+from protocol.messages import Announcement, EngineFields, EngineReply, EngineReport, Lease
+from protocol.transport import Transport
+from protocol.types import Context, PolicyTag, Question, Trajectory, TrajectoryGroup, VersionSpan
+from protocol.wire import decode, encode, expect
+
+RUN = "benchmark"
+GROUPS_PER_BATCH, GROUP_SIZE, NUM_SLOTS, NUM_RUNNERS = 16, 8, 64, 4
+BOUNDS = (0, 1, 2, 4)
+NUM_WARM_STEPS = 5
+MEAN_TOKENS, NUM_PROMPT, VOCABULARY = 200, 8, 100
+SIGMA = math.log(30.0) / (2 * 2.3263)  # of log-lengths, whose 1st and 99th percentiles are 2.3263 sigma from the median
+STEP, COMMIT, HEARTBEAT = 0.1, 0.05, 0.02  # of the mean episode
+
+
+def draw(cursor: int) -> tuple[list[int], list[float]]:
+    """Lengths in tokens and rewards of a question's trajectories."""
+    rng = np.random.default_rng([17, cursor])
+    lengths = np.exp(math.log(MEAN_TOKENS) - SIGMA**2 / 2 + SIGMA * rng.normal(size=GROUP_SIZE))
+    return np.maximum(1, lengths.round()).astype(int).tolist(), rng.integers(0, 2, GROUP_SIZE).astype(float).tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What the learner saw: the rate after the first steps, tokens and lengths (of trajectories) of all steps."""
+
+    trajectories_per_s: float
+    num_tokens: int
+    num_over_age: int
+    max_age: int
+    lengths: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    control: str
+    weights: str
+    announcements: str
+
+
+def learn(connection: Connection, staleness_bound: int, num_steps: int, mean_s: float) -> None:
+    """The learner's process: takes batches, waits as long as a step takes, logs and publishes."""
+    weights = save_safetensors({"weight": np.zeros(4, dtype=np.float32)})
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(store_path(Path(folder)))
+        ledger = Ledger(
+            groups_per_batch=GROUPS_PER_BATCH,
+            staleness_bound=staleness_bound,
+            num_steps=num_steps + staleness_bound + 1,  # so that the last steps are like the others
+        )
+        plane = Plane(
+            network=NetworkConfig(),
+            store=store,
+            ledger=ledger,
+            rules=Rules(RUN, GROUP_SIZE, VOCABULARY, skip_zero_variance=True),
+            lease_timeout_s=60.0,
+            on_death=lambda: None,
+        )
+        with plane:
+            coordinator, publisher = plane.coordinator, plane.publisher
+            connection.send(
+                Addresses(coordinator._router.address, publisher._router.address, publisher._announcements.address)
+            )
+            plane.publish(weights, version=0)
+            finished_s, batches = [], []
+            for step in range(num_steps):
+                batch = plane.run(coordinator.next_batch())
+                time.sleep(STEP * mean_s)
+                plane.run(coordinator.finish_batch([group.cursor for group in batch]))
+                plane.publish(weights, version=step + 1)
+                finished_s.append(time.perf_counter())
+                batches.append(batch)
+            plane.run(coordinator.drain("measured"))
+            connection.send(_trained(batches, finished_s, staleness_bound=staleness_bound))
+            connection.recv()
+        store.close()
+
+
+def _trained(
+    batches: Sequence[Sequence[TrajectoryGroup]], finished_s: Sequence[float], *, staleness_bound: int
+) -> Trained:
+    ages, sizes = [], []
+    for step, batch in enumerate(batches):
+        spans = [span for group in batch for context in group.contexts() for span in context.policy_versions]
+        ages += [step - span.version for span in spans]
+        sizes += [span.end - span.start for span in spans]
+    num_measured = len(batches) - NUM_WARM_STEPS
+    return Trained(
+        trajectories_per_s=num_measured
+        * GROUPS_PER_BATCH
+        * GROUP_SIZE
+        / (finished_s[-1] - finished_s[NUM_WARM_STEPS - 1]),
+        num_tokens=sum(sizes),
+        num_over_age=sum(size for age, size in zip(ages, sizes, strict=True) if age > staleness_bound),
+        max_age=max(ages),
+        lengths=[t.num_trained_tokens for batch in batches for group in batch for t in group.trajectories],
+    )
+
+
+class Engine:
+    """Speaks as much of SGLang's API as an actor asks for. First come, first served, `NUM_SLOTS` at once."""
+
+    def __init__(self, *, token_s: float, commit_s: float) -> None:
+        self.lengths: list[int] = []
+        self._token_s = token_s
+        self._commit_s = commit_s
+        self._slots = asyncio.Semaphore(NUM_SLOTS)
+        self._commits_s: list[float] = []
+        self._tags: list[str] = []
+
+    async def serve(self) -> tuple[web.AppRunner, str]:
+        app = web.Application()
+        app.router.add_post("/generate", self._generate)
+        app.router.add_get("/model_info", self._model_info)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        host, port = runner.addresses[0][:2]
+        return runner, f"http://{host}:{port}"
+
+    async def follow(self, transport: Transport, addresses: Addresses, url: str) -> None:
+        """The weight agent: commits what is announced, and says so."""
+        subscriber = transport.subscriber(addresses.announcements)
+        dealer = transport.dealer(addresses.weights)
+        fields = EngineFields(name="engine", url=url, version=-1, publication=-1)
+        while True:
+            await dealer.send([encode(EngineReport(request_id=1, engine=fields, state="serving"))])
+            reply = expect(decode(await dealer.recv())[0], EngineReply)
+            if reply.version == fields.version:
+                try:
+                    async with asyncio.timeout(1.0):
+                        expect(decode(await subscriber.recv())[0], Announcement)
+                except TimeoutError:
+                    pass
+                continue
+            await asyncio.sleep(self._commit_s)
+            self._commits_s.append(time.perf_counter())
+            self._tags.append(str(PolicyTag(reply.run_id, reply.publication, reply.version)))
+            fields = EngineFields(name="engine", url=url, version=reply.version, publication=reply.publication)
+
+    async def _model_info(self, _: web.Request) -> web.Response:
+        return web.json_response({"model_path": "none", "weight_version": self._tags[-1] if self._tags else "default"})
+
+    async def _generate(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        num_tokens = body["sampling_params"]["max_new_tokens"]
+        self.lengths.append(num_tokens)
+        async with self._slots:
+            start_s = time.perf_counter()
+            await asyncio.sleep(num_tokens * self._token_s)
+            spans = self._spans(start_s, time.perf_counter(), num_tokens)
+        ids = np.arange(num_tokens) % VOCABULARY
+        meta = {
+            "finish_reason": {"type": "length"},
+            "prompt_tokens": len(body["input_ids"]),
+            "completion_tokens": num_tokens,
+            "weight_version": spans[-1]["version"],
+            "weight_versions": spans,
+            "output_token_logprobs": [[-1.0, token, None] for token in ids.tolist()],
+        }
+        return web.json_response({"output_ids": ids.tolist(), "meta_info": meta})
+
+    def _spans(self, start_s: float, end_s: float, num_tokens: int) -> list[dict[str, str | int]]:
+        """Which tokens of a generation that lasted from `start_s` to `end_s` were sampled by which publication."""
+        first = bisect_right(self._commits_s, start_s) - 1
+        token_s = (end_s - start_s) / num_tokens
+        cuts = [math.ceil((commit_s - start_s) / token_s) for commit_s in self._commits_s[first + 1 :]]
+        bounds = [0, *(min(cut, num_tokens) for cut in cuts), num_tokens]
+        return [
+            {"version": tag, "start": start, "end": end}
+            for tag, start, end in zip(self._tags[first:], bounds[:-1], bounds[1:], strict=True)
+            if start < end
+        ]
+
+
+class Rollout:
+    """What a runner calls for each lease: episodes of one generation each, of the question's lengths."""
+
+    def __init__(self, pool: EnginePool) -> None:
+        self._pool = pool
+
+    async def __call__(self, lease: Lease) -> TrajectoryGroup:
+        lengths, rewards = draw(lease.cursor)
+        episodes = [self._episode(length, min_version=lease.min_version) for length in lengths]
+        contexts = await asyncio.gather(*episodes)
+        trajectories = tuple(Trajectory((context,), reward) for context, reward in zip(contexts, rewards, strict=True))
+        question = Question(id=f"q{lease.cursor}", text="?", answers=("!",))
+        return TrajectoryGroup(lease.run_id, lease.cursor, lease.attempt, question, trajectories)
+
+    async def _episode(self, length: int, *, min_version: int) -> Context:
+        sampling = SamplingParams(max_new_tokens=length)
+        completion = await self._pool.generate([1] * NUM_PROMPT, sampling, min_version=min_version)
+        spans = []
+        for span in completion.spans:
+            tag = PolicyTag.parse(span.weight_version)
+            spans.append(VersionSpan(span.start + NUM_PROMPT, span.end + NUM_PROMPT, tag.version, tag.publication))
+        prompt = np.ones(NUM_PROMPT, dtype=np.int32)
+        return Context(
+            token_ids=np.concatenate([prompt, completion.token_ids]),
+            loss_mask=np.arange(NUM_PROMPT + length) >= NUM_PROMPT,
+            behavior_logprobs=np.concatenate([np.zeros(NUM_PROMPT, dtype=np.float32), completion.logprobs]),
+            policy_versions=tuple(spans),
+        )
+
+
+async def roll_out(addresses: Addresses, *, staleness_bound: int, mean_s: float) -> list[int]:
+    """Engine and actors until the learner drains them; the lengths of all generations that were begun."""
+    engine = Engine(token_s=mean_s / MEAN_TOKENS, commit_s=COMMIT * mean_s)
+    http, url = await engine.serve()
+    transport = Transport()
+    async with EnginePool(run_id=RUN) as pool:
+        agent = asyncio.create_task(engine.follow(transport, addresses, url))
+        runners = [
+            Runner(
+                name=f"actor-{i}",
+                # All that the bound can allow, and those that wait for a place again.
+                capacity=2 * (staleness_bound + 2) * GROUPS_PER_BATCH // NUM_RUNNERS,
+                dealer=transport.dealer(addresses.control),
+                rollout=Rollout(pool),
+                on_engines=lambda engines: pool.set_engines([EngineInfo(each.url, each.version) for each in engines]),
+                counters=dict,
+                heartbeat_s=HEARTBEAT * mean_s,
+            )
+            for i in range(NUM_RUNNERS)
+        ]
+        await asyncio.gather(*(runner.run() for runner in runners))
+        agent.cancel()
+    transport.close()
+    await http.cleanup()
+    return engine.lengths
+
+
+def ks_p(one: Sequence[int], other: Sequence[int]) -> float:
+    """Probability of so large a distance of two samples from one distribution (Kolmogorov-Smirnov, asymptotic)."""
+    values = np.union1d(one, other)
+    distance = np.abs(
+        np.searchsorted(np.sort(one), values, "right") / len(one)
+        - np.searchsorted(np.sort(other), values, "right") / len(other)
+    ).max()
+    size = math.sqrt(len(one) * len(other) / (len(one) + len(other)))
+    scaled = (size + 0.12 + 0.11 / size) * distance
+    terms = [(-1) ** (k - 1) * math.exp(-2 * (k * scaled) ** 2) for k in range(1, 101)]
+    return 1.0 if scaled < 0.2 else min(1.0, max(0.0, 2 * math.fsum(terms)))
+
+
+def measure(staleness_bound: int, *, num_steps: int, mean_s: float) -> tuple[Trained, list[int]]:
+    """What was trained, and all lengths that were generated."""
+    spawn = multiprocessing.get_context("spawn")
+    connection, theirs = spawn.Pipe()
+    learner = spawn.Process(target=learn, args=(theirs, staleness_bound, num_steps, mean_s), daemon=True)
+    learner.start()
+    generated = asyncio.run(roll_out(connection.recv(), staleness_bound=staleness_bound, mean_s=mean_s))
+    trained = connection.recv()
+    connection.send(None)
+    learner.join()
+    return trained, generated
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="10 steps, episodes of 0.15 s")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--mean-s", type=float, default=0.5)
+    options = parser.parse_args()
+    if options.quick:
+        options.steps, options.mean_s = 10, 0.15
+    rates, masked, probabilities = {}, [], []
+    for bound in BOUNDS:
+        trained, generated = measure(bound, num_steps=options.steps, mean_s=options.mean_s)
+        rates[bound] = trained.trajectories_per_s
+        masked.append(trained.num_over_age / trained.num_tokens)
+        probabilities.append(ks_p(trained.lengths, generated))
+        print(
+            f"eta {bound}: {rates[bound]:7.1f} trajectories/s, {rates[bound] / rates[0]:.2f} of eta 0, "
+            f"largest age {trained.max_age}, masked {masked[-1]:.4%}, KS p {probabilities[-1]:.3f} "
+            f"({len(trained.lengths)} trained, {len(generated)} generated)",
+            flush=True,
+        )
+    print(
+        json.dumps(
+            {
+                "benchmark": "asynchrony",
+                **{f"eta_{bound}_over_0": round(rates[bound] / rates[0], 3) for bound in (4, 2, 1)},
+                "masked_fraction": max(masked),
+                "ks_p": round(min(probabilities), 4),
+                "trajectories_per_s": {str(bound): round(rate, 1) for bound, rate in rates.items()},
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
