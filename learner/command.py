@@ -37,7 +37,7 @@ def learner(config: Path, overrides: tuple[str, ...], replay: Path | None, check
         overrides = (f"run.dir={replay / 'replay'}", *overrides)
     loaded = load_config(config, overrides)
     if loaded.learner.ranks > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-        _become_torchrun(loaded.learner.ranks)
+        _run_ranks(loaded.learner.ranks)
 
     from learner.start import run_learner, run_replay  # torch comes with it: a bad config is told before
 
@@ -47,9 +47,22 @@ def learner(config: Path, overrides: tuple[str, ...], replay: Path | None, check
         run_replay(loaded, replay)
 
 
-def _become_torchrun(num_ranks: int) -> NoReturn:
-    """The same command once for each rank; this process becomes their torchrun, and still ends with its launcher."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks))
-    arguments = [sys.executable, *torchrun, "-m", "learner.launch", *sys.argv[1:]]
+def _run_ranks(num_ranks: int) -> NoReturn:
+    """The same command once for each rank, under torchrun in this process; ends as the first rank that fails."""
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # a rank has said what is wrong
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.execv(sys.executable, arguments)
+    options = ["--standalone", "--nproc-per-node", str(num_ranks), "-m", "learner.launch"]
+    try:
+        torchrun([*options, *sys.argv[1:]])
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+    except SignalException:
+        sys.exit(143)
+    sys.exit(0)

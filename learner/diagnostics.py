@@ -21,9 +21,10 @@ def _buckets() -> NDArray[np.float64]:
 class Diagnostics:
     """Add two of them with `+`; reduce over ranks with `to_tensors` and `from_tensors`.
 
-    Sums over trained tokens, except the total `loss` and `importance_weight_max`. `kl_behavior` estimates
-    KL(pi_behave || pi_theta) by k3; `*_by_age`, `*_by_turn` float64 [NUM_BUCKETS] split it, and the tokens, by the
-    age of the token and the index of its context. `weight_zeroed` counts tokens that a correction dropped.
+    Sums over trained tokens, except the total `loss`, `importance_weight_max` and `ratio_max`. `ratio` is w = pi_prox /
+    pi_behave, `importance_weight` what corrections make of it, `weight_zeroed` counts the tokens that one dropped.
+    `kl_behavior` estimates KL(pi_behave || pi_theta) by k3; `*_by_age`, `*_by_turn` float64 [NUM_BUCKETS] split it, and
+    the tokens, by the age of the token and the index of its context.
     """
 
     num_tokens: int = 0
@@ -32,8 +33,9 @@ class Diagnostics:
     kl_behavior: float = 0.0
     kl_reference: float = 0.0
     importance_weight: float = 0.0
-    importance_weight_squared: float = 0.0
     weight_zeroed: float = 0.0
+    ratio: float = 0.0
+    ratio_squared: float = 0.0
     entropy: float = 0.0
     value_loss: float = 0.0
     tokens_by_age: NDArray[np.float64] = field(default_factory=_buckets)
@@ -41,16 +43,17 @@ class Diagnostics:
     tokens_by_turn: NDArray[np.float64] = field(default_factory=_buckets)
     kl_by_turn: NDArray[np.float64] = field(default_factory=_buckets)
     importance_weight_max: float = 0.0
+    ratio_max: float = 0.0
 
     def __add__(self, other: Diagnostics) -> Diagnostics:
         (sums, maxima), (other_sums, other_maxima) = self.to_tensors(), other.to_tensors()
         return Diagnostics.from_tensors(sums + other_sums, torch.maximum(maxima, other_maxima))
 
     def to_tensors(self) -> tuple[Tensor, Tensor]:
-        """(sums float64 [S], maxima float64 [1]) on the CPU: to be reduced over ranks by SUM and by MAX."""
+        """(sums float64 [S], maxima float64 [2]) on the CPU: to be reduced over ranks by SUM and by MAX."""
         values = [np.atleast_1d(getattr(self, each.name)) for each in fields(self)]
         flat = torch.from_numpy(np.concatenate(values, dtype=np.float64))
-        return flat[:-1], flat[-1:]
+        return flat[:-2], flat[-2:]
 
     @classmethod
     def from_tensors(cls, sums: Tensor, maxima: Tensor) -> Diagnostics:
@@ -58,7 +61,7 @@ class Diagnostics:
         num_scalars = len(sums) - 4 * NUM_BUCKETS
         num_tokens, *scalars = sums[:num_scalars].tolist()
         histograms = sums[num_scalars:].cpu().numpy().reshape(4, NUM_BUCKETS)
-        return cls(int(num_tokens), *scalars, *histograms, importance_weight_max=float(maxima))
+        return cls(int(num_tokens), *scalars, *histograms, *maxima.tolist())
 
     def mean(self, total: float) -> float:
         """`total` for each trained token; 0 where none was trained."""
@@ -66,9 +69,12 @@ class Diagnostics:
 
     @property
     def effective_sample_fraction(self) -> float:
-        """(sum w~)^2 / (N sum w~^2), in 0..1: the effective sample size by token (Kish 1965); 0 without weights."""
-        squares = self.num_tokens * self.importance_weight_squared
-        return self.importance_weight**2 / squares if squares else 0.0
+        """(sum w)^2 / (N sum w^2), in 0..1: the effective sample size by token (Kish 1965); 0 where there is none.
+
+        Of w = pi_prox / pi_behave itself: what corrections make of it would hide what they are there for.
+        """
+        squares = self.num_tokens * self.ratio_squared
+        return self.ratio**2 / squares if squares else 0.0
 
 
 @torch.no_grad()
@@ -79,6 +85,7 @@ def diagnose(
     kl_behavior: Tensor,
     kl_reference: Tensor | None,
     importance: Tensor,
+    ratio: Tensor,
     entropy: Tensor,
     value_loss: Tensor | None,
     age: Tensor,
@@ -95,8 +102,9 @@ def diagnose(
         kl_behavior.sum(),
         nothing if kl_reference is None else kl_reference.sum(),
         importance.sum(),
-        importance.square().sum(),
         (importance == 0).sum(),
+        ratio.sum(),
+        ratio.square().sum(),
         entropy.sum(),
         nothing if value_loss is None else value_loss.sum(),
     )
@@ -105,4 +113,6 @@ def diagnose(
         bucket = bucket.clamp(0, NUM_BUCKETS - 1)
         parts.append(torch.bincount(bucket, minlength=NUM_BUCKETS).double())
         parts.append(torch.bincount(bucket, weights=kl_behavior.double(), minlength=NUM_BUCKETS))
-    return Diagnostics.from_tensors(torch.cat(parts), importance.max().double().reshape(1))
+    maxima = torch.stack([importance.max(), ratio.max()]).double()
+    sums_and_maxima = torch.cat([*parts, maxima]).cpu()
+    return Diagnostics.from_tensors(sums_and_maxima[:-2], sums_and_maxima[-2:])

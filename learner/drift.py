@@ -1,61 +1,90 @@
 """Whether engines and learner agree: at a learning rate of 0 nothing moves, so the mismatch between them must be flat.
 
 What grows all the same is a defect: stale caches, weights that were brought wrongly, tokens recorded under another
-version or another context than they were sampled in.
+version or another context than they were sampled in. Judged from the run's metrics.jsonl, so that a learner that was
+killed and came back is judged on all of its steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-
-from learner.step_metrics import StepMetrics
+from pathlib import Path
 
 FLOOR = 1e-5
 """Nats a token, of k3: below it is rounding, of log-probs in fp32 on both sides (bf16 engines are near 1e-3)."""
 FACTOR = 2.0
+MIN_TOKENS = 100
+"""Means over fewer tokens are reported, and judge nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """Of the mismatch KL over some tokens."""
+
+    kl: float
+    num_tokens: int
+
+    @classmethod
+    def of(cls, parts: Iterable[tuple[float, int]]) -> Mean:
+        """From (mean, number of tokens) of each part; 0 over none."""
+        parts = list(parts)
+        total = sum(num for _, num in parts)
+        return cls(sum(kl * num for kl, num in parts) / total if total else 0.0, total)
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
     """Mean mismatch KL in nats a token: of the first and the last third of the steps, by age, by context number."""
 
-    first: float
-    last: float
-    by_age: dict[int, float]
-    by_turn: dict[int, float]
+    first: Mean
+    last: Mean
+    by_age: dict[int, Mean]
+    by_context: dict[int, Mean]
 
     @classmethod
-    def of(cls, steps: Sequence[StepMetrics]) -> Drift:
-        """From at least one step; a third has at least one."""
-        kl = np.array([step.kl_behavior for step in steps])
-        third = max(1, len(steps) // 3)
+    def read(cls, metrics: Path) -> Drift:
+        """From the lines of metrics.jsonl, the last one of each step."""
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        rows = list({line["step"]: line for line in lines}.values())
+        third = max(1, len(rows) // 3)
         return cls(
-            float(kl[:third].mean()),
-            float(kl[-third:].mean()),
-            _mean([step.kl_by_age for step in steps]),
-            _mean([step.kl_by_turn for step in steps]),
+            Mean.of(_steps(rows[:third])),
+            Mean.of(_steps(rows[-third:])),
+            _by(rows, "policy/kl_behavior_age_", "tokens_by_age"),
+            _by(rows, "policy/kl_behavior_context_", "tokens_by_context"),
         )
 
     @property
     def is_flat(self) -> bool:
-        """Neither time, nor age, nor the number of the context raises the mismatch above twice that of the others."""
-        pairs = [(self.first, self.last)]
-        for means in (self.by_age, self.by_turn):
-            pairs += [(means[min(means)], value) for value in means.values()] if means else []
-        return all(later <= FACTOR * max(earlier, FLOOR) for earlier, later in pairs)
+        """Neither time, nor age, nor the number of the context raises the mismatch above twice that of the first."""
+        rows = [[self.first, self.last]]
+        rows += [[means[key] for key in sorted(means)] for means in (self.by_age, self.by_context)]
+        for row in rows:
+            judged = [mean.kl for mean in row if mean.num_tokens >= MIN_TOKENS]
+            if judged and max(judged) > FACTOR * max(judged[0], FLOOR):
+                return False
+        return True
 
     def __str__(self) -> str:
-        ages = ", ".join(f"{age}: {kl:.1e}" for age, kl in sorted(self.by_age.items()))
-        turns = ", ".join(f"{turn}: {kl:.1e}" for turn, kl in sorted(self.by_turn.items()))
+        ages, contexts = (
+            ", ".join(f"{key}: {mean.kl:.1e}" for key, mean in sorted(means.items())) or "none"
+            for means in (self.by_age, self.by_context)
+        )
         return (
-            f"mismatch KL, nats a token: {self.first:.1e} in the first third of steps, {self.last:.1e} in the last; "
-            f"by age {ages or 'none'}; by context {turns or 'none'}"
+            f"mismatch KL, nats a token: {self.first.kl:.1e} in the first third of steps, {self.last.kl:.1e} in the "
+            f"last; by age {ages}; by context {contexts}"
         )
 
 
-def _mean(rows: Sequence[dict[int, float]]) -> dict[int, float]:
-    keys = sorted({key for row in rows for key in row})
-    return {key: float(np.mean([row[key] for row in rows if key in row])) for key in keys}
+def _steps(rows: Sequence[Mapping]) -> list[tuple[float, int]]:
+    return [(row["policy/kl_behavior"], row["learner/trained_tokens"]) for row in rows]
+
+
+def _by(rows: Sequence[Mapping], tag: str, counts: str) -> dict[int, Mean]:
+    keys = sorted({int(key) for row in rows for key in row[counts]})
+    return {
+        key: Mean.of((row[f"{tag}{key}"], row[counts][str(key)]) for row in rows if str(key) in row[counts])
+        for key in keys
+    }

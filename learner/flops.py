@@ -21,15 +21,19 @@ _PEAK_BF16_TFLOPS = {
 def training_flops(model: PreTrainedModel, *, num_tokens: int, num_scored: int, num_forwards: int = 0) -> float:
     """6 P U + 6 V H M for a forward and backward of U tokens with logits at M of them; 2 for each forward more, not 6.
 
-    P counts the parameters that are neither embedding; attention's quadratic part is left out, so that MFU is a lower
-    bound. Source: Kaplan et al. 2020, section 2.1.
+    Weights that do not train cost 4: no gradient of theirs is formed. P counts the parameters that are neither
+    embedding; attention's quadratic part is left out, so that MFU is a lower bound.
+    Source: Kaplan et al. 2020, section 2.1.
     """
-    embeddings = {
-        id(p) for p in (*_parameters(model.get_input_embeddings()), *_parameters(model.get_output_embeddings()))
-    }
-    body = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
-    head = sum(p.numel() for p in _parameters(model.get_output_embeddings()))
-    return (6.0 + 2.0 * num_forwards) * (body * num_tokens + head * num_scored)
+    head = _parameters(model.get_output_embeddings())
+    apart = {id(p) for p in (*_parameters(model.get_input_embeddings()), *head)}
+
+    def per_token(parameters: list[nn.Parameter]) -> float:
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        return (4.0 + 2.0 * num_forwards) * sum(p.numel() for p in parameters) + 2.0 * trained
+
+    body = [p for p in model.parameters() if id(p) not in apart]
+    return per_token(body) * num_tokens + per_token(head) * num_scored
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -26,6 +26,7 @@ def identity_of(config: Config) -> dict[str, str]:
         "learner.dtype": learner.dtype,
         "learner.lora": learner.lora.model_dump(mode="json") if learner.lora else "none",
         "learner.check_drift": learner.check_drift,
+        "learner.reference": str(learner.reference or "model.path"),
         "ablation": learner.ablation,
         "learner.advantage": learner.advantage.model_dump(mode="json"),
         "learner.loss": learner.loss.model_dump(mode="json"),

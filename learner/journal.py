@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,7 +73,12 @@ class Journal:
             **stepped.scalars(),
             **extra,
         }
-        self._lines.write(json.dumps(line) + "\n")
+        line = {key: value if math.isfinite(value) else None for key, value in line.items()}  # JSON has no NaN
+        counts = {
+            "tokens_by_age": {age: count for age, count in enumerate(stepped.staleness_counts) if count},
+            "tokens_by_context": stepped.context_counts,
+        }
+        self._lines.write(json.dumps(line | counts, allow_nan=False) + "\n")
 
     def _write_trajectories(self, groups: Sequence[TrajectoryGroup], *, step: int) -> None:
         """The best and the worst trajectory of the batch's first group."""

@@ -28,7 +28,7 @@ from learner.drift import Drift
 from learner.front import Front
 from learner.journal import Journal
 from learner.step_metrics import StepMetrics
-from learner.store import finished_path
+from learner.store import finished_path, metrics_path
 from learner.trainer import Trainer
 from learner.weights import canary, published_weights
 from protocol.codec import pack_groups
@@ -50,7 +50,6 @@ class Loop:
         self._journal = journal
         self._step = step
         self._dtype = getattr(torch, config.learner.dtype)
-        self._watched: list[StepMetrics] = []
 
     def run(self, *, num_steps: int) -> None:
         """From the checkpoint's step over the recorded batches to `num_steps`. Raises: DivergenceError, DriftError."""
@@ -58,7 +57,7 @@ class Loop:
             self._train(self._front.batch(self._step))
             log.info("trained step %d of %d recorded again", self._step, self._front.num_recorded)
         publish_s = self._publish()
-        if self._journal is not None:
+        if self._journal is not None and self._front.publishes:
             print(f"learner: ready at {self._config.network.control_address} (step {self._step})", flush=True)
         while self._step < num_steps:
             started = time.perf_counter()
@@ -71,8 +70,6 @@ class Loop:
             publish_s = self._publish()
         self._save()
         self._finish()
-        if self._config.learner.check_drift and self._watched:
-            self._report_drift()
 
     def _train(self, groups: Sequence[TrajectoryGroup]) -> StepMetrics:
         try:
@@ -130,22 +127,22 @@ class Loop:
             gauges = self._front.gauges()
             self._journal.record(stepped, groups, wait_s=wait_s, publish_s=publish_s, gauges=gauges)
         self._front.log(groups)
-        if self._config.learner.check_drift:
-            self._watched.append(stepped)
 
     def _report_drift(self) -> None:
         """Leaves it in RUN/drift.txt. Raises: DriftError."""
-        drift = Drift.of(self._watched)
-        if self._journal is not None:
-            (self._config.run.dir / "drift.txt").write_text(f"{drift}\n")
-            print(drift, flush=True)
+        drift = Drift.read(metrics_path(self._config.run.dir))
+        (self._config.run.dir / "drift.txt").write_text(f"{drift}\n")
+        print(drift, flush=True)
         if not drift.is_flat:
             raise DriftError(f"engines and learner drift apart although nothing was trained: {drift}")
 
     def _finish(self) -> None:
+        """Raises: DriftError; the run is then not finished: running it again judges it again."""
         if not self._front.finish(version=self._step):
             log.warning("not every engine has committed version %d", self._step)
         if self._journal is not None:
+            if self._config.learner.check_drift:
+                self._report_drift()
             summary = {"step": self._step, "num_skipped_updates": self._trainer.guard.num_skipped}
             path = finished_path(self._config.run.dir)
             aside = path.with_suffix(".tmp")

@@ -76,6 +76,7 @@ def total_loss(tokens: LossTokens, config: LossConfig) -> tuple[Tensor, Diagnost
         kl_behavior=approx_kl(tokens.behavior, tokens.logprobs.detach()),
         kl_reference=kl,
         importance=tokens.importance,
+        ratio=(tokens.proximal - tokens.behavior).exp(),
         entropy=tokens.entropy,
         value_loss=value,
         age=tokens.age,

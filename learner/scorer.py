@@ -64,8 +64,14 @@ class Scorer(nn.Module):
         logprob, entropy = token_scores(
             hidden, head.weight, target, bias=head.bias, temperature=temperature, entropy_grad=entropy_grad
         )
-        value = None if self.value_head is None else self.value_head(hidden).squeeze(-1).to(logprob.dtype)
-        return Scores(logprob, entropy, value)
+        return Scores(logprob, entropy, self._values(hidden, logprob.dtype))
+
+    def _values(self, hidden: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """[M] in `dtype`, fp32 at least: in bf16, values near 1 would have steps of 1/128."""
+        if self.value_head is None:
+            return None
+        weight, bias = (each.to(dtype) for each in (self.value_head.weight, self.value_head.bias))
+        return nn.functional.linear(hidden.to(dtype), weight, bias).squeeze(-1)
 
 
 def _value_head(model: PreTrainedModel) -> nn.Linear:

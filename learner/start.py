@@ -63,7 +63,8 @@ def run_replay(config: Config, source: Path) -> None:
         num_steps = min(config.learner.num_steps, store.num_batches())
         trainer, step = load_trainer(config, world)
         journal = _journal(config, stack, step=step) if world.rank == 0 else None
-        print(f"learner: trains the {num_steps} recorded steps of {source} from step {step} on", flush=True)
+        if world.rank == 0:
+            print(f"learner: trains the {num_steps} recorded steps of {source} from step {step} on", flush=True)
         Loop(config=config, trainer=trainer, front=Replay(store), journal=journal, step=step).run(num_steps=num_steps)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from learner.batching import Batch
@@ -19,7 +20,8 @@ from protocol.types import Status, TrajectoryGroup
 class StepMetrics:
     """What one step did. Counts are of what was trained; docs/metrics.md explains each.
 
-    `staleness_counts[a]`: trained tokens of age a = step - version. `num_input_tokens`: tokens of the trained contexts,
+    `staleness_counts[a]`: trained tokens of age a = step - version; `context_counts[k]`: of the k-th contexts, from 0.
+    `num_input_tokens`: tokens of the trained contexts,
     for which `num_computed_tokens` went through the model: common prefixes do once. `num_skipped_updates`: minibatches
     whose gradient was not finite. `kl_by_age[a]`, `kl_by_turn[k]`: mean mismatch KL of tokens of age a, of context k.
     `seconds` by phase: plan, proximal, reference, advantage, forward, backward, update. `mfu` in 0..1, or None where
@@ -48,11 +50,14 @@ class StepMetrics:
     importance_weight_mean: float
     importance_weight_max: float
     importance_zero_fraction: float
+    importance_ratio_mean: float
+    importance_ratio_max: float
     effective_sample_fraction: float
     advantage_mean: float
     grad_norm: float
     learning_rate: float
     staleness_counts: tuple[int, ...]
+    context_counts: dict[int, int]
     seconds: dict[str, float]
     step_s: float
     mfu: float | None
@@ -93,6 +98,8 @@ class StepMetrics:
             "policy/importance_weight_mean": self.importance_weight_mean,
             "policy/importance_weight_max": self.importance_weight_max,
             "policy/importance_zero_fraction": self.importance_zero_fraction,
+            "policy/importance_ratio_mean": self.importance_ratio_mean,
+            "policy/importance_ratio_max": self.importance_ratio_max,
             "policy/effective_sample_fraction": self.effective_sample_fraction,
             "learner/loss": self.loss,
             "learner/value_loss": self.value_loss,
@@ -113,13 +120,16 @@ class StepMetrics:
 
 
 class Clock:
-    """Seconds by phase; each lap belongs to the phase that it names."""
+    """Seconds by phase; each lap belongs to the phase that it names, and waits for what the device still does of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._start = self._last = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     def lap(self, phase: str) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
@@ -186,11 +196,14 @@ def summarise(
         importance_weight_mean=watched.mean(watched.importance_weight),
         importance_weight_max=watched.importance_weight_max,
         importance_zero_fraction=watched.mean(watched.weight_zeroed),
+        importance_ratio_mean=watched.mean(watched.ratio),
+        importance_ratio_max=watched.ratio_max,
         effective_sample_fraction=watched.effective_sample_fraction,
         advantage_mean=advantage_mean,
         grad_norm=float(np.mean(norms)) if norms else 0.0,
         learning_rate=rate,
         staleness_counts=tuple(np.bincount(step - sampled.version[trained]).tolist()),
+        context_counts={int(k): int(watched.tokens_by_turn[k]) for k in np.flatnonzero(watched.tokens_by_turn)},
         seconds=dict(clock.seconds),
         step_s=clock.total_s,
         mfu=mfu,

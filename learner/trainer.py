@@ -74,7 +74,7 @@ class Trainer:
         Raises: MalformedMessage where a group cannot be scored, or holds tokens of a version above `step`;
         DivergenceError where too many updates in a row were not finite.
         """
-        clock = Clock()
+        clock = Clock(self.policy.device)
         batch = flatten(groups, last_context_only=self.config.ablation == "last-context")
         plan = self.plan(batch, step=step)
         clock.lap("plan")
@@ -118,7 +118,7 @@ class Trainer:
 
     def columns(self, batch: Batch, plan: Plan, *, step: int, clock: Clock | None = None) -> Columns:
         """Advantages and weights of a batch's tokens, and what the policy says of them before the step if needed."""
-        clock, loss = clock or Clock(), self.config.loss
+        clock, loss = clock or Clock(self.policy.device), self.config.loss
         proximal = values = reference = penalty = importance = None
         if self._needs_prepass(plan):
             proximal, values = self._pass(self.scorer, batch, plan)
@@ -147,7 +147,7 @@ class Trainer:
         self, minibatch: Sequence[MicroBatch], columns: Columns, *, clock: Clock | None = None
     ) -> Diagnostics:
         """Adds the gradient of this rank's part of one minibatch to the parameters' and returns what was watched."""
-        clock, watched = clock or Clock(), Diagnostics()
+        clock, watched = clock or Clock(self.policy.device), Diagnostics()
         for micro_batch in minibatch:
             scores, gather = self._score(self.scorer, micro_batch)
             tokens = self._loss_tokens(columns.select(self._tensor(micro_batch.tokens)), scores, gather)
@@ -187,15 +187,15 @@ class Trainer:
     @torch.no_grad()
     def _pass(self, scorer: Scorer, batch: Batch, plan: Plan) -> tuple[Tensor, Tensor | None]:
         """(log-probs [N], values [N] or None) of all trained tokens, on all ranks; 0 for those that are not trained."""
-        found: list[Tensor] | None = None
+        dtype = torch.promote_types(self.policy.model.dtype, torch.float32)
+        logprobs, values = torch.zeros(2, len(batch.sampled), dtype=dtype, device=self.policy.device)
         for micro_batch in (each for minibatch in plan.minibatches for each in minibatch):
             scores, gather = self._score(scorer, micro_batch)
-            columns = [each for each in (scores.logprob, scores.value) if each is not None]
-            found = found or [each.new_zeros(len(batch.sampled)) for each in columns]
-            for whole, part in zip(found, columns, strict=True):
-                whole[self._tensor(micro_batch.tokens)] = part[gather]
-        found = [self.world.sum(each) for each in found or [torch.zeros(len(batch.sampled), device=self.policy.device)]]
-        return found[0], found[1] if len(found) > 1 else None
+            index = self._tensor(micro_batch.tokens)
+            logprobs[index] = scores.logprob[gather]
+            if scores.value is not None:
+                values[index] = scores.value[gather]
+        return self.world.sum(logprobs), self.world.sum(values) if scorer.value_head is not None else None
 
     def _score(self, scorer: Scorer, micro_batch: MicroBatch) -> tuple[Scores, Tensor]:
         placement = micro_batch.placement

@@ -81,7 +81,7 @@ def _allow_many_connections() -> None:
 def _die_with_launcher() -> None:
     """Where a launcher started this process, the kernel sends SIGTERM when the launcher ends (Linux).
 
-    A rank's parent is torchrun, which took the place of a process that had done this.
+    A rank's parent is torchrun, which runs in a process that has done this.
     """
     launcher = os.environ.get("PALIMPSEST_LAUNCHER_PID")
     if launcher is None or not sys.platform.startswith("linux"):

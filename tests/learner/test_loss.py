@@ -152,8 +152,9 @@ def test_diagnostics_say_what_was_seen() -> None:
     assert seen.kl_behavior == pytest.approx(float(kl.sum()))
     assert seen.kl_reference == pytest.approx(float(approx_kl(logprobs, tokens.reference).sum()))  # pyright: ignore[reportArgumentType]
     assert (seen.importance_weight, seen.importance_weight_max) == (pytest.approx(num), 2.0)
-    assert seen.importance_weight_squared == pytest.approx(float((importance**2).sum()))
-    assert seen.effective_sample_fraction == pytest.approx(num / float((importance**2).sum()))
+    ratio = (tokens.proximal - tokens.behavior).exp()
+    assert (seen.ratio, seen.ratio_max) == (pytest.approx(float(ratio.sum())), pytest.approx(float(ratio.max())))
+    assert seen.effective_sample_fraction == pytest.approx(float(ratio.sum() ** 2 / (num * (ratio**2).sum())))
     assert (seen.weight_zeroed, seen.clipped) == (1.0, float((clipped_of(tokens)).sum()))
     for index, counts, sums in (
         (tokens.age, seen.tokens_by_age, seen.kl_by_age),

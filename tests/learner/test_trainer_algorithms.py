@@ -101,6 +101,16 @@ def test_gradient_away_from_the_proximal_policy_equals_the_reference(name: str) 
     assert distance(found, gradient_of(model)) < 1e-5
 
 
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "maxrl", "reinforce_pp", "gae"])
+def test_a_batch_of_which_nothing_is_young_enough_changes_nothing(estimator: str) -> None:
+    advantage = AdvantageConfig(estimator=estimator)  # pyright: ignore[reportArgumentType]
+    trainer = trainer_of(LearnerConfig(staleness_bound=0, advantage=advantage))
+    before = [parameter.clone() for parameter in trainer.scorer.parameters()]
+    metrics = trainer.train_step(uneven_groups(), step=50)
+    assert (metrics.num_tokens, metrics.loss, metrics.grad_norm, metrics.num_skipped_updates) == (0, 0.0, 0.0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.scorer.parameters(), strict=True))
+
+
 def values_of(trainer: Trainer, context: Context) -> Tensor:
     """[L] with gradient: the value before each token, by a plain forward; [0] is 0."""
     ids = torch.from_numpy(context.token_ids.astype(np.int64))[None]

@@ -28,6 +28,7 @@ def test_where_and_how_fast_may_change(change: dict[str, object]) -> None:
         ({"ablation": "last-context"}, "ablation"),
         ({"check_drift": True}, "learner.check_drift"),
         ({"lora": {"rank": 4}}, "learner.lora"),
+        ({"reference": "other"}, "learner.reference"),
     ],
 )
 def test_what_is_trained_may_not(change: dict[str, object], key: str) -> None:
