@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from protocol.errors import EngineError, EngineRefused, EngineUnavailable, UnknownVersion
 from protocol.types import PolicyTag
@@ -48,6 +48,9 @@ class Completion:
     engine: str = ""
 
 
+_TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
 class _Wire(BaseModel):
     """SGLang adds fields from release to release: those that are not read here are ignored."""
 
@@ -74,11 +77,11 @@ class _MetaInfo(_Wire):
     cached_tokens: int = 0
     weight_version: str | None = None
     weight_versions: list[_SpanFields] | None = None
-    output_token_logprobs: list[tuple[float, int, str | None]]
+    output_token_logprobs: list[tuple[float, _TokenId, str | None]]
 
 
 class _GenerateAnswer(_Wire):
-    output_ids: list[int]
+    output_ids: list[_TokenId]
     meta_info: _MetaInfo
 
 
@@ -99,24 +102,22 @@ def parse_completion(body: bytes, *, seen_version: str | None, engine: str) -> t
         raise EngineError(f"{engine} /generate: unreadable answer: {describe(error)}") from error
     meta, num_tokens = answer.meta_info, len(answer.output_ids)
     finish = _finish(meta.finish_reason, engine)
-    ids = np.asarray(answer.output_ids, dtype=np.int64)
+    ids = np.asarray(answer.output_ids, dtype=np.int32)
     logprobs = np.asarray([entry[0] for entry in meta.output_token_logprobs], dtype=np.float32)
-    logged_ids = np.asarray([entry[1] for entry in meta.output_token_logprobs], dtype=np.int64)
+    logged_ids = np.asarray([entry[1] for entry in meta.output_token_logprobs], dtype=np.int32)
     if not num_tokens == len(logprobs) == meta.completion_tokens or num_tokens == 0:
         raise EngineError(
             f"{engine} /generate: output_ids, output_token_logprobs and completion_tokens must agree and be >= 1, got "
             f"{num_tokens}, {len(logprobs)} and {meta.completion_tokens}"
         )
-    if not np.array_equal(ids, logged_ids) or ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
+    if not np.array_equal(ids, logged_ids):
         raise EngineError(f"{engine} /generate: output_ids differ from the ids of output_token_logprobs")
     if not np.isfinite(logprobs).all():
         raise EngineError(f"{engine} /generate: log-probs must be finite, got {logprobs[~np.isfinite(logprobs)][:3]}")
     if finish.matched is not None and finish.matched != ids[-1]:
         raise EngineError(f"{engine} /generate: stopped at token {finish.matched}, but the last id is {ids[-1]}")
     spans = _spans(meta, num_tokens, seen_version, engine)
-    completion = Completion(
-        ids.astype(np.int32), logprobs, finish, spans, meta.prompt_tokens, meta.cached_tokens, engine
-    )
+    completion = Completion(ids, logprobs, finish, spans, meta.prompt_tokens, meta.cached_tokens, engine)
     return completion, meta.weight_version or spans[-1].weight_version
 
 

@@ -202,7 +202,7 @@ def check_tensors(data: Data, manifest: Manifest) -> None:
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"publication {manifest.publication} is not a safetensors file: {error}") from error
     wanted = {tensor.name: (tensor.dtype, tensor.shape, tensor.offset) for tensor in manifest.tensors}
     if found != wanted:

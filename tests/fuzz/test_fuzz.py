@@ -1,0 +1,232 @@
+"""Every decoder of what comes from another process, on hostile versions of good messages: only its typed errors, and
+no memory that grows."""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actor.completion import parse_completion
+from actor.engine.api import AbortBody, ContinueBody, GenerateBody, PauseBody, UpdateBody, parse
+from actor.weight_fetch import check_manifest, check_tensors
+from protocol import deltas
+from protocol.codec import decode_group, encode_group, pack_groups, unpack_groups
+from protocol.errors import EngineError, EngineRefused, ProtocolError, UnknownVersion, WeightsError
+from protocol.messages import Manifest, SubmitGroup
+from protocol.types import Context, PolicyTag, Question, Status, Trajectory, TrajectoryGroup, VersionSpan
+from protocol.wire import Message, decode, encode
+from retriever.service import _request_id
+from tests.fuzz.mutate import Frames, mutated
+
+MAX_GROWTH_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """`read` may raise `errors` and nothing else. `tree`: what the first frame of a sample is."""
+
+    samples: Sequence[Frames]
+    read: Callable[[Frames], object]
+    errors: tuple[type[Exception], ...]
+    tree: str = ""
+
+
+def _group() -> TrajectoryGroup:
+    context = Context(
+        token_ids=np.arange(12, dtype=np.int32),
+        loss_mask=np.array([0, 0, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0], dtype=np.bool_),
+        behavior_logprobs=np.array([0, 0, -1, -2, -0.5, 0, 0, -3, -4, 0, 0, 0], dtype=np.float32),
+        policy_versions=(VersionSpan(2, 4, 3, 4), VersionSpan(4, 5, 4, 5), VersionSpan(7, 9, 4, 5)),
+        role="memory",
+    )
+    one = Trajectory((context, context), 1.0, reward_parts={"em": 1.0}, stats={"turns": 2.0}, answer="w1")
+    two = Trajectory((context,), 0.0, status=Status.FORMAT_ERROR, reward_parts={"em": 0.0})
+    return TrajectoryGroup("run", 7, 1, Question("q7", "who?", ("w1", "w2"), {"hops": "2"}), (one, two))
+
+
+def _sample(schema: dict, definitions: dict) -> object:
+    """A value of the part of JSON schema that the messages use."""
+    if "$ref" in schema:
+        return _sample(definitions[schema["$ref"].rsplit("/", 1)[-1]], definitions)
+    if "anyOf" in schema:
+        return _sample(schema["anyOf"][0], definitions)
+    if "enum" in schema:
+        return schema["enum"][0]
+    match schema["type"]:
+        case "object" if "properties" in schema:
+            return {name: _sample(part, definitions) for name, part in schema["properties"].items()}
+        case "object":
+            return {"key": _sample(schema["additionalProperties"], definitions)}
+        case "array":
+            return [_sample(schema["items"], definitions)] * 2
+        case "string":
+            return "0" * 32 if schema.get("pattern", "").endswith("{32}$") else "a name"
+        case "integer":
+            return max(3, schema.get("minimum", 0))
+        case _:
+            return 0.5
+
+
+def _messages() -> list[Frames]:
+    """One of each kind, so that none is forgotten."""
+    samples = []
+    for cls in Message.kinds.values():
+        schema = cls.model_json_schema()
+        message = cls.model_validate(_sample(schema, schema.get("$defs", {})))
+        samples.append([encode(message), b"payload"])
+    return samples
+
+
+def _read_group(frames: Frames) -> None:
+    message, payload = decode(frames)
+    if isinstance(message, SubmitGroup):
+        group = decode_group(message, payload)
+        assert sum(context.num_trained_tokens for context in group.contexts()) <= sum(map(len, frames))
+
+
+_TAG = PolicyTag("run", 4, 3)
+_HELD = np.arange(4_000, dtype=np.uint16).tobytes()
+_NEW = (np.arange(4_000, dtype=np.uint16) + (np.arange(4_000) % 37 == 0)).astype(np.uint16).tobytes()
+
+
+def _manifest() -> Manifest:
+    part = {"base": 2, "publication": 4, "num_bytes": 10, "checksum": "0" * 32, "chunk_checksums": ["0" * 32] * 2}
+    tensor = {"name": "w", "shape": [1], "dtype": "F32", "offset": 62, "num_bytes": 4}
+    return Manifest.model_validate(
+        {
+            "request_id": 1, "run_id": "run", "publication": 4, "version": 3, "num_bytes": 66, "word_bytes": 4,
+            "chunk_bytes": 8, "tensors": [tensor], "parts": [part],
+        }
+    )  # fmt: skip
+
+
+def _read_manifest(frames: Frames) -> None:
+    message, _ = decode(frames)
+    if isinstance(message, Manifest):
+        check_manifest(message, _TAG, held=2)
+
+
+def _deltas() -> list[Frames]:
+    return [[deltas.encode(_NEW, base, word_bytes=2)] for base in (_HELD, bytes(len(_HELD)), None)]
+
+
+def _read_delta(frames: Frames) -> None:
+    made = deltas.decode(b"".join(frames), _HELD, num_bytes=len(_NEW), word_bytes=2, expected=deltas.checksum(_NEW))
+    assert bytes(made) == _NEW
+
+
+def _safetensors() -> list[Frames]:
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    deep = b'{"w":' + b"[" * 100_000
+    return [[len(text).to_bytes(8, "little") + text + bytes(4)] for text in (header, deep)]
+
+
+def _answers() -> list[Frames]:
+    meta = {
+        "finish_reason": {"type": "stop", "matched": 9}, "prompt_tokens": 5, "completion_tokens": 3,
+        "cached_tokens": 2, "weight_version": "run:4:3",
+        "weight_versions": [{"version": "run:3:2", "start": 0, "end": 1}, {"version": "run:4:3", "start": 1, "end": 3}],
+        "output_token_logprobs": [[-0.5, 7, None], [-1.5, 8, None], [-0.1, 9, None]],
+    }  # fmt: skip
+    spanless = {name: value for name, value in meta.items() if name != "weight_versions"}
+    return [[json.dumps({"output_ids": [7, 8, 9], "meta_info": fields}).encode()] for fields in (meta, spanless)]
+
+
+def _bodies() -> list[Frames]:
+    generate = {
+        "input_ids": [[1, 2, 3], [4, 5]], "sampling_params": {"temperature": 0.5, "stop": ["a"], "max_new_tokens": 4},
+        "rid": ["a", "b"], "return_logprob": True,
+    }  # fmt: skip
+    bodies: list[object] = [generate, {**generate, "input_ids": [1, 2], "rid": "a"}, {"mode": "retract"}]
+    bodies += [{"model_path": "/x", "weight_version": "run:4:3", "flush_cache": True}, {"rid": "a", "abort_all": False}]
+    return [[json.dumps(body).encode()] for body in bodies]
+
+
+_MODELS = (GenerateBody, PauseBody, ContinueBody, UpdateBody, AbortBody)
+
+
+def _read_body(frames: Frames) -> None:
+    """By every route; refused where no route takes it."""
+    num_refused = 0
+    for model in _MODELS:
+        try:
+            parse(model, b"".join(frames))
+        except EngineRefused:
+            num_refused += 1
+    if num_refused == len(_MODELS):
+        raise EngineRefused("every route refuses it")
+
+
+def _decoders() -> dict[str, Decoder]:
+    group = [bytes(frame) for frame in encode_group(_group(), lease_id=3)]
+    return {
+        "message": Decoder(_messages(), decode, (ProtocolError,), "msgpack"),
+        "group": Decoder([group], _read_group, (ProtocolError,), "msgpack"),
+        "groups": Decoder([[pack_groups([_group()] * 2)]], lambda f: unpack_groups(b"".join(f)), (ProtocolError,)),
+        "manifest": Decoder([[encode(_manifest())]], _read_manifest, (ProtocolError, WeightsError), "msgpack"),
+        "delta": Decoder(_deltas(), _read_delta, (WeightsError,)),
+        "tensors": Decoder(
+            _safetensors(), lambda frames: check_tensors(b"".join(frames), _manifest()), (WeightsError,)
+        ),
+        "search": Decoder(_messages(), _request_id, (), "msgpack"),
+        "answer": Decoder(
+            _answers(),
+            lambda frames: parse_completion(b"".join(frames), seen_version="run:4:3", engine="e"),
+            (EngineError,),
+            "json",
+        ),
+        "body": Decoder(_bodies(), _read_body, (EngineRefused,), "json"),
+        "tag": Decoder(
+            [[b"run:4:3"], [b"default"], [b"run:" + b"9" * 5_000 + b":1"]],
+            lambda frames: PolicyTag.parse(b"".join(frames).decode("utf-8", "replace")),
+            (UnknownVersion,),
+        ),
+    }
+
+
+DECODERS = _decoders()
+
+
+def _fuzz(decoder: Decoder, *, num: int, seed: int) -> tuple[int, int]:
+    """(how many were refused, bytes that the process grew by in the last four fifths)"""
+    rng = random.Random(seed)
+    num_refused = before = 0
+    for i in range(num):
+        if i == num // 5:
+            before = _resident_bytes()
+        frames = mutated(rng, decoder.samples, tree=decoder.tree)
+        try:
+            decoder.read(frames)
+        except decoder.errors:
+            num_refused += 1
+        except Exception as error:
+            raise AssertionError(f"message {i} of seed {seed}: {[frame[:200] for frame in frames]}") from error
+    return num_refused, _resident_bytes() - before
+
+
+def _resident_bytes() -> int:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_what_was_not_changed_is_read(name: str) -> None:
+    DECODERS[name].read(DECODERS[name].samples[0])
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("num", [1_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_only_typed_errors(name: str, num: int) -> None:
+    """A million messages in all, where slow tests run."""
+    num_refused, growth_bytes = _fuzz(DECODERS[name], num=num, seed=0)
+    assert num_refused > num / 10 or not DECODERS[name].errors
+    assert num_refused < num
+    assert growth_bytes < MAX_GROWTH_BYTES
