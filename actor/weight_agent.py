@@ -81,7 +81,7 @@ class WeightAgent:
         self._learned = asyncio.Event()
         self.num_updates = 0
         self.num_failures = 0
-        self.pause_s = 0.0
+        self.paused_s = 0.0
         self.canary_error = 0.0
 
     async def run(self) -> None:
@@ -165,6 +165,7 @@ class WeightAgent:
                 "counters": {
                     "updates": float(self.num_updates),
                     "failures": float(self.num_failures),
+                    "paused_s": self.paused_s,
                     "fetched_bytes": float(self._fetcher.num_bytes),
                     "repeated_chunks": float(self._fetcher.num_repeated_chunks),
                 },
@@ -195,14 +196,7 @@ class WeightAgent:
         finally:
             self._updating = False
         await asyncio.to_thread(self._fetcher.forget_others)
-        log.info(
-            "engine %s: %s -> %s, paused %.3f s, canary off by %.2g nats",
-            self._name,
-            previous or "nothing",
-            tag,
-            self.pause_s,
-            self.canary_error,
-        )
+        log.info("engine %s: %s -> %s, canary %.2g nats off", self._name, previous or "nothing", tag, self.canary_error)
 
     async def _update(self, prepared: Prepared) -> None:
         """Pause, update, continue, canary. Raises: EngineError, WeightsError.
@@ -221,7 +215,7 @@ class WeightAgent:
         try:
             await asyncio.sleep(0)  # its requests leave first
             await self._engine.continue_()
-            self.pause_s = time.perf_counter() - started_s
+            self.paused_s += time.perf_counter() - started_s
             self.canary_error = await canary
         finally:
             canary.cancel()

@@ -568,7 +568,7 @@ async def test_an_engine_that_computes_with_the_published_weights_commits(
         await plane.publish(data, publication=publication, version=publication, canary=canary)
         await plane.until(serves(plane, publication))
         assert engine.agent.canary_error < 1e-5
-    assert engine.agent.pause_s > 0
+    assert engine.agent.paused_s > 0
 
 
 async def test_an_engine_that_computes_otherwise_gives_no_tokens_until_it_is_healed(
