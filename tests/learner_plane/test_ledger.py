@@ -304,9 +304,9 @@ def test_restore_issues_again_what_no_lease_runs() -> None:
         entries=entries,
         leases=[LeaseRecord(5, 3, 3, 1, "a", 0.0)],
         next_lease_id=9,
-        next_cursor=4,
+        next_cursor=5,
     )
     assert [(lease.lease_id, lease.slot, lease.cursor, lease.attempt) for lease in grant_all(ledger, 0)] == [
-        (9, 1, 4, 0),
+        (9, 1, 5, 0),
         (10, 2, 2, 1),
     ]
