@@ -139,6 +139,7 @@ class Coordinator:
                     await self._on(peer, message, payload, frames)
                 except ProtocolError as error:
                     self._scheduler.num_malformed += 1
+                    self._router.refused(peer)
                     log.warning("refused a message: %s", error)
 
     async def engines_changed(self) -> None:

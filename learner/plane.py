@@ -18,7 +18,7 @@ from learner.coordinator import Coordinator
 from learner.engines import Engines
 from learner.ledger import Ledger
 from learner.publications import Series
-from learner.publisher import Publisher
+from learner.publisher import MAX_REQUEST_BYTES, Publisher
 from learner.scheduler import Limits
 from learner.store import Store
 from protocol.config import NetworkConfig
@@ -122,7 +122,7 @@ class Plane:
                 limits=self._limits,
             )
             self.publisher = Publisher(
-                router=transport.router(self._network.weights_address),
+                router=transport.router(self._network.weights_address, max_frame_bytes=MAX_REQUEST_BYTES),
                 announcements=transport.publisher(self._network.announce_address),
                 engines=self.engines,
                 run_id=self._rules.run_id,

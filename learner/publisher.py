@@ -31,6 +31,9 @@ from protocol.wire import Message, decode, encode
 
 log = logging.getLogger(__name__)
 
+# What agents ask for is short.
+MAX_REQUEST_BYTES = 1 << 20
+
 
 class Publisher:
     """The learner's half of the weight plane. Runs in the plane's thread."""
