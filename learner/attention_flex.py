@@ -14,6 +14,8 @@ from typing import cast
 
 import numpy as np
 import torch
+import torch._dynamo.config as dynamo
+import torch.fx.experimental._config as symbolic_shapes
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -33,15 +35,20 @@ class FlexPlan:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
         """[1, U, H, D] from query [1, H, U, D] and key, value [1, K, U, D], H a multiple of K."""
-        attention = _compiled() if query.is_cuda else flex_attention
         is_grouped = query.shape[1] != key.shape[1]
-        out = attention(query, key, value, block_mask=self.block_mask, scale=scale, enable_gqa=is_grouped)
+        if query.is_cuda:
+            out = compiled(scale, is_grouped)(query, key, value, self.block_mask)
+        else:
+            out = flex_attention(query, key, value, block_mask=self.block_mask, scale=scale, enable_gqa=is_grouped)
         return cast(Tensor, out).transpose(1, 2)
 
 
 def flex_inputs(pack: Pack, device: torch.device) -> tuple[Tensor, Tensor, FlexPlan]:
-    """(token_ids [U], position_ids [U], plan) with U a multiple of 128; added tokens see only themselves."""
-    num_added = -pack.num_unique_tokens % _BLOCK
+    """(token_ids [U], position_ids [U], plan), U a multiple of 128 and at least 256; added tokens see only themselves.
+
+    At least two blocks, because the compiler makes a graph of its own for a size of 1.
+    """
+    num_added = max(2 * _BLOCK - pack.num_unique_tokens, -pack.num_unique_tokens % _BLOCK)
     token_ids, depth = (np.pad(column, (0, num_added)) for column in (pack.token_ids, pack.depth))
     alone = np.arange(pack.num_unique_tokens, len(token_ids)) + 1
     subtree_end = np.concatenate([pack.subtree_end, alone])
@@ -78,6 +85,29 @@ def _ordered(blocks: NDArray[np.bool_], device: torch.device) -> tuple[Tensor, T
     return count, indices
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor]
+
+
 @functools.cache
-def _compiled() -> Callable[..., object]:
-    return torch.compile(flex_attention, dynamic=True)
+def compiled(scale: float, is_grouped: bool, *, backend: str | Callable = "inductor") -> Attend:
+    """One graph for every number of tokens: (query, key, value, block mask) -> out.
+
+    The number of blocks may by chance be that of heads, or of a head's width: without `use_duck_shape` the compiler
+    does not take them for the same size. Beyond the limit of graphs it would run uncompiled, which forms all scores,
+    in silence: it shall fail.
+    """
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+        out = flex_attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=is_grouped)
+        return cast(Tensor, out)
+
+    function = torch.compile(attend, dynamic=True, backend=backend)
+
+    def call(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+        with (
+            symbolic_shapes.patch(use_duck_shape=False),  # pyright: ignore[reportAttributeAccessIssue]
+            dynamo.patch(fail_on_recompile_limit_hit=True),  # pyright: ignore[reportAttributeAccessIssue]
+        ):
+            return function(query, key, value, mask)
+
+    return call

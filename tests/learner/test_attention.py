@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from learner.attention import choose, install, to_device
-from learner.attention_flex import block_mask
+from learner.attention_flex import block_mask, compiled, flex_inputs
 from learner.packing import Pack, pack
 from protocol.errors import DataError
 from tests.learner.forests import Ids, forests, grown, model_of, plain_attention
@@ -99,6 +100,21 @@ def test_hundreds_of_small_nodes_are_few_kernel_calls() -> None:
     plan = to_device(row, "cpu").plan
     assert len(row.node_start) > 400
     assert len(plan.own) + len(plan.inner) < 20  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
+def test_one_graph_serves_every_size_whatever_sizes_coincide() -> None:
+    """What would be compiled, run as it is: 4 heads and 4 blocks first, then other numbers of blocks."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    attend = compiled(0.3, True, backend=counter)
+    device = torch.device("cpu")
+    for size in (512, 640, 90, 256, 1024, 2048):
+        token_ids, _, plan = flex_inputs(pack([np.arange(size, dtype=np.int32)]), device)
+        query, key, value = (torch.randn(1, number, len(token_ids), 16) for number in (4, 2, 2))
+        found = attend(query, key, value, plan.block_mask)
+        torch.testing.assert_close(found.transpose(1, 2), plan.attend(query, key, value, scale=0.3))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
