@@ -236,6 +236,27 @@ async def test_groups_without_variance_give_their_slot_back(tmp_path: Path) -> N
             assert (await actor.submit(same, lease_id=leases[0].lease_id)).outcome == "duplicate"
 
 
+async def test_a_straggler_is_overtaken_and_trained_later(tmp_path: Path) -> None:
+    with open_plane(Setting(tmp_path, straggler_timeout_s=0.3)) as plane:
+        await asyncio.to_thread(plane.coordinator._store.claim, IDENTITY)
+        await serve_version(plane, 0)
+        async with Actor(control_address(plane)) as actor:
+            slow, *others = list(await actor.until_leased(4))
+            for lease in others:
+                assert (await actor.answer(lease)).outcome == "accepted"
+            first = await next_batch(plane)
+            assert [group.cursor for group in first] == [2, 1]
+            await finish(plane, first)
+            assert (await actor.answer(slow)).outcome == "accepted"
+            second = await next_batch(plane)
+            assert [group.cursor for group in second] == [0, 3]
+            await finish(plane, second)
+            gauges = await asyncio.to_thread(plane.run, plane.coordinator.gauges())
+            assert gauges["queue/overtaken"] == 1
+    audit = audit_run(tmp_path)
+    assert (audit.problems, audit.num_overtaken, audit.num_tokens_masked) == ((), 1, 0)
+
+
 async def test_a_silent_actor_loses_its_leases(tmp_path: Path) -> None:
     with open_plane(Setting(tmp_path, lease_timeout_s=0.5)) as plane:
         await serve_version(plane, 0)
