@@ -20,10 +20,11 @@ from protocol import deltas
 from protocol.codec import decode_group, encode_group, pack_groups, unpack_groups
 from protocol.errors import EngineError, EngineRefused, ProtocolError, UnknownVersion, WeightsError
 from protocol.messages import Manifest, SubmitGroup
-from protocol.types import Context, PolicyTag, Question, Status, Trajectory, TrajectoryGroup, VersionSpan
-from protocol.wire import Message, decode, encode
+from protocol.types import PolicyTag
+from protocol.wire import decode, encode
 from retriever.service import _request_id
 from tests.fuzz.mutate import Frames, mutated
+from tests.fuzz.samples import sample_group, sample_messages
 
 MAX_GROWTH_BYTES = 16 << 20
 
@@ -36,52 +37,6 @@ class Decoder:
     read: Callable[[Frames], object]
     errors: tuple[type[Exception], ...]
     tree: str = ""
-
-
-def _group() -> TrajectoryGroup:
-    context = Context(
-        token_ids=np.arange(12, dtype=np.int32),
-        loss_mask=np.array([0, 0, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0], dtype=np.bool_),
-        behavior_logprobs=np.array([0, 0, -1, -2, -0.5, 0, 0, -3, -4, 0, 0, 0], dtype=np.float32),
-        policy_versions=(VersionSpan(2, 4, 3, 4), VersionSpan(4, 5, 4, 5), VersionSpan(7, 9, 4, 5)),
-        role="memory",
-    )
-    one = Trajectory((context, context), 1.0, reward_parts={"em": 1.0}, stats={"turns": 2.0}, answer="w1")
-    two = Trajectory((context,), 0.0, status=Status.FORMAT_ERROR, reward_parts={"em": 0.0})
-    return TrajectoryGroup("run", 7, 1, Question("q7", "who?", ("w1", "w2"), {"hops": "2"}), (one, two))
-
-
-def _sample(schema: dict, definitions: dict) -> object:
-    """A value of the part of JSON schema that the messages use."""
-    if "$ref" in schema:
-        return _sample(definitions[schema["$ref"].rsplit("/", 1)[-1]], definitions)
-    if "anyOf" in schema:
-        return _sample(schema["anyOf"][0], definitions)
-    if "enum" in schema:
-        return schema["enum"][0]
-    match schema["type"]:
-        case "object" if "properties" in schema:
-            return {name: _sample(part, definitions) for name, part in schema["properties"].items()}
-        case "object":
-            return {"key": _sample(schema["additionalProperties"], definitions)}
-        case "array":
-            return [_sample(schema["items"], definitions)] * 2
-        case "string":
-            return "0" * 32 if schema.get("pattern", "").endswith("{32}$") else "a name"
-        case "integer":
-            return max(3, schema.get("minimum", 0))
-        case _:
-            return 0.5
-
-
-def _messages() -> list[Frames]:
-    """One of each kind, so that none is forgotten."""
-    samples = []
-    for cls in Message.kinds.values():
-        schema = cls.model_json_schema()
-        message = cls.model_validate(_sample(schema, schema.get("$defs", {})))
-        samples.append([encode(message), b"payload"])
-    return samples
 
 
 def _read_group(frames: Frames) -> None:
@@ -165,17 +120,19 @@ def _read_body(frames: Frames) -> None:
 
 
 def _decoders() -> dict[str, Decoder]:
-    group = [bytes(frame) for frame in encode_group(_group(), lease_id=3)]
+    group = [bytes(frame) for frame in encode_group(sample_group(), lease_id=3)]
     return {
-        "message": Decoder(_messages(), decode, (ProtocolError,), "msgpack"),
+        "message": Decoder(sample_messages(), decode, (ProtocolError,), "msgpack"),
         "group": Decoder([group], _read_group, (ProtocolError,), "msgpack"),
-        "groups": Decoder([[pack_groups([_group()] * 2)]], lambda f: unpack_groups(b"".join(f)), (ProtocolError,)),
+        "groups": Decoder(
+            [[pack_groups([sample_group()] * 2)]], lambda f: unpack_groups(b"".join(f)), (ProtocolError,)
+        ),
         "manifest": Decoder([[encode(_manifest())]], _read_manifest, (ProtocolError, WeightsError), "msgpack"),
         "delta": Decoder(_deltas(), _read_delta, (WeightsError,)),
         "tensors": Decoder(
             _safetensors(), lambda frames: check_tensors(b"".join(frames), _manifest()), (WeightsError,)
         ),
-        "search": Decoder(_messages(), _request_id, (), "msgpack"),
+        "search": Decoder(sample_messages(), _request_id, (), "msgpack"),
         "answer": Decoder(
             _answers(),
             lambda frames: parse_completion(b"".join(frames), seen_version="run:4:3", engine="e"),
