@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +67,7 @@ def encode_group(group: TrajectoryGroup, *, lease_id: int) -> list[Buffer]:
 
 
 def decode_group(header: SubmitGroup, payload: Sequence[Buffer]) -> TrajectoryGroup:
-    """The group, its arrays read-only views into `payload`.
+    """The group, checked as a whole. Its trajectories, read-only views into `payload`, are made when first looked at.
 
     Raises: MalformedMessage where columns disagree in length, a span is out of its context, or spans do not cover
     exactly the sampled tokens.
@@ -73,48 +75,84 @@ def decode_group(header: SubmitGroup, payload: Sequence[Buffer]) -> TrajectoryGr
     _check_header(header)
     lengths = np.asarray(header.context_lengths, dtype=np.int64)
     num_tokens, num_spans = int(lengths.sum()), sum(header.context_num_spans)
-    ids, mask_bytes, logprobs, spans = _views(payload, num_tokens, num_spans)
-    _check_tokens(ids, mask_bytes, logprobs)
-    _check_spans(spans, mask_bytes, lengths, np.asarray(header.context_num_spans, dtype=np.int64))
-    mask = mask_bytes.view(np.bool_)
-    token_offsets = [0, *np.cumsum(lengths).tolist()]
-    span_offsets = [0, *np.cumsum(header.context_num_spans).tolist()]
-    span_rows = spans.tolist()
-    contexts = [
-        Context(
-            token_ids=ids[start:end],
-            loss_mask=mask[start:end],
-            behavior_logprobs=logprobs[start:end],
-            policy_versions=tuple(VersionSpan(*row) for row in span_rows[first:last]),
-            role=header.role_names[header.context_roles[k]],
-            policy=header.policy_names[header.context_policies[k]],
-            turn=header.context_turns[k],
-            edge=Edge(header.context_edges[k]),
-            reward=header.context_rewards[k],
-        )
-        for k, ((start, end), (first, last)) in enumerate(
-            zip(pairwise(token_offsets), pairwise(span_offsets), strict=True)
-        )
-    ]
-    context_offsets = [0, *np.cumsum(header.num_contexts).tolist()]
-    trajectories = tuple(
-        Trajectory(
-            contexts=tuple(contexts[first:last]),
-            reward=header.rewards[i],
-            status=Status(header.statuses[i]),
-            reward_parts=_row_of(header.reward_parts, i),
-            stats=_row_of(header.stats, i),
-            answer=header.answers[i],
-        )
-        for i, (first, last) in enumerate(pairwise(context_offsets))
-    )
+    ids, mask, logprobs, spans = _views(payload, num_tokens, num_spans)
+    _check_tokens(ids, mask, logprobs)
+    _check_spans(spans, mask, lengths, np.asarray(header.context_num_spans, dtype=np.int64))
     question = Question(
         header.question.id,
         header.question.text,
         tuple(header.question.answers),
         dict(header.question.metadata),
     )
+    trajectories = _Trajectories(header, ids, mask.view(np.bool_), logprobs, spans)
     return TrajectoryGroup(header.run_id, header.cursor, header.attempt, question, trajectories)
+
+
+class _Trajectories(Sequence[Trajectory]):
+    """Those of a group whose columns have been checked, all made at the first look at one of them."""
+
+    def __init__(
+        self,
+        header: SubmitGroup,
+        ids: NDArray[np.int32],
+        mask: NDArray[np.bool_],
+        logprobs: NDArray[np.float32],
+        spans: NDArray[np.int32],
+    ) -> None:
+        self._header = header
+        self._columns = ids, mask, logprobs, spans
+
+    def __len__(self) -> int:
+        return len(self._header.rewards)
+
+    @overload
+    def __getitem__(self, index: int) -> Trajectory: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Trajectory]: ...
+    def __getitem__(self, index: int | slice) -> Trajectory | Sequence[Trajectory]:
+        return self._made[index]
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        return iter(self._made)
+
+    @cached_property
+    def _made(self) -> tuple[Trajectory, ...]:
+        header = self._header
+        contexts = self._contexts()
+        offsets = [0, *np.cumsum(header.num_contexts).tolist()]
+        return tuple(
+            Trajectory(
+                contexts=tuple(contexts[first:last]),
+                reward=header.rewards[i],
+                status=Status(header.statuses[i]),
+                reward_parts=_row_of(header.reward_parts, i),
+                stats=_row_of(header.stats, i),
+                answer=header.answers[i],
+            )
+            for i, (first, last) in enumerate(pairwise(offsets))
+        )
+
+    def _contexts(self) -> list[Context]:
+        header, (ids, mask, logprobs, spans) = self._header, self._columns
+        token_offsets = [0, *np.cumsum(header.context_lengths).tolist()]
+        span_offsets = [0, *np.cumsum(header.context_num_spans).tolist()]
+        versions = [VersionSpan(*row) for row in spans.tolist()]
+        return [
+            Context(
+                token_ids=ids[start:end],
+                loss_mask=mask[start:end],
+                behavior_logprobs=logprobs[start:end],
+                policy_versions=tuple(versions[first:last]),
+                role=header.role_names[header.context_roles[k]],
+                policy=header.policy_names[header.context_policies[k]],
+                turn=header.context_turns[k],
+                edge=Edge(header.context_edges[k]),
+                reward=header.context_rewards[k],
+            )
+            for k, ((start, end), (first, last)) in enumerate(
+                zip(pairwise(token_offsets), pairwise(span_offsets), strict=True)
+            )
+        ]
 
 
 def pack_groups(groups: Sequence[TrajectoryGroup]) -> bytes:
@@ -189,8 +227,8 @@ def _check_tokens(ids: NDArray[np.int32], mask: NDArray[np.uint8], logprobs: NDA
         raise MalformedMessage(f"group: token_ids must be >= 0, got {int(ids.min())}")
     if len(mask) and int(mask.max()) > 1:
         raise MalformedMessage(f"group: loss_mask must be 0 or 1, got {int(mask.max())}")
-    # NaN fails the comparison too. A small positive value is float noise around log 1.
-    if len(logprobs) and not bool((logprobs <= 1e-3).all() and np.isfinite(logprobs).all()):
+    # NaN fails the comparisons too. A small positive value is float noise around log 1.
+    if len(logprobs) and not (logprobs.max() <= 1e-3 and logprobs.min() > -np.inf):
         raise MalformedMessage("group: behavior_logprobs must be finite and <= 0")
 
 

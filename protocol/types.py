@@ -7,7 +7,7 @@ and sampled; a memory crosses into the next context as text and is tokenised the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -156,7 +156,7 @@ class TrajectoryGroup:
     cursor: int
     attempt: int
     question: Question
-    trajectories: tuple[Trajectory, ...]
+    trajectories: Sequence[Trajectory]
 
     def contexts(self) -> Iterator[Context]:
         for trajectory in self.trajectories:
