@@ -41,9 +41,11 @@ def token_scores(
 
 
 def _tile_shape(num_rows: int, num_columns: int, elements: int) -> tuple[int, int]:
-    """(rows, columns) of at most `elements`: whole rows of a small vocabulary, about square of a large one, so that
-    neither hidden states nor the output embedding are read more often than they must."""
-    columns = min(num_columns, max(math.isqrt(elements), elements // max(1, num_rows)))
+    """(rows, columns) of at most `elements`: whole rows where 128 fit, else about square, so that neither hidden
+    states nor the output embedding are read more often than they must."""
+    columns = num_columns
+    if elements // num_columns < min(num_rows, 128):
+        columns = min(num_columns, max(math.isqrt(elements), elements // max(1, num_rows)))
     columns = math.ceil(num_columns / math.ceil(num_columns / columns))  # alike
     return max(1, min(num_rows, elements // columns)), columns
 
