@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,8 @@ import pytest
 from learner.audit import audit_run
 from learner.launch.chaos import KINDS, Chaos, draw, recovery_s
 from learner.launch.inflict import can_cut, inflict
-from protocol.errors import DataError
+from learner.launch.supervisor import MAX_RESTARTS, lock_path
+from learner.lock import locked
 from tests.launch.running import RUN_TIMEOUT_S, launched, steps, until
 from tests.launch.tiny_run import make_tiny_run
 
@@ -112,9 +114,22 @@ async def test_cut_breaks_connections_and_those_made_again() -> None:
             assert victim.poll() is None
 
 
-def test_chaos_needs_a_run(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no launcher runs in"):
-        Chaos(tmp_path, seed=0, kinds=KINDS, roles=("actor",), every_s=1.0)
+def test_whom_chaos_hits(tmp_path: Path) -> None:
+    """Processes that are started again, of the roles wanted; never so often that the launcher gives the run up."""
+    running = dict.fromkeys(("learner", "actor-0", "actor-12", "engine-0", "sglang-0", "eval-before-greedy"), 1)
+    (tmp_path / "processes.json").write_text(json.dumps(running))
+    with locked(lock_path(tmp_path), what="a launcher"):
+        chaos = Chaos(tmp_path, seed=0, kinds=KINDS, roles=("actor", "learner"), every_s=1.0)
+    assert set(chaos._processes()) == {"learner", "actor-0", "actor-12"}
+    now = time.monotonic()
+    chaos._killed_s = [("learner", now - 1.0)] * (MAX_RESTARTS - 1) + [("actor-0", now - 61.0)] * MAX_RESTARTS
+    chaos._busy = {"actor-12"}
+    assert [name for name in running if chaos._may_hit(name)] == [
+        "actor-0",
+        "engine-0",
+        "sglang-0",
+        "eval-before-greedy",
+    ]
 
 
 @pytest.mark.slow

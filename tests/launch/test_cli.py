@@ -178,6 +178,13 @@ def test_keys_are_made_once(tmp_path: Path) -> None:
     assert f'keys = "{tmp_path}/keys"' in said.out
     assert (tmp_path / "keys" / "server.key_secret").stat().st_mode & 0o077 == 0
     assert "already holds" in refused("keys", tmp_path / "keys")
+    assert palimpsest("keys", tmp_path / "keys", "--client", "node-7").status == 0
+    assert (tmp_path / "keys" / "clients" / "node-7" / "client.key_secret").stat().st_mode & 0o077 == 0
+    assert "already has a client node-7" in refused("keys", tmp_path / "keys", "--client", "node-7")
+
+
+def test_chaos_needs_a_run_that_goes_on(tmp_path: Path) -> None:
+    assert "no launcher runs in" in refused("chaos", tmp_path)
 
 
 def test_audit(tmp_path: Path) -> None:
