@@ -5,7 +5,8 @@
 raw      pyzmq alone: the four columns of a group, made beforehand, as four frames from a DEALER to a ROUTER,
          synchronous sockets, nothing looked at: the limit
 ours     what `actor.runner` and the coordinator do but for leases: encode_group, decode (the runner's check), Dealer;
-         Router, decode, decode_group, which validates
+         Router, decode, decode_group, which validates; views are made when looked at, and here nobody does
+judged   the same, and the coordinator's judge, which looks at each context
 durable  the same through a real Runner and a real Plane: leases, one durable SQLite transaction a lease and a group,
          acknowledgements. `vs_raw_durable` is against raw, which stores nothing; `durable_vs_raw_file` against raw
          whose receiver appends each group to a file, syncs it and answers, as many groups in flight
@@ -13,7 +14,8 @@ lists    Python lists in msgpack, arrays again at the receiver
 ray      objects of a Ray actor, 8 in flight; null where Ray is not installed (pip install palimpsest[ray])
 
 A group is 8 trajectories of 4 contexts, 38,697 tokens. One process sends, one receives; every method is measured in
-every round, in rotating order; a ratio is the median of the rounds' ratios. The last line is one JSON object.
+every round, in rotating order; a ratio is the median of the rounds' ratios. `cpu_…` are ratios of processor time, both
+processes': what is left of a comparison on a machine that others use. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ import zmq
 from synthetic import NUM_TRAJECTORIES, PUBLICATION, RUN, VOCABULARY, make_group
 
 from actor.runner import Runner
-from learner.admission import Rules
+from learner.admission import Rules, judge
 from learner.ledger import Ledger
 from learner.plane import Plane
 from learner.store import Store, store_path
@@ -57,19 +59,20 @@ RULES = Rules(run_id=RUN, group_size=NUM_TRAJECTORIES, vocab_size=VOCABULARY, sk
 IN_FLIGHT = 32
 ACK_EVERY = 16
 # Groups a round, so that a round of each takes about half a second.
-NUM_GROUPS = {"raw": 2_000, "ours": 1_200, "durable": 150, "raw_file": 150, "lists": 80, "ray": 160}
+NUM_GROUPS = {"raw": 2_000, "ours": 1_200, "judged": 800, "durable": 150, "raw_file": 150, "lists": 80, "ray": 160}
 
 
 # --- the sending process ---
 
 
 def send_all(connection: Connection) -> None:
-    """For each (method, address, number) received: sends as many groups that way."""
+    """For each (method, address, number) received: sends as many groups that way, then says its processor seconds."""
     group = make_group()
     while (order := connection.recv()) is not None:
         method, address, num = order
-        SENDERS[method](group, address, num)
-        connection.send("sent")
+        if method in SENDERS:
+            SENDERS[method](group, address, num)
+        connection.send(time.process_time())
 
 
 def _send_sync(address: str, num: int, make: Callable[[], list[Buffer]], *, acks_every: int) -> None:
@@ -220,7 +223,7 @@ def receive_lists(num: int, connection: Connection) -> float:
     return _receive("lists", num, connection, unpack, ack_every=ACK_EVERY)
 
 
-def receive_ours(num: int, connection: Connection) -> float:
+def receive_ours(num: int, connection: Connection, *, judged: bool = False) -> float:
     async def receive() -> float:
         transport = Transport()
         router = transport.router("tcp://127.0.0.1:0")
@@ -229,7 +232,9 @@ def receive_ours(num: int, connection: Connection) -> float:
         for i in range(num):
             peer, frames = await router.recv()
             message, payload = decode(frames)
-            decode_group(expect(message, SubmitGroup), payload)
+            group = decode_group(expect(message, SubmitGroup), payload)
+            if judged:
+                judge(group, rules=RULES, publications={PUBLICATION: 0}, step=0, min_version=0)
             arrivals_s.append(time.perf_counter())
             if (i + 1) % ACK_EVERY == 0:
                 await router.send(peer, [b""])
@@ -296,8 +301,14 @@ def open_ray(group: TrajectoryGroup) -> Callable[[int], float] | None:
     return receive
 
 
-def measure(*, num_rounds: int, divisor: int) -> dict[str, list[float]]:
-    """Groups/s by method, one value a round."""
+def cpu_s(connection: Connection) -> float:
+    """Processor seconds of both processes until now."""
+    connection.send(("idle", "", 0))
+    return time.process_time() + connection.recv()
+
+
+def measure(*, num_rounds: int, divisor: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Groups/s, and groups by processor second of both processes, by method, one value a round."""
     spawn = multiprocessing.get_context("spawn")
     connection, theirs = spawn.Pipe()
     sender = spawn.Process(target=send_all, args=(theirs,), daemon=True)
@@ -305,6 +316,7 @@ def measure(*, num_rounds: int, divisor: int) -> dict[str, list[float]]:
     methods: dict[str, Callable[[int], float]] = {
         "raw": lambda num: receive_raw(num, connection),
         "ours": lambda num: receive_ours(num, connection),
+        "judged": lambda num: receive_ours(num, connection, judged=True),
         "durable": lambda num: receive_durable(num, connection),
         "raw_file": lambda num: receive_raw_file(num, connection),
         "lists": lambda num: receive_lists(num, connection),
@@ -312,15 +324,20 @@ def measure(*, num_rounds: int, divisor: int) -> dict[str, list[float]]:
     if (receive_ray := open_ray(make_group())) is not None:
         methods["ray"] = receive_ray
     rates: dict[str, list[float]] = {name: [] for name in methods}
+    cpu_rates: dict[str, list[float]] = {name: [] for name in methods if name != "ray"}
     for i in range(-1, num_rounds):
         names = list(methods)
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            rate = methods[name](max(20, NUM_GROUPS[name] // divisor))
-            if i >= 0:  # the first round only warms up
-                rates[name].append(rate)
+            num, before_s = max(20, NUM_GROUPS[name] // divisor), cpu_s(connection)
+            rate = methods[name](num)
+            if i < 0:  # the first round only warms up
+                continue
+            rates[name].append(rate)
+            if name in cpu_rates:
+                cpu_rates[name].append(num / (cpu_s(connection) - before_s))
     connection.send(None)
     sender.join()
-    return rates
+    return rates, cpu_rates
 
 
 def main() -> None:
@@ -328,14 +345,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three short rounds")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    rates = measure(num_rounds=3 if options.quick else options.rounds, divisor=5 if options.quick else 1)
+    rates, cpu_rates = measure(num_rounds=3 if options.quick else options.rounds, divisor=5 if options.quick else 1)
     for name, values in rates.items():
         print(f"{name:>9} {statistics.median(values):8.0f} groups/s   {min(values):8.0f} to {max(values):8.0f}")
 
-    def ratio(one: str, other: str) -> float | None:
-        if other not in rates:
+    def ratio(one: str, other: str, values: dict[str, list[float]] = rates) -> float | None:
+        if other not in values:
             return None
-        return round(statistics.median(a / b for a, b in zip(rates[one], rates[other], strict=True)), 3)
+        return round(statistics.median(a / b for a, b in zip(values[one], values[other], strict=True)), 3)
 
     print(
         json.dumps(
@@ -344,6 +361,9 @@ def main() -> None:
                 "vs_raw": ratio("ours", "raw"),
                 "vs_ray": ratio("ours", "ray"),
                 "vs_lists": ratio("ours", "lists"),
+                "judged_vs_raw": ratio("judged", "raw"),
+                "cpu_vs_raw": ratio("ours", "raw", cpu_rates),
+                "cpu_vs_lists": ratio("ours", "lists", cpu_rates),
                 "vs_raw_durable": ratio("durable", "raw"),
                 "durable_vs_raw_file": ratio("durable", "raw_file"),
                 "groups_per_s": {name: round(statistics.median(values), 1) for name, values in rates.items()},
