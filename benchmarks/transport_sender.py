@@ -1,0 +1,132 @@
+"""The sending process of benchmarks/transport.py: each way to send a group."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.connection import Connection
+
+import msgpack
+import zmq
+from synthetic import make_group
+
+from actor.runner import Runner
+from protocol.codec import encode_group
+from protocol.messages import Lease
+from protocol.transport import Transport
+from protocol.types import TrajectoryGroup
+from protocol.wire import Buffer, decode
+
+# Groups sent and not acknowledged, as an actor's credits bound them; all but the durable ways acknowledge every 16th.
+IN_FLIGHT = 32
+ACK_EVERY = 16
+
+
+def send_all(connection: Connection) -> None:
+    """For each (method, address, number) received: sends as many groups that way, then says its processor seconds."""
+    group = make_group()
+    while (order := connection.recv()) is not None:
+        method, address, num = order
+        if method in SENDERS:
+            SENDERS[method](group, address, num)
+        connection.send(time.process_time())
+
+
+def _send_sync(address: str, num: int, make: Callable[[], list[Buffer]], *, acks_every: int) -> None:
+    """From a synchronous DEALER, at most IN_FLIGHT that the receiver has not acknowledged."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.connect(address)
+        num_open = 0
+        for _ in range(num):
+            socket.send_multipart(make(), copy=False)
+            num_open += 1
+            if num_open == IN_FLIGHT:
+                socket.recv()
+                num_open -= acks_every
+        while num_open >= acks_every:
+            socket.recv()
+            num_open -= acks_every
+
+
+def _send_raw(group: TrajectoryGroup, address: str, num: int) -> None:
+    frames = encode_group(group, lease_id=0)[1:]
+    _send_sync(address, num, lambda: frames, acks_every=ACK_EVERY)
+
+
+def _send_raw_file(group: TrajectoryGroup, address: str, num: int) -> None:
+    frames = encode_group(group, lease_id=0)[1:]
+    _send_sync(address, num, lambda: frames, acks_every=1)
+
+
+def _send_lists(group: TrajectoryGroup, address: str, num: int) -> None:
+    _send_sync(address, num, lambda: [_pack_lists(group)], acks_every=ACK_EVERY)
+
+
+def _send_ours(group: TrajectoryGroup, address: str, num: int) -> None:
+    async def send() -> None:
+        transport = Transport()
+        dealer = transport.dealer(address)
+        num_open = 0
+        for i in range(num):
+            frames = encode_group(group, lease_id=i)
+            decode(frames)
+            await dealer.send(frames)
+            num_open += 1
+            if num_open == IN_FLIGHT:
+                await dealer.recv()
+                num_open -= ACK_EVERY
+        while num_open >= ACK_EVERY:
+            await dealer.recv()
+            num_open -= ACK_EVERY
+        transport.close()
+
+    asyncio.run(send())
+
+
+def _send_durable(group: TrajectoryGroup, address: str, num: int) -> None:
+    """A real runner whose rollouts take no time, until the plane drains it."""
+
+    async def rollout(lease: Lease) -> TrajectoryGroup:
+        return replace(group, run_id=lease.run_id, cursor=lease.cursor, attempt=lease.attempt)
+
+    async def send() -> None:
+        transport = Transport()
+        runner = Runner(
+            name="actor",
+            capacity=IN_FLIGHT,
+            dealer=transport.dealer(address),
+            rollout=rollout,
+            on_engines=lambda _: None,
+            counters=dict,
+            heartbeat_s=0.5,
+        )
+        await runner.run()
+        transport.close()
+
+    asyncio.run(send())
+
+
+def _pack_lists(group: TrajectoryGroup) -> bytes:
+    rows = [
+        {
+            "token_ids": each.token_ids.tolist(),
+            "loss_mask": each.loss_mask.tolist(),
+            "logprobs": each.behavior_logprobs.tolist(),
+            "spans": [(span.start, span.end, span.version) for span in each.policy_versions],
+        }
+        for each in group.contexts()
+    ]
+    packed = msgpack.packb(rows)
+    assert packed is not None
+    return packed
+
+
+SENDERS: dict[str, Callable[[TrajectoryGroup, str, int], None]] = {
+    "raw": _send_raw,
+    "raw_file": _send_raw_file,
+    "ours": _send_ours,
+    "durable": _send_durable,
+    "lists": _send_lists,
+}
