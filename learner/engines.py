@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from protocol.messages import EngineFields, EngineReport
@@ -14,6 +15,16 @@ SILENT_AFTER_S = 5.0
 class _Known:
     report: EngineReport
     seen_s: float
+
+
+def version_to_lease_by(serving: Sequence[EngineFields], *, step: int, staleness_bound: int) -> int | None:
+    """s of the lease rule: the lowest version committed on the engines that will serve; None while nobody will.
+
+    An engine that has fallen behind the bound can serve no lease to come, and must not hold the others back; one that
+    states a version beyond the learner's `step` raises nothing.
+    """
+    versions = [engine.version for engine in serving if engine.version >= step - staleness_bound]
+    return min([*versions, step]) if versions else None
 
 
 class Engines:
@@ -35,7 +46,7 @@ class Engines:
         ]
 
     def lowest_version(self, *, now_s: float) -> int | None:
-        """s of the lease rule; None while nobody serves."""
+        """None while nobody serves."""
         return min((engine.version for engine in self.serving(now_s=now_s)), default=None)
 
     def counters(self, *, now_s: float) -> dict[str, float]:

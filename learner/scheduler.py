@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from learner.actors import Actor, Actors
 from learner.admission import Limits, Rules, Verdict, judge
+from learner.engines import version_to_lease_by
 from learner.ledger import Entry, LeaseRecord, Ledger
 from learner.records import Arrived, Decision, Ended, Granted, LeaseOutcome, Moved, Placed, Send, Trained
 from protocol.errors import ProtocolError
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 MAX_FAILURES = 4
 # A lease that the actor's heartbeats do not name after so long was lost on the way.
 LOST_AFTER_S = 5.0
+# What passes between two ticks beyond this, the learner stood still: nobody was silent in it.
+MAX_TICK_S = 1.0
 
 
 class Scheduler:
@@ -60,7 +63,7 @@ class Scheduler:
         self._limits = limits
         self._publications = dict(publications)
         self._failures = Counter(num_failures)
-        self._started_s = started_s
+        self._listening_s = self._ticked_s = started_s
         self._superseded: dict[str, str] = {}
         self._draining = ""
         self._paused = False
@@ -166,13 +169,14 @@ class Scheduler:
         """Time has passed: silent actors lose their leases, stragglers are overtaken. `serving`: the engines by now."""
         decision, timeout_s = Decision(), self._limits.lease_timeout_s
         self.serving = serving
+        self._forgive(now_s)
         if self._paused:
             return decision
         for name in [name for name, actor in self.actors.items() if now_s - actor.seen_s > timeout_s]:
             log.warning("actor %s is silent for %.0f s: its leases are issued again", name, timeout_s)
             self._forget(decision, name)
         for lease in list(self.ledger.leases.values()):
-            if lease.actor not in self.actors and now_s - max(lease.granted_s, self._started_s) > timeout_s:
+            if lease.actor not in self.actors and now_s - max(lease.granted_s, self._listening_s) > timeout_s:
                 self._expire(decision, lease, "expired")
         if self._limits.straggler_timeout_s is not None:
             self._overtake(decision, granted_before_s=now_s - self._limits.straggler_timeout_s)
@@ -217,13 +221,11 @@ class Scheduler:
         return verdict, group if verdict.kind in ("accept", "skip") else None
 
     def _keep(self, decision: Decision, entry: Entry, arrived: Arrived, verdict: Verdict) -> None:
-        ids = {"lease_id": arrived.lease_id, "cursor": entry.cursor}
-        if verdict.kind == "accept":
-            self.ledger.accept(**ids)
-        else:
-            self.ledger.skip(**ids)
+        accepted = verdict.kind == "accept"
+        decide = self.ledger.accept if accepted else self.ledger.skip
+        decide(lease_id=arrived.lease_id, cursor=entry.cursor)
         self._failures.pop(entry.cursor, None)
-        ended = Ended(arrived.lease_id, "accepted" if verdict.kind == "accept" else "skipped")
+        ended = Ended(arrived.lease_id, "accepted" if accepted else "skipped")
         decision.records.extend([arrived, Placed(replace(entry)), ended])
 
     def _try_again(self, decision: Decision, entry: Entry, message: SubmitGroup, verdict: Verdict) -> None:
@@ -248,13 +250,14 @@ class Scheduler:
 
     def _grant(self, decision: Decision, now_s: float) -> Decision:
         """Leases to whoever has most credits left, until the bound or the credits say stop."""
-        version = self._engine_version()
+        ledger = self.ledger
+        version = version_to_lease_by(self.serving, step=ledger.step, staleness_bound=ledger.staleness_bound)
         if self._draining or self._paused or version is None:
             return decision
-        while self.ledger.can_grant(engine_version=version) and (name := self.actors.take()) is not None:
-            lease = self.ledger.grant(actor=name, now_s=now_s, engine_version=version)
+        while ledger.can_grant(engine_version=version) and (name := self.actors.take()) is not None:
+            lease = ledger.grant(actor=name, now_s=now_s, engine_version=version)
             assert lease is not None
-            entry = self.ledger.entries[lease.cursor]
+            entry = ledger.entries[lease.cursor]
             decision.records.extend([Granted(lease, version), Placed(replace(entry))])
             message = Lease(
                 lease_id=lease.lease_id,
@@ -262,20 +265,11 @@ class Scheduler:
                 cursor=lease.cursor,
                 attempt=lease.attempt,
                 group_size=self._rules.group_size,
-                min_version=self.ledger.min_version(lease.slot),
+                min_version=ledger.min_version(lease.slot),
             )
             decision.sends.append(Send(self.actors[name].peer, message))
             self._offer(name)
         return decision
-
-    def _engine_version(self) -> int | None:
-        """s of the lease rule; None while nobody serves.
-
-        An engine that has fallen behind the bound can serve no lease to come, and must not hold the others back.
-        """
-        oldest = self.ledger.step - self.ledger.staleness_bound
-        lowest = min((engine.version for engine in self.serving if engine.version >= oldest), default=None)
-        return lowest if lowest is None else min(lowest, self.ledger.step)
 
     def _offer(self, name: str) -> None:
         self.actors.offer(name, num_outstanding=self.ledger.num_outstanding(name))
@@ -291,6 +285,13 @@ class Scheduler:
                 engines=list(self.serving),
             )
         return known
+
+    def _forgive(self, now_s: float) -> None:
+        stood_still_s = max(0.0, now_s - self._ticked_s - MAX_TICK_S)
+        self._ticked_s = now_s
+        self._listening_s += stood_still_s
+        for actor in self.actors.values():
+            actor.seen_s += stood_still_s
 
     def _forget(self, decision: Decision, name: str) -> None:
         self.actors.pop(name, None)

@@ -15,6 +15,7 @@ from protocol.types import TrajectoryGroup
 from protocol.wire import decode
 from tests.learner_plane.peers import GROUP_SIZE, RUN, VOCABULARY, make_group
 
+LEASE_TIMEOUT_S = 60.0
 STRAGGLER_S = 10.0
 
 
@@ -22,7 +23,7 @@ def make(*, groups_per_batch: int = 2, staleness_bound: int = 1, straggler_timeo
     return Scheduler(
         Ledger(groups_per_batch=groups_per_batch, staleness_bound=staleness_bound, num_steps=100),
         rules=Rules(RUN, GROUP_SIZE, VOCABULARY, skip_zero_variance=True),
-        limits=Limits(lease_timeout_s=1e6, straggler_timeout_s=straggler_timeout_s),
+        limits=Limits(lease_timeout_s=LEASE_TIMEOUT_S, straggler_timeout_s=straggler_timeout_s),
         publications={version + 1: version for version in range(100)},
         num_failures={},
         started_s=0.0,
@@ -145,6 +146,17 @@ def test_a_lease_that_no_heartbeat_names_is_lost_after_a_while() -> None:
     assert beat(scheduler, capacity=1, held=[], now_s=LOST_AFTER_S) == []
     (again,) = beat(scheduler, capacity=1, held=[], now_s=LOST_AFTER_S + 0.1)
     assert (again.cursor, again.attempt) == (0, 1)
+
+
+def test_actors_are_not_blamed_where_the_learner_stood_still() -> None:
+    scheduler = make()
+    scheduler.engines([engine("e", 0)], now_s=0.0)
+    assert len(beat(scheduler)) == 4
+    serving, now_s = [engine("e", 0)], 1e7
+    for tick in range(int(LEASE_TIMEOUT_S)):
+        assert scheduler.tick(serving, now_s=now_s + tick) == Decision()
+    ended = scheduler.tick(serving, now_s=now_s + LEASE_TIMEOUT_S + 1.0)
+    assert len(ended.records) == 8, "four leases and their questions, once it was silent for so long"
 
 
 def test_a_straggler_is_overtaken_and_comes_in_later() -> None:
