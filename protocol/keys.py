@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import stat
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from protocol.errors import DataError, SecurityError
 log = logging.getLogger(__name__)
 
 _PUBLIC = re.compile(r'^\s*public-key\s*=\s*"(\S{40})"\s*$', re.MULTILINE)
+_SETTLED_AFTER_NS = 2_000_000_000
 _SECRET = re.compile(r'^\s*secret-key\s*=\s*"(\S{40})"\s*$', re.MULTILINE)
 
 
@@ -62,19 +64,20 @@ class AllowList:
         try:
             changed_at_ns = self._folder.stat().st_mtime_ns
             if changed_at_ns != self._read_at_ns:
-                self._keys = frozenset(self._read())
-                self._read_at_ns = changed_at_ns
+                keys = [_public_key(path) for path in sorted(self._folder.glob("*.key"))]
+                self._keys = frozenset(found for found in keys if found is not None)
+                # Read anew next time where a file may be half written, or the clock too coarse for the next change.
+                settled = None not in keys and time.time_ns() - changed_at_ns > _SETTLED_AFTER_NS
+                self._read_at_ns = changed_at_ns if settled else -1
         except OSError as error:
             log.error("the allow-list %s cannot be read, so nobody is let in: %s", self._folder, error.strerror)
             self._keys, self._read_at_ns = frozenset(), -1
         return key in self._keys
 
-    def _read(self) -> list[bytes]:
-        keys = []
-        for path in sorted(self._folder.glob("*.key")):
-            found = _PUBLIC.search(path.read_text(errors="replace"))
-            if found is None:
-                log.error("%s holds no public key: nobody is let in by it", path)
-            else:
-                keys.append(found[1].encode())
-        return keys
+
+def _public_key(path: Path) -> bytes | None:
+    found = _PUBLIC.search(path.read_text(errors="replace"))
+    if found is None:
+        log.error("%s holds no public key: nobody is let in by it", path)
+        return None
+    return found[1].encode()

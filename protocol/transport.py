@@ -43,32 +43,27 @@ def create_keys(folder: Path) -> None:
         raise DataError(f"{folder} already holds {existing[0].name}: choose another folder")
     for name in ("server", "client"):
         _create_pair(folder, name)
-    authorized = folder / "authorized"
-    authorized.mkdir()
-    shutil.copyfile(folder / "client.key", authorized / "client.key")
+    (folder / "authorized").mkdir()
+    shutil.copyfile(folder / "client.key", folder / "authorized" / "client.key")
 
 
 def create_client(folder: Path, name: str) -> Path:
-    """Another client of the server whose keys are in `folder`: a folder for its node, under clients/; its public key
-    joins the allow-list. Raises: DataError where there is no server, or a client of that name, or it is no name."""
+    """One more client of the server of `folder`, let in: the folder for its node. Raises: DataError."""
     if not _CLIENT_NAME.fullmatch(name):
         raise DataError(f"a client's name must be 1 to 64 of A-Z a-z 0-9 _ -, got {name!r}")
-    server, public = folder / "server.key", folder / "authorized" / f"{name}.key"
-    if not server.is_file():
-        raise DataError(f"no server.key in keys folder {folder}: make one with `palimpsest keys {folder}`")
-    client = folder / "clients" / name
+    Keys(folder).server_public()
+    client, public = folder / "clients" / name, folder / "authorized" / f"{name}.key"
     if client.exists() or public.exists():
         raise DataError(f"{folder} already has a client {name}: choose another name, or delete {public} to shut it out")
     client.mkdir(parents=True, mode=0o700)
     _create_pair(client, "client")
-    shutil.copyfile(server, client / "server.key")
+    shutil.copyfile(folder / "server.key", client / "server.key")
     shutil.copyfile(client / "client.key", public)
     return client
 
 
 def _create_pair(folder: Path, name: str) -> None:
-    _, secret = zmq.auth.create_certificates(folder, name)
-    os.chmod(secret, 0o600)
+    os.chmod(zmq.auth.create_certificates(folder, name)[1], 0o600)
 
 
 def is_loopback(address: str) -> bool:

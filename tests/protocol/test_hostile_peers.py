@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -234,14 +235,17 @@ def test_clients_that_cannot_be_made(tmp_path: Path) -> None:
             create_client(tmp_path / "keys", name)
 
 
-def test_an_allow_list_that_cannot_be_read_lets_nobody_in(tmp_path: Path) -> None:
+def test_an_allow_list_that_is_half_written_or_cannot_be_read(tmp_path: Path) -> None:
     create_keys(tmp_path / "keys")
     folder = tmp_path / "keys" / "authorized"
     key = (folder / "client.key").read_text().split('public-key = "')[1][:40].encode()
     (folder / "broken.key").write_bytes(b"\xff\x00nonsense")
+    os.utime(folder, (1.0, 1.0))
     allowed = AllowList(folder)
     assert allowed.callback("*", key)
     assert not allowed.callback("*", key[::-1])
+    (folder / "broken.key").write_text(f'public-key = "{key[::-1].decode()}"')  # the folder's time stays
+    assert allowed.callback("*", key[::-1])
     folder.rename(tmp_path / "gone")
     assert not allowed.callback("*", key)
     (tmp_path / "gone").rename(folder)
