@@ -227,10 +227,10 @@ class SimulatedLearner:
         self.weights += cursors
         self.stepped_s = self.world.now_s
         self._is_training = False
-        self._maybe_crash(0.01, "between log and checkpoint")
+        self._maybe_crash(0.02, "between log and checkpoint")
         if self.world.random.random() < 0.3:
             self._checkpoint = list(self.weights)
-            self._maybe_crash(0.01, "between checkpoint and retention")
+            self._maybe_crash(0.05, "between checkpoint and retention")
             for old in list(
                 expired_steps(self.store, checkpoint_step=self.step, keep_steps=None, keep_bytes=KEEP_BYTES)
             ):
