@@ -83,21 +83,20 @@ async def test_a_stopped_process_runs_again_however_the_stop_ends() -> None:
         assert not is_stopped(victim.pid)
 
 
-async def test_a_slowed_process_does_a_fraction() -> None:
-    with process("while True: pass") as victim:
-        path = Path(f"/proc/{victim.pid}/schedstat")  # nanoseconds on a processor, first
-
-        async def slowed(for_s: float) -> None:
-            before = int(path.read_text().split()[0])
-            assert await inflict("slow", victim.pid, for_s=for_s)
-            assert int(path.read_text().split()[0]) - before < 0.4 * for_s * 1e9
-
-        await slowed(0.5)
+async def test_a_slowed_process_is_stopped_most_of_the_time() -> None:
+    with process(SLEEPS) as victim:
+        slowing = asyncio.create_task(inflict("slow", victim.pid, for_s=1.0))
+        samples = []
+        while not slowing.done():
+            await asyncio.sleep(0.003)
+            samples.append(is_stopped(victim.pid))
+        assert 0.6 < sum(samples) / len(samples) < 1.0
         assert not is_stopped(victim.pid)
 
 
 async def test_cut_breaks_connections_and_those_made_again() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(WAIT_S)
         port = server.getsockname()[1]
         connect = f"socket.create_connection(('127.0.0.1', {port})).recv(1)"
         with process(f"import socket, time\nwhile True:\n    {connect}\n    time.sleep(0.01)") as victim:
