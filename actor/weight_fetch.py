@@ -48,7 +48,10 @@ class Prepared:
 
 
 class WeightFetcher:
-    """Fetches one publication at a time into `folder`, which is its own. Other files of a model are `base_model`'s."""
+    """Fetches one publication at a time into `folder`, which is its own. Other files of a model are `base_model`'s.
+
+    Memory: one set of weights, and what is being fetched.
+    """
 
     def __init__(self, *, requests: RequestClient, base_model: Path, folder: Path) -> None:
         self._requests = requests
@@ -56,6 +59,7 @@ class WeightFetcher:
         self._folder = folder
         self._held: Prepared | None = None
         self._chunks: dict[tuple[int, int, int], Buffer] = {}
+        self._buffer = bytearray()
         self.num_bytes = 0
         self.num_repeated_chunks = 0
 
@@ -134,16 +138,16 @@ class WeightFetcher:
     def _prepare(self, tag: PolicyTag, manifest: Manifest) -> Prepared:
         """Applies the parts, checks and writes the whole; in a thread: seconds for gigabytes. Raises: WeightsError."""
         try:
-            data = self._apply(manifest)
+            self._apply(manifest)
         except WeightsError:
             self._held = None
             self._chunks.clear()
             raise
-        check_tensors(data, manifest)
+        check_tensors(self._buffer, manifest)
         folder = self._folder / f"publication-{tag.publication}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / _FILE).write_bytes(data)
+            (folder / _FILE).write_bytes(self._buffer)
             for path in self._base_model.iterdir():
                 if path.is_file() and ".safetensors" not in path.name and path.suffix != ".bin":
                     shutil.copyfile(path, folder / path.name)
@@ -151,25 +155,21 @@ class WeightFetcher:
             raise WeightsError(f"{folder} cannot be written: {error.strerror or error}") from error
         return Prepared(tag, folder, manifest.parts[-1].checksum, manifest.canary)
 
-    def _apply(self, manifest: Manifest) -> bytearray:
-        made = bytearray()
-        base: Data | None
+    def _apply(self, manifest: Manifest) -> None:
+        """Leaves the weights in `_buffer`, part upon part in place."""
+        if len(self._buffer) != manifest.num_bytes:
+            self._buffer = bytearray(manifest.num_bytes)
+        base: Data | None = None if self._held is None else _mapped(self._held.folder / _FILE)
         for part in manifest.parts:
             chunks = [self._chunks[part.base, part.publication, i] for i in range(len(part.chunk_checksums))]
-            if part.base == _NOTHING:
-                base = None
-            elif self._held is not None and part.base == self._held.tag.publication:
-                base = _mapped(self._held.folder / _FILE)
-            else:
-                base = made
-            made = decode(
+            base = decode(
                 chunks[0] if len(chunks) == 1 else b"".join(chunks),
-                base,
+                None if part.base == _NOTHING else base,
                 num_bytes=manifest.num_bytes,
                 word_bytes=manifest.word_bytes,
                 expected=part.checksum,
+                out=self._buffer,
             )
-        return made
 
 
 def check_manifest(manifest: Manifest, tag: PolicyTag, *, held: int) -> None:

@@ -67,26 +67,34 @@ def encode(target: Data, base: Data | None, *, word_bytes: int) -> bytes:
     return b"".join(written)
 
 
-def decode(payload: Data, base: Data | None, *, num_bytes: int, word_bytes: int, expected: str) -> bytearray:
+def decode(
+    payload: Data, base: Data | None, *, num_bytes: int, word_bytes: int, expected: str, out: bytearray | None = None
+) -> bytearray:
     """The target of `num_bytes` bytes that `payload` makes of `base`, whose checksum is `expected`.
 
-    Raises: WeightsError (not a delta, or not of this base, or damaged: a flipped bit anywhere is found).
+    It is written to `out` if that is given, which may be the base: fresh memory costs as much as decoding.
+    Raises: WeightsError (not a delta, or not of this base, or damaged: a flipped bit anywhere is found); what is in
+    `out` then is worth nothing.
     """
     _check(base, num_bytes=num_bytes, word_bytes=word_bytes)
-    data = bytearray(-(-num_bytes // 8) * 8)
+    if out is not None and len(out) != num_bytes:
+        raise WeightsError(f"the memory for a target must have {num_bytes} bytes, got {len(out)}")
+    data = bytearray(num_bytes) if out is None else out
     hasher = xxhash.xxh3_128()
     reader = _Reader(payload, word_bytes=word_bytes)
     for start in range(0, num_bytes, _BLOCK_BYTES):
-        end = min(start + _BLOCK_BYTES, num_bytes)
-        block = np.frombuffer(data, "<u8", -(-(end - start) // 8), start)
-        if base is not None:
-            block[:] = _block(base, start)
+        block = _block(data, start)
+        if base is not data:
+            block[:] = 0 if base is None else _block(base, start)
         reader.apply(block.view(f"<u{word_bytes}"))
-        hasher.update(block.view(np.uint8)[: end - start].data)
+        written = block.view(np.uint8)[: num_bytes - start].data
+        if len(written) < block.nbytes:  # the last block, which is no view
+            data[start:] = written
+        hasher.update(written)
     reader.end()
     if hasher.hexdigest() != expected:
         raise WeightsError(f"weights must have the checksum {expected}, got {hasher.hexdigest()}")
-    return data if len(data) == num_bytes else data[:num_bytes]
+    return data
 
 
 class _Reader:
@@ -149,7 +157,7 @@ def _check(base: Data | None, *, num_bytes: int, word_bytes: int) -> None:
 
 
 def _block(data: Data, start: int) -> NDArray[np.uint64]:
-    """The block at `start` as 8-byte pieces; the last of them is filled up with zeros."""
+    """The block at `start` as 8-byte pieces: a view, or where the end is no whole piece, a copy filled with zeros."""
     num_bytes = min(_BLOCK_BYTES, len(data) - start)
     if num_bytes % 8 == 0:
         return np.frombuffer(data, "<u8", num_bytes // 8, start)

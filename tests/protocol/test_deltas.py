@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+import struct
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,8 +22,12 @@ BLOCK = 2 << 20
 def roundtrip(target: bytes, base: bytes | None, *, word_bytes: int) -> bytes:
     """The payload, after it has given the target back."""
     payload = encode(target, base, word_bytes=word_bytes)
-    found = decode(payload, base, num_bytes=len(target), word_bytes=word_bytes, expected=checksum(target))
-    assert found == target
+    outs = [None, bytearray(b"x" * len(target)), *([] if base is None else [bytearray(base)])]
+    for out in outs:
+        held = out if out is not None and out == base else base
+        found = decode(payload, held, num_bytes=len(target), word_bytes=word_bytes, expected=checksum(target), out=out)
+        assert found == target
+        assert out is None or found is out
     return payload
 
 
@@ -127,6 +133,23 @@ def test_another_base_and_a_torn_payload_are_refused() -> None:
             decode(payload[:size], base, num_bytes=200, word_bytes=2, expected=expected)
     with pytest.raises(WeightsError, match=f"a delta of {len(payload)} bytes has {len(payload) + 1}"):
         decode(payload + b"\0", base, num_bytes=200, word_bytes=2, expected=expected)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "num_written", "message"),
+    [
+        (bytes([31, 0]), 2, "a changed word of a block must be < 32, got 32"),
+        (bytes([30, 1]), 2, "a changed word of a block must be < 32, got 32"),
+        (b"", 2**32 - 1, "has 32 words, and 4294967295 are written"),
+    ],
+)
+def test_words_beyond_a_block_are_refused(gaps: bytes, num_written: int, message: str) -> None:
+    plane = zstandard.ZstdCompressor().compress(gaps) if gaps else b""
+    payload = struct.pack("<BBHI3I", 0, 1, 3, num_written, len(plane), 0, 0) + plane
+    with pytest.raises(WeightsError, match=message):
+        decode(payload, bytes(64), num_bytes=64, word_bytes=2, expected="0" * 32)
+    with pytest.raises(WeightsError, match="memory for a target must have 64 bytes, got 63"):
+        decode(payload, bytes(64), num_bytes=64, word_bytes=2, expected="0" * 32, out=bytearray(63))
 
 
 def test_random_bytes_are_refused_by_name() -> None:
