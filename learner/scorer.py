@@ -71,7 +71,7 @@ class Scorer(nn.Module):
         if self.value_head is None:
             return None
         weight, bias = (each.to(dtype) for each in (self.value_head.weight, self.value_head.bias))
-        return nn.functional.linear(hidden.to(dtype), weight, bias).squeeze(-1)
+        return torch.mv(hidden.to(dtype), weight[0]) + bias  # no view: FSDP hooks its backward on outputs
 
 
 def _value_head(model: PreTrainedModel) -> nn.Linear:

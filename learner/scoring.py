@@ -66,7 +66,7 @@ class _TokenScores(torch.autograd.Function):
         kept = None
         if len(hidden) <= tile[0] and len(weight) <= tile[1]:
             kept = _logits(hidden, weight, bias, temperature).log_softmax(dim=-1)
-            logprob = kept.gather(1, target[:, None]).squeeze(1)
+            logprob = kept.gather(1, target[:, None]).squeeze(1).clone()  # no view: FSDP hooks its backward on outputs
             normalizer, entropy = torch.zeros_like(logprob), kept.exp().mul_(kept).sum(dim=-1).neg_()
         else:
             rows = (
