@@ -435,12 +435,12 @@ async def test_the_older_of_two_actors_of_one_name_is_told_to_leave(tmp_path: Pa
 
 async def test_a_plane_that_dies_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     died = threading.Event()
-    monkeypatch.setattr(Store, "commit", _broken)
     with (  # noqa: PT012
         pytest.raises(PalimpsestError, match="disk I/O error"),
         open_plane(Setting(tmp_path), on_death=died.set) as plane,
     ):
         await serve_version(plane, 0)
+        monkeypatch.setattr(Store, "commit", _broken)
         async with Actor(control_address(plane)) as actor:
             await actor.heartbeat()
             assert await asyncio.to_thread(died.wait, WAIT_S)

@@ -85,13 +85,24 @@ def _of(cls: type[Message]) -> st.SearchStrategy[Message]:
     return _tree(cls.model_json_schema(), cls.model_json_schema().get("$defs", {})).map(cls.model_validate)
 
 
+_CANARY = st.lists(
+    st.tuples(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=3), st.floats(-50.0, 0.0)), max_size=3
+).map(lambda rows: {"prompts": [ids for ids, _ in rows], "logprobs": [logprob for _, logprob in rows]})
+"""As many prompts as log-probs, which the schema cannot say."""
+
+
 def _tree(schema: dict, definitions: dict) -> st.SearchStrategy:
     """Values of the part of JSON schema that the messages use."""
     if "$ref" in schema:
-        return _tree(definitions[schema["$ref"].rsplit("/", 1)[-1]], definitions)
+        name = schema["$ref"].rsplit("/", 1)[-1]
+        return _CANARY if name == "CanaryFields" else _tree(definitions[name], definitions)
     if "enum" in schema:
         return st.sampled_from(schema["enum"])
+    if "anyOf" in schema:
+        return st.one_of([_tree(part, definitions) for part in schema["anyOf"]])
     match schema["type"]:
+        case "null":
+            return st.none()
         case "object" if "properties" in schema:
             return st.fixed_dictionaries(
                 {name: _tree(part, definitions) for name, part in schema["properties"].items()}
