@@ -7,10 +7,11 @@ killed and came back is judged on all of its steps.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from learner.metrics_lines import parse_line
 
 FLOOR = 1e-5
 """Nats a token, of k3: below it is rounding, of log-probs in fp32 on both sides (bf16 engines are near 1e-3)."""
@@ -46,7 +47,7 @@ class Drift:
     @classmethod
     def read(cls, metrics: Path) -> Drift:
         """From the lines of metrics.jsonl, the last one of each step."""
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        lines = [parse_line(line) for line in metrics.read_text().splitlines()]
         rows = list({line["step"]: line for line in lines}.values())
         third = max(1, len(rows) // 3)
         return cls(
@@ -63,7 +64,7 @@ class Drift:
         rows += [[means[key] for key in sorted(means)] for means in (self.by_age, self.by_context)]
         for row in rows:
             judged = [mean.kl for mean in row if mean.num_tokens >= MIN_TOKENS]
-            if judged and max(judged) > FACTOR * max(judged[0], FLOOR):
+            if not all(kl <= FACTOR * max(judged[0], FLOOR) for kl in judged):  # NaN is not flat
                 return False
         return True
 

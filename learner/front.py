@@ -97,7 +97,26 @@ class Live:
         return committed
 
 
-class Follower:
+class _Unheard:
+    """The parts of `Front` that nobody hears."""
+
+    def gauges(self) -> Mapping[str, float]:
+        return {}
+
+    def log(self, groups: Sequence[TrajectoryGroup]) -> None:
+        pass
+
+    def publish(self, data: bytes, *, version: int, canary: CanaryFields | None = None) -> None:
+        pass
+
+    def checkpointed(self, step: int) -> None:
+        pass
+
+    def finish(self, *, version: int) -> bool:
+        return True
+
+
+class Follower(_Unheard):
     """Implements `Front` on a rank other than 0."""
 
     publishes = True
@@ -109,23 +128,8 @@ class Follower:
     def batch(self, step: int) -> list[TrajectoryGroup]:
         return unpack_groups(self._world.broadcast(None))
 
-    def gauges(self) -> Mapping[str, float]:
-        return {}
 
-    def log(self, groups: Sequence[TrajectoryGroup]) -> None:
-        pass
-
-    def publish(self, data: bytes, *, version: int, canary: CanaryFields | None = None) -> None:
-        pass
-
-    def checkpointed(self, step: int) -> None:
-        pass
-
-    def finish(self, *, version: int) -> bool:
-        return True
-
-
-class Replay:
+class Replay(_Unheard):
     """Implements `Front` on the store of a run that was; every rank reads it for itself."""
 
     publishes = False
@@ -136,18 +140,3 @@ class Replay:
 
     def batch(self, step: int) -> list[TrajectoryGroup]:
         return [self._store.group(cursor) for cursor in self._store.batch(step)]
-
-    def gauges(self) -> Mapping[str, float]:
-        return {}
-
-    def log(self, groups: Sequence[TrajectoryGroup]) -> None:
-        pass
-
-    def publish(self, data: bytes, *, version: int, canary: CanaryFields | None = None) -> None:
-        pass
-
-    def checkpointed(self, step: int) -> None:
-        pass
-
-    def finish(self, *, version: int) -> bool:
-        return True

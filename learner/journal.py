@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from learner.metrics import MetricsWriter, render_trajectory, summarise_rollouts
+from learner.metrics_lines import format_line
 from learner.step_metrics import StepMetrics
 from learner.store import metrics_path
 from protocol.errors import DataError
@@ -73,12 +72,11 @@ class Journal:
             **stepped.scalars(),
             **extra,
         }
-        line = {key: value if math.isfinite(value) else None for key, value in line.items()}  # JSON has no NaN
         counts = {
             "tokens_by_age": {age: count for age, count in enumerate(stepped.staleness_counts) if count},
             "tokens_by_context": stepped.context_counts,
         }
-        self._lines.write(json.dumps(line | counts, allow_nan=False) + "\n")
+        self._lines.write(format_line(line, counts))
 
     def _write_trajectories(self, groups: Sequence[TrajectoryGroup], *, step: int) -> None:
         """The best and the worst trajectory of the batch's first group."""

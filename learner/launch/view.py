@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from learner.metrics_lines import parse_line
 from learner.store import metrics_path
 from protocol.config import Config
 
@@ -42,7 +42,7 @@ class Steps:
                 if not line.endswith(b"\n"):
                     break
                 self._offset += len(line)
-                step = json.loads(line)
+                step = parse_line(line)
                 self.by_step[int(step["step"])] = step
 
     @property

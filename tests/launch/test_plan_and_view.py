@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from rich.console import Console
 
 from learner.launch.plan import plan, with_ports
 from learner.launch.stopwatch import Stopwatch
-from learner.launch.view import Steps, View, sparkline
+from learner.launch.view import Steps, View, rows, sparkline
+from learner.metrics_lines import format_line
 from protocol.config import Config
 from protocol.config_file import parse_config
 from protocol.errors import ConfigError
@@ -92,6 +94,18 @@ def test_steps_are_read_as_they_are_written(tmp_path: Path) -> None:
         steps.refresh()
         assert sorted(steps.by_step) == [0, 1]
         assert steps.by_step[1]["reward/mean"] == 0.7
+
+
+def test_a_step_whose_update_was_skipped_is_shown(tmp_path: Path) -> None:
+    """Its entropy is not finite, which JSON cannot say; the run goes on, and so must the view."""
+    path = tmp_path / "metrics.jsonl"
+    written = format_line(json.loads(line(0, 0.1)) | {"policy/entropy": math.nan}, {"tokens_by_age": {0: 3}})
+    assert "NaN" not in written
+    path.write_text(written)
+    steps = Steps(path)
+    steps.refresh()
+    assert steps.last is not None
+    assert dict(rows(steps.last, bound=2))["reward"].endswith("entropy nan")
 
 
 def test_the_view_shows_what_runs_and_what_it_learns(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -132,6 +133,8 @@ def means(*values: float, num_tokens: int = 1000) -> dict[int, Mean]:
         (1e-7, 9e-6, means(1e-8, 0.0, 5e-6), means(0.0), True),
         (1e-3, 1.5e-3, means(1e-3, 1.9e-3), {}, True),
         (1e-3, 2.5e-3, {}, {}, False),
+        (1e-3, math.nan, {}, {}, False),
+        (math.nan, math.nan, {}, {}, False),
         (1e-3, 1e-3, means(1e-4, 1e-3), {}, False),
         (1e-3, 1e-3, means(1e-4, 1e-3, num_tokens=50), {}, True),
         (1e-3, 1e-3, means(1e-3), means(1e-3, 4e-3), False),
