@@ -10,8 +10,8 @@ import secrets
 import socket
 from urllib.parse import urlsplit
 
+from protocol.addresses import is_loopback_host
 from protocol.errors import ConfigError
-from protocol.transport import is_loopback_host
 
 _MAX_NAME_CHARS = 64
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")

@@ -119,18 +119,18 @@ class Runner:
     async def _work(self, lease: Lease) -> None:
         try:
             group = await self._rollout(lease)
+            # Raises where the coordinator could not read it: it would have no answer, and be held for ever.
             frames = encode_group(group, lease_id=lease.lease_id)
-            decode(frames)  # what the coordinator cannot read has no answer and would be held for ever: an error, here
             held = self._held[lease.lease_id] = _Held(frames)
             fault_point("actor.finished")
-            await self._send(held)
+            self._send(held)
             fault_point("actor.sent")
         finally:
             del self._running[lease.lease_id]
 
-    async def _send(self, held: _Held) -> None:
+    def _send(self, held: _Held) -> None:
         """Where the learner cannot take it, the group stays as it is, for a later heartbeat to find."""
-        if await self._dealer.try_send(held.frames):
+        if self._dealer.try_send(held.frames):
             self.num_sent += held.sent_s is None
             held.sent_s = asyncio.get_running_loop().time()
 
@@ -159,10 +159,10 @@ class Runner:
                 counters=self._counters(),
             )
             self._changed.clear()
-            await self._dealer.try_send([encode(heartbeat)])
+            self._dealer.try_send([encode(heartbeat)])
             for held in list(self._held.values()):
                 if self._is_due(held):
-                    await self._send(held)
+                    self._send(held)
             try:
                 async with asyncio.timeout(self._heartbeat_s):
                     await self._changed.wait()

@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from actor.completion import Completion, parse_completion
 from actor.sampling import SamplingParams
+from protocol.addresses import is_loopback
 from protocol.errors import ConfigError, EngineError, EngineRefused, EngineUnavailable, SecurityError, UnknownVersion
-from protocol.transport import is_loopback
 from protocol.wire import describe
 
 PauseMode = Literal["abort", "retract", "in_place"]

@@ -31,8 +31,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from synthetic import NUM_TRAJECTORIES, PUBLICATION, RUN, VOCABULARY, make_group
 
+from benchmarks.common.synthetic import NUM_TRAJECTORIES, PUBLICATION, RUN, VOCABULARY, make_group
 from learner.admission import Rules
 from learner.ledger import Ledger
 from learner.plane import Plane

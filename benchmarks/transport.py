@@ -2,11 +2,13 @@
 
     python benchmarks/transport.py [--quick] [--rounds 15]
 
-raw      pyzmq alone: the four columns of a group, made beforehand, as four frames from a DEALER to a ROUTER,
-         synchronous sockets, nothing looked at: the limit
-ours     what `actor.runner` and the coordinator do but for leases: encode_group, decode (the runner's check), Dealer;
-         Router, decode, decode_group, which validates; views are made when looked at, and here nobody does
-judged   the same, and the coordinator's judge, which looks at each context
+raw      pyzmq alone: token ids, loss mask, log-probs and spans of a group, made beforehand, as four frames from a
+         DEALER to a ROUTER, synchronous sockets, nothing looked at: the limit
+raw_ours the same with the three frames that ours sends, which hold log-probs of sampled tokens only, and no mask
+ours     what `actor.runner` and the coordinator do but for leases: encode_group, which checks, Dealer; Router, decode,
+         decode_group, which validates; trajectories are made when looked at, and here nobody does
+judged   the same, and the coordinator's judge, as whether it is trained
+viewed   the same, and every trajectory and context made
 durable  the same through a real Runner and a real Plane: leases, one durable SQLite transaction a lease and a group,
          acknowledgements. `vs_raw_durable` is against raw, which stores nothing; `durable_vs_raw_file` against raw
          whose receiver appends each group to a file, syncs it and answers, as many groups in flight
@@ -40,9 +42,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import msgpack
 import numpy as np
 import zmq
-from synthetic import NUM_TRAJECTORIES, PUBLICATION, RUN, VOCABULARY, make_group
-from transport_sender import ACK_EVERY, send_all
 
+from benchmarks.common.synthetic import NUM_TRAJECTORIES, PUBLICATION, RUN, VOCABULARY, make_group
+from benchmarks.common.transport_sender import ACK_EVERY, send_all
 from learner.admission import Rules, judge
 from learner.ledger import Ledger
 from learner.plane import Plane
@@ -56,7 +58,17 @@ from protocol.wire import decode, expect
 
 RULES = Rules(run_id=RUN, group_size=NUM_TRAJECTORIES, vocab_size=VOCABULARY, skip_zero_variance=True)
 # Groups a round, so that a round of each takes about half a second.
-NUM_GROUPS = {"raw": 2_000, "ours": 1_200, "judged": 800, "durable": 150, "raw_file": 150, "lists": 80, "ray": 160}
+NUM_GROUPS = {
+    "raw": 2_000,
+    "raw_ours": 2_000,
+    "ours": 1_200,
+    "judged": 1_200,
+    "viewed": 800,
+    "durable": 150,
+    "raw_file": 150,
+    "lists": 80,
+    "ray": 160,
+}
 
 
 def _rate(arrivals_s: list[float]) -> float:
@@ -81,8 +93,8 @@ def _receive(
     return _rate(arrivals_s)
 
 
-def receive_raw(num: int, connection: Connection) -> float:
-    return _receive("raw", num, connection, lambda _frames: None, ack_every=ACK_EVERY)
+def receive_raw(num: int, connection: Connection, *, method: str = "raw") -> float:
+    return _receive(method, num, connection, lambda _frames: None, ack_every=ACK_EVERY)
 
 
 def receive_raw_file(num: int, connection: Connection) -> float:
@@ -107,7 +119,7 @@ def receive_lists(num: int, connection: Connection) -> float:
     return _receive("lists", num, connection, unpack, ack_every=ACK_EVERY)
 
 
-def receive_ours(num: int, connection: Connection, *, judged: bool = False) -> float:
+def receive_ours(num: int, connection: Connection, *, judged: bool = False, viewed: bool = False) -> float:
     async def receive() -> float:
         transport = Transport()
         router = transport.router("tcp://127.0.0.1:0")
@@ -119,9 +131,11 @@ def receive_ours(num: int, connection: Connection, *, judged: bool = False) -> f
             group = decode_group(expect(message, SubmitGroup), payload)
             if judged:
                 judge(group, rules=RULES, publications={PUBLICATION: 0}, step=0, min_version=0)
+            if viewed:
+                list(group.unpack().trajectories)
             arrivals_s.append(time.perf_counter())
             if (i + 1) % ACK_EVERY == 0:
-                await router.send(peer, [b""])
+                router.send(peer, [b""])
         await asyncio.to_thread(connection.recv)
         transport.close()
         return _rate(arrivals_s)
@@ -199,8 +213,10 @@ def measure(*, num_rounds: int, divisor: int) -> tuple[dict[str, list[float]], d
     sender.start()
     methods: dict[str, Callable[[int], float]] = {
         "raw": lambda num: receive_raw(num, connection),
+        "raw_ours": lambda num: receive_raw(num, connection, method="raw_ours"),
         "ours": lambda num: receive_ours(num, connection),
         "judged": lambda num: receive_ours(num, connection, judged=True),
+        "viewed": lambda num: receive_ours(num, connection, judged=True, viewed=True),
         "durable": lambda num: receive_durable(num, connection),
         "raw_file": lambda num: receive_raw_file(num, connection),
         "lists": lambda num: receive_lists(num, connection),
@@ -231,7 +247,8 @@ def main() -> None:
     options = parser.parse_args()
     rates, cpu_rates = measure(num_rounds=3 if options.quick else options.rounds, divisor=5 if options.quick else 1)
     for name, values in rates.items():
-        print(f"{name:>9} {statistics.median(values):8.0f} groups/s   {min(values):8.0f} to {max(values):8.0f}")
+        cpu = f"{1e6 / statistics.median(cpu_rates[name]):8.0f} us of processor each" if name in cpu_rates else ""
+        print(f"{name:>9} {statistics.median(values):8.0f} groups/s   {min(values):8.0f} to {max(values):8.0f}  {cpu}")
 
     def ratio(one: str, other: str, values: dict[str, list[float]] = rates) -> float | None:
         if other not in values:
@@ -246,6 +263,8 @@ def main() -> None:
                 "vs_ray": ratio("ours", "ray"),
                 "vs_lists": ratio("ours", "lists"),
                 "judged_vs_raw": ratio("judged", "raw"),
+                "viewed_vs_raw": ratio("viewed", "raw"),
+                "vs_raw_ours": ratio("ours", "raw_ours"),
                 "cpu_vs_raw": ratio("ours", "raw", cpu_rates),
                 "cpu_vs_lists": ratio("ours", "lists", cpu_rates),
                 "vs_raw_durable": ratio("durable", "raw"),

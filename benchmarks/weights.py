@@ -220,16 +220,13 @@ async def plane(folder: Path, *, width: int, layers: int, num_engines: int, num_
     model = save_model(folder / "model", width=width, layers=layers)
     changed = asyncio.Event()
 
-    async def on_change() -> None:
-        changed.set()
-
     transport, engines = Transport(), Engines()
     publisher = Publisher(
         router=(router := transport.router("tcp://127.0.0.1:0")),
         announcements=(announcements := transport.publisher("tcp://127.0.0.1:0")),
         engines=engines,
         run_id="run",
-        on_engines_changed=on_change,
+        on_engines_changed=changed.set,
     )
     ports = [int(socket.address.rpartition(":")[2]) for socket in (router, announcements)]
     config = Config(

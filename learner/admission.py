@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from protocol.types import Status, TrajectoryGroup
+from protocol.packed import PackedGroup
+from protocol.types import Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,37 +38,32 @@ class Verdict:
     reason: str = ""
 
 
-def judge(
-    group: TrajectoryGroup, *, rules: Rules, publications: Mapping[int, int], step: int, min_version: int
-) -> Verdict:
+def judge(group: PackedGroup, *, rules: Rules, publications: Mapping[int, int], step: int, min_version: int) -> Verdict:
     """`publications` maps a publication to its version; `step` is the learner's; `min_version` is the lease's."""
     problem = _problem(group, rules=rules, publications=publications, step=step, min_version=min_version)
     if problem:
         return Verdict("refuse", problem)
-    valid = [trajectory for trajectory in group.trajectories if trajectory.status is not Status.FAILED]
-    if not any(trajectory.num_trained_tokens for trajectory in valid):
+    valid = [i for i, status in enumerate(group.header.statuses) if status != Status.FAILED]
+    if not group.num_trained_tokens_each()[valid].any():
         return Verdict("retry", "no trajectory survived the environment")
-    rewards = {trajectory.reward for trajectory in valid}
+    rewards = {group.header.rewards[i] for i in valid}
     if rules.skip_zero_variance and len(rewards) == 1:
         return Verdict("skip", "zero variance")
     return Verdict("accept")
 
 
-def _problem(
-    group: TrajectoryGroup, *, rules: Rules, publications: Mapping[int, int], step: int, min_version: int
-) -> str:
+def _problem(group: PackedGroup, *, rules: Rules, publications: Mapping[int, int], step: int, min_version: int) -> str:
     if group.run_id != rules.run_id:
         return f"run must be {rules.run_id}, got {group.run_id}"
-    if len(group.trajectories) != rules.group_size:
-        return f"a group has {rules.group_size} trajectories, got {len(group.trajectories)}"
-    for context in group.contexts():
-        if len(context) and context.loss_mask[0]:
-            return "the first token of a context cannot be sampled: there is nothing that it was sampled after"
-        if len(context) and int(context.token_ids.max()) >= rules.vocab_size:
-            return f"token ids must be below the vocabulary's {rules.vocab_size}, got {int(context.token_ids.max())}"
-        for span in context.policy_versions:
-            if publications.get(span.publication) != span.version or span.version > step:
-                return f"publication {span.publication} of version {span.version} is not known to this run"
-            if span.version < min_version:
-                return f"its lease asks for versions >= {min_version}, got {span.version}"
+    if len(group.header.rewards) != rules.group_size:
+        return f"a group has {rules.group_size} trajectories, got {len(group.header.rewards)}"
+    if not group.spans[:, 0].all():
+        return "the first token of a context cannot be sampled: there is nothing that it was sampled after"
+    if len(group.token_ids) and (largest := int(group.token_ids.max())) >= rules.vocab_size:
+        return f"token ids must be below the vocabulary's {rules.vocab_size}, got {largest}"
+    for version, publication in {(row[2], row[3]) for row in group.spans.tolist()}:
+        if publications.get(publication) != version or version > step:
+            return f"publication {publication} of version {version} is not known to this run"
+        if version < min_version:
+            return f"its lease asks for versions >= {min_version}, got {version}"
     return ""

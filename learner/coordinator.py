@@ -83,7 +83,7 @@ class Coordinator:
 
     async def finish_batch(self, cursors: Sequence[int]) -> None:
         """Step done: logged in the store before any later version can be seen. Waits while the disk is full."""
-        while not await self._carry_out(self._scheduler.trained(cursors)):
+        while not self._carry_out(self._scheduler.trained(cursors)):
             await self._room.wait()
 
     async def new_publication(self, version: int) -> int:
@@ -104,7 +104,7 @@ class Coordinator:
 
     async def drain(self, reason: str) -> None:
         """Tells every actor, now and at each heartbeat, that there is nothing more to do."""
-        await self._carry_out(self._scheduler.drain(reason))
+        self._carry_out(self._scheduler.drain(reason))
 
     async def gauges(self) -> dict[str, float]:
         """Queue lengths and the peers' own counters, for metrics and the live view."""
@@ -136,16 +136,17 @@ class Coordinator:
                 peer, frames = await self._router.recv()
                 try:
                     message, payload = decode(frames)
-                    await self._on(peer, message, payload, frames)
+                    self._on(peer, message, payload, frames)
                 except ProtocolError as error:
                     self._scheduler.num_malformed += 1
                     self._router.refused(peer)
                     log.warning("refused a message: %s", error)
 
-    async def engines_changed(self) -> None:
-        await self._carry_out(self._scheduler.engines(self._serving(), now_s=self._now_s()))
+    def engines_changed(self) -> None:
+        """An engine has joined, left or committed a version."""
+        self._carry_out(self._scheduler.engines(self._serving(), now_s=self._now_s()))
 
-    async def _on(self, peer: bytes, message: Message, payload: Sequence[Buffer], frames: Sequence[Buffer]) -> None:
+    def _on(self, peer: bytes, message: Message, payload: Sequence[Buffer], frames: Sequence[Buffer]) -> None:
         scheduler, now_s = self._scheduler, self._now_s()
         match message:
             case Heartbeat():
@@ -158,7 +159,7 @@ class Coordinator:
                 decision = scheduler.goodbye(message, now_s=now_s)
             case _:
                 raise ProtocolError(f"{message.kind} has no business at the coordinator")
-        await self._carry_out(decision)
+        self._carry_out(decision)
 
     async def _tick(self) -> None:
         while True:
@@ -166,28 +167,28 @@ class Coordinator:
             if not self._room.is_set() and self._now_s() > self._retry_s:
                 self._scheduler.resume()
                 self._room.set()
-            await self._carry_out(self._scheduler.tick(self._serving(), now_s=self._now_s()))
+            self._carry_out(self._scheduler.tick(self._serving(), now_s=self._now_s()))
 
-    async def _carry_out(self, decision: Decision) -> bool:
+    def _carry_out(self, decision: Decision) -> bool:
         """Makes it durable, then known. False where the disk is full: then it has not happened."""
         if self._durably(lambda: self._commit(decision)) is None:
             return False
         undelivered = []
         for send in decision.sends:
-            sent = await self._router.send(send.peer, [self._encode(send.message)])
+            sent = self._router.send(send.peer, [self._encode(send.message)])
             if isinstance(send.message, SubmitReply):
                 fault_point("acknowledgement.sent")
             elif isinstance(send.message, Lease) and not sent:
                 undelivered.append(send.message.lease_id)
         if undelivered:
-            await self._carry_out(self._scheduler.undelivered(undelivered, now_s=self._now_s()))
+            self._carry_out(self._scheduler.undelivered(undelivered, now_s=self._now_s()))
         return True
 
     def _commit(self, decision: Decision) -> bool:
         self._store.commit(decision.records)
         for record in decision.records:
             if isinstance(record, Arrived) and record.group.cursor in self._scheduler.ledger.entries:
-                self._groups[record.group.cursor] = record.group
+                self._groups[record.group.cursor] = record.group.unpack()
             if isinstance(record, Arrived | Moved):
                 self._batch_ready.set()
         return True

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from learner.engines import Engines
 from learner.publications import Offer, Publications
@@ -45,7 +45,7 @@ class Publisher:
         announcements: PubSocket,
         engines: Engines,
         run_id: str,
-        on_engines_changed: Callable[[], Awaitable[None]],
+        on_engines_changed: Callable[[], None],
     ) -> None:
         self._router = router
         self._announcements = announcements
@@ -61,7 +61,7 @@ class Publisher:
         fault_point("publication.offered")
         manifest = offer.manifest
         announcement = Announcement(run_id=manifest.run_id, publication=manifest.publication, version=manifest.version)
-        await self._announcements.send([encode(announcement)])
+        self._announcements.send([encode(announcement)])
         fault_point("publication.announced")
 
     async def serve(self) -> None:
@@ -70,19 +70,19 @@ class Publisher:
             peer, frames = await self._router.recv()
             try:
                 message, _ = decode(frames)
-                reply, payload = await self._answer(message)
+                reply, payload = self._answer(message)
             except ProtocolError as error:
                 self.num_malformed += 1
                 self._router.refused(peer)
                 log.warning("refused a message: %s", error)
                 continue
-            await self._router.send(peer, [encode(reply), *payload])
+            self._router.send(peer, [encode(reply), *payload])
 
-    async def _answer(self, message: Message) -> tuple[Message, list[memoryview]]:
+    def _answer(self, message: Message) -> tuple[Message, list[memoryview]]:
         match message:
             case EngineReport():
                 self._engines.report(message, now_s=time.monotonic())
-                await self._on_engines_changed()
+                self._on_engines_changed()
                 newest = self._publications.newest
                 reply = EngineReply(
                     request_id=message.request_id,

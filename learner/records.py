@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from learner.ledger import Entry, LeaseRecord
-from protocol.types import TrajectoryGroup
+from protocol.packed import PackedGroup
 from protocol.wire import Buffer, Message
 
 LeaseOutcome = Literal["accepted", "skipped", "duplicate", "refused", "failed", "expired", "lost"]
@@ -37,11 +37,11 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A group to keep, as it came: `frames` are its header and its four columns."""
+    """A group to keep, as it came: `frames` are its header and its three columns."""
 
     kind: ClassVar[str] = "group"
     lease_id: int
-    group: TrajectoryGroup
+    group: PackedGroup
     frames: Sequence[Buffer]
 
 

@@ -23,7 +23,7 @@ from learner.ledger import Entry, LeaseRecord, Ledger
 from learner.records import Arrived, Decision, Ended, Granted, LeaseOutcome, Moved, Placed, Send, Trained
 from protocol.errors import ProtocolError
 from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, Lease, RunStatus, SubmitGroup, SubmitReply
-from protocol.types import TrajectoryGroup
+from protocol.packed import PackedGroup
 from protocol.wire import Buffer
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class Scheduler:
         peer: bytes,
         message: SubmitGroup,
         *,
-        read: Callable[[], TrajectoryGroup],
+        read: Callable[[], PackedGroup],
         frames: Sequence[Buffer],
         now_s: float,
     ) -> Decision:
@@ -203,7 +203,7 @@ class Scheduler:
 
     # --- inside ---
 
-    def _judge(self, entry: Entry, read: Callable[[], TrajectoryGroup]) -> tuple[Verdict, TrajectoryGroup | None]:
+    def _judge(self, entry: Entry, read: Callable[[], PackedGroup]) -> tuple[Verdict, PackedGroup | None]:
         """The group where it is to be kept."""
         try:
             group = read()

@@ -14,14 +14,12 @@ from pathlib import Path
 
 from learner.ledger import Entry, LeaseRecord, Ledger, State
 from learner.records import Arrived, Ended, Granted, Moved, Placed, Record, Trained
-from protocol.codec import decode_group
+from protocol.codec import decode_frames
 from protocol.errors import DataError, StoreError, StoreFullError
 from protocol.faults import fault_point
-from protocol.messages import SubmitGroup
 from protocol.types import TrajectoryGroup
-from protocol.wire import decode, expect
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _OPEN = "state IN ('running', 'waiting', 'buffered')"
 
@@ -44,7 +42,7 @@ CREATE TABLE groups (
   cursor INTEGER PRIMARY KEY, lease_id INTEGER NOT NULL, attempt INTEGER NOT NULL, stored_at REAL NOT NULL,
   num_trajectories INTEGER NOT NULL, num_contexts INTEGER NOT NULL, num_trained_tokens INTEGER NOT NULL,
   oldest_version INTEGER, reward_mean REAL NOT NULL, num_bytes INTEGER NOT NULL, tally TEXT NOT NULL,
-  header BLOB NOT NULL, token_ids BLOB NOT NULL, loss_mask BLOB NOT NULL, logprobs BLOB NOT NULL, spans BLOB NOT NULL);
+  header BLOB NOT NULL, token_ids BLOB NOT NULL, spans BLOB NOT NULL, logprobs BLOB NOT NULL);
 CREATE INDEX groups_held ON groups(num_bytes) WHERE num_bytes > 0;
 CREATE TABLE batches (step INTEGER NOT NULL, position INTEGER NOT NULL, cursor INTEGER NOT NULL UNIQUE,
   PRIMARY KEY (step, position)) WITHOUT ROWID;
@@ -159,8 +157,8 @@ class Store:
         """Question → what the audit needs of its group: the tokens themselves go. Their room is used again."""
         with self.transaction("retention"):
             self._db.executemany(
-                "UPDATE groups SET header = x'', token_ids = x'', loss_mask = x'', logprobs = x'', spans = x'', "
-                "num_bytes = 0, tally = ? WHERE cursor = ?",
+                "UPDATE groups SET header = x'', token_ids = x'', spans = x'', logprobs = x'', num_bytes = 0, "
+                "tally = ? WHERE cursor = ?",
                 [(tally, cursor) for cursor, tally in tallies.items()],
             )
 
@@ -207,13 +205,12 @@ class Store:
         return [row[0] for row in self._query("SELECT cursor FROM batches WHERE step = ? ORDER BY position", step)]
 
     def group(self, cursor: int) -> TrajectoryGroup:
-        rows = self._query("SELECT header, token_ids, loss_mask, logprobs, spans FROM groups WHERE cursor = ?", cursor)
+        rows = self._query("SELECT header, token_ids, spans, logprobs FROM groups WHERE cursor = ?", cursor)
         if not rows:
             raise StoreError(f"store {self._path} holds no group {cursor}")
         if not rows[0][0]:
             raise StoreError(f"store {self._path} has dropped the tokens of group {cursor} (see learner.retention)")
-        message, payload = decode(rows[0])
-        return decode_group(expect(message, SubmitGroup), payload)
+        return decode_frames(rows[0]).unpack()
 
     def query(self, sql: str, *parameters: object) -> list[tuple]:
         """Read-only SQL, for the audit."""
@@ -269,18 +266,17 @@ class Store:
 
     def _insert_group(self, record: Arrived) -> None:
         group, frames = record.group, record.frames
-        rewards = [trajectory.reward for trajectory in group.trajectories]
-        contexts = list(group.contexts())
+        rewards = group.header.rewards
         self._db.execute(
-            "INSERT INTO groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '', ?, ?, ?, ?, ?)",
+            "INSERT INTO groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '', ?, ?, ?, ?)",
             (
                 group.cursor,
                 record.lease_id,
                 group.attempt,
                 time.time(),
                 len(rewards),
-                len(contexts),
-                sum(context.num_trained_tokens for context in contexts),
+                len(group.header.context_lengths),
+                group.num_trained_tokens,
                 group.oldest_version,
                 sum(rewards) / len(rewards),
                 sum(len(frame) for frame in frames),

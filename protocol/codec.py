@@ -1,158 +1,95 @@
-"""A trajectory group as one header and one frame a column (many small frames cost three times as much)."""
+"""A trajectory group as one header and one frame a column (many small frames cost three times as much).
+
+TrajectoryGroup ── encode_group ──► frames ── decode_group, which checks ──► PackedGroup ── unpack ──► TrajectoryGroup
+"""
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Iterator, Sequence
-from functools import cached_property
-from itertools import pairwise
-from typing import overload
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from protocol.errors import MalformedMessage
-from protocol.messages import QuestionFields, SubmitGroup
-from protocol.types import Context, Edge, Question, Status, Trajectory, TrajectoryGroup, VersionSpan
-from protocol.wire import Buffer, decode, encode, expect
+from protocol.messages import SubmitGroup
+from protocol.packed import PackedGroup
+from protocol.types import Context, Trajectory, TrajectoryGroup, VersionSpan
+from protocol.wire import Buffer, decode, encode_fields, expect
 
-_COLUMNS = (("token_ids", "<i4"), ("loss_mask", "u1"), ("behavior_logprobs", "<f4"), ("spans", "<i4"))
+_DTYPES = {
+    "token_ids": np.dtype("<i4"),
+    "spans": np.dtype("<i4"),
+    "behavior_logprobs": np.dtype("<f4"),
+    "loss_mask": np.dtype(np.bool_),
+}
+_COLUMNS = ("token_ids", "spans", "behavior_logprobs")
 _NUM_FRAMES = 1 + len(_COLUMNS)
 
 
 def encode_group(group: TrajectoryGroup, *, lease_id: int) -> list[Buffer]:
-    """[header, token_ids, loss_mask, behavior_logprobs, spans]; see `SubmitGroup` for the layout."""
-    contexts = list(group.contexts())
-    roles, role_index = _intern([context.role for context in contexts])
-    policies, policy_index = _intern([context.policy for context in contexts])
-    header = SubmitGroup.model_construct(
-        lease_id=lease_id,
-        run_id=group.run_id,
-        cursor=group.cursor,
-        attempt=group.attempt,
-        question=QuestionFields.model_construct(
-            id=group.question.id,
-            text=group.question.text,
-            answers=list(group.question.answers),
-            metadata=group.question.metadata,
-        ),
-        rewards=[float(trajectory.reward) for trajectory in group.trajectories],
-        statuses=[trajectory.status.value for trajectory in group.trajectories],
-        answers=[trajectory.answer for trajectory in group.trajectories],
-        reward_parts=_columns_of([trajectory.reward_parts for trajectory in group.trajectories]),
-        stats=_columns_of([trajectory.stats for trajectory in group.trajectories]),
-        num_contexts=[len(trajectory.contexts) for trajectory in group.trajectories],
-        context_lengths=[len(context) for context in contexts],
-        context_num_spans=[len(context.policy_versions) for context in contexts],
-        context_turns=[context.turn for context in contexts],
-        context_roles=role_index,
-        context_policies=policy_index,
-        context_edges=[context.edge.value for context in contexts],
-        context_rewards=[float(context.reward) for context in contexts],
-        role_names=roles,
-        policy_names=policies,
+    """[header, token_ids, spans, behavior_logprobs]; see `SubmitGroup` for the layout.
+
+    Raises: MalformedMessage where a field is out of its bounds, an array is not of its type and contiguous, or spans do
+    not cover exactly the sampled tokens.
+    """
+    contexts = [context for trajectory in group.trajectories for context in trajectory.contexts]
+    lengths = [len(context.token_ids) for context in contexts]
+    header = encode_fields(
+        SubmitGroup,
+        {
+            "lease_id": lease_id,
+            "run_id": group.run_id,
+            "cursor": group.cursor,
+            "attempt": group.attempt,
+            "question": {
+                "id": group.question.id,
+                "text": group.question.text,
+                "answers": list(group.question.answers),
+                "metadata": group.question.metadata,
+            },
+            **_trajectory_columns(group.trajectories),
+            **_context_columns(contexts, lengths),
+        },
     )
-    spans = [
-        (span.start, span.end, span.version, span.publication)
-        for context in contexts
-        for span in context.policy_versions
-    ]
+    _check_masks(contexts, lengths)
+    spans = [span for context in contexts for span in context.policy_versions]
+    logprobs = [context.behavior_logprobs[s.start : s.end] for context in contexts for s in context.policy_versions]
     return [
-        encode(header),
-        _flat([context.token_ids for context in contexts], "<i4"),
-        _flat([context.loss_mask for context in contexts], "u1"),
-        _flat([context.behavior_logprobs for context in contexts], "<f4"),
-        np.asarray(spans, dtype="<i4").tobytes(),
+        header,
+        _joined([context.token_ids for context in contexts], "token_ids"),
+        _packed_spans(spans),
+        _joined(logprobs, "behavior_logprobs"),
     ]
 
 
-def decode_group(header: SubmitGroup, payload: Sequence[Buffer]) -> TrajectoryGroup:
-    """The group, checked as a whole. Its trajectories, read-only views into `payload`, are made when first looked at.
+def decode_group(header: SubmitGroup, payload: Sequence[Buffer]) -> PackedGroup:
+    """The group, checked as a whole; its columns are read-only views of `payload`.
 
-    Raises: MalformedMessage where columns disagree in length, a span is out of its context, or spans do not cover
-    exactly the sampled tokens.
+    Raises: MalformedMessage where columns disagree in length, or a span is out of its context or of order.
     """
     _check_header(header)
-    lengths = np.asarray(header.context_lengths, dtype=np.int64)
-    num_tokens, num_spans = int(lengths.sum()), sum(header.context_num_spans)
-    ids, mask, logprobs, spans = _views(payload, num_tokens, num_spans)
-    _check_tokens(ids, mask, logprobs)
-    _check_spans(spans, mask, lengths, np.asarray(header.context_num_spans, dtype=np.int64))
-    question = Question(
-        header.question.id,
-        header.question.text,
-        tuple(header.question.answers),
-        dict(header.question.metadata),
-    )
-    trajectories = _Trajectories(header, ids, mask.view(np.bool_), logprobs, spans)
-    return TrajectoryGroup(header.run_id, header.cursor, header.attempt, question, trajectories)
-
-
-class _Trajectories(Sequence[Trajectory]):
-    """Those of a group whose columns have been checked, all made at the first look at one of them."""
-
-    def __init__(
-        self,
-        header: SubmitGroup,
-        ids: NDArray[np.int32],
-        mask: NDArray[np.bool_],
-        logprobs: NDArray[np.float32],
-        spans: NDArray[np.int32],
-    ) -> None:
-        self._header = header
-        self._columns = ids, mask, logprobs, spans
-
-    def __len__(self) -> int:
-        return len(self._header.rewards)
-
-    @overload
-    def __getitem__(self, index: int) -> Trajectory: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Trajectory]: ...
-    def __getitem__(self, index: int | slice) -> Trajectory | Sequence[Trajectory]:
-        return self._made[index]
-
-    def __iter__(self) -> Iterator[Trajectory]:
-        return iter(self._made)
-
-    @cached_property
-    def _made(self) -> tuple[Trajectory, ...]:
-        header = self._header
-        contexts = self._contexts()
-        offsets = [0, *np.cumsum(header.num_contexts).tolist()]
-        return tuple(
-            Trajectory(
-                contexts=tuple(contexts[first:last]),
-                reward=header.rewards[i],
-                status=Status(header.statuses[i]),
-                reward_parts=_row_of(header.reward_parts, i),
-                stats=_row_of(header.stats, i),
-                answer=header.answers[i],
-            )
-            for i, (first, last) in enumerate(pairwise(offsets))
+    lengths = np.array(header.context_lengths, dtype=np.int64)
+    ids, spans, logprobs = _views(payload, int(lengths.sum()), sum(header.context_num_spans))
+    if len(ids) and int(ids.min()) < 0:
+        raise MalformedMessage(f"group: token_ids must be >= 0, got {int(ids.min())}")
+    _check_spans(spans, lengths, np.array(header.context_num_spans, dtype=np.int64))
+    num_sampled = int((spans[:, 1] - spans[:, 0]).sum(dtype=np.int64))
+    if len(logprobs) != num_sampled:
+        raise MalformedMessage(
+            f"group: behavior_logprobs must have the {num_sampled} entries that spans cover, got {len(logprobs)}"
         )
+    # NaN fails the comparisons too. A small positive value is float noise around log 1.
+    if len(logprobs) and not (logprobs.max() <= 1e-3 and logprobs.min() > -np.inf):
+        raise MalformedMessage("group: behavior_logprobs must be finite and <= 0")
+    return PackedGroup(header, ids, spans, logprobs)
 
-    def _contexts(self) -> list[Context]:
-        header, (ids, mask, logprobs, spans) = self._header, self._columns
-        token_offsets = [0, *np.cumsum(header.context_lengths).tolist()]
-        span_offsets = [0, *np.cumsum(header.context_num_spans).tolist()]
-        versions = [VersionSpan(*row) for row in spans.tolist()]
-        return [
-            Context(
-                token_ids=ids[start:end],
-                loss_mask=mask[start:end],
-                behavior_logprobs=logprobs[start:end],
-                policy_versions=tuple(versions[first:last]),
-                role=header.role_names[header.context_roles[k]],
-                policy=header.policy_names[header.context_policies[k]],
-                turn=header.context_turns[k],
-                edge=Edge(header.context_edges[k]),
-                reward=header.context_rewards[k],
-            )
-            for k, ((start, end), (first, last)) in enumerate(
-                zip(pairwise(token_offsets), pairwise(span_offsets), strict=True)
-            )
-        ]
+
+def decode_frames(frames: Sequence[Buffer]) -> PackedGroup:
+    """Of the frames that `encode_group` made. Raises: ProtocolError."""
+    message, payload = decode(frames)
+    return decode_group(expect(message, SubmitGroup), payload)
 
 
 def pack_groups(groups: Sequence[TrajectoryGroup]) -> bytes:
@@ -170,22 +107,91 @@ def unpack_groups(data: bytes) -> list[TrajectoryGroup]:
         frames.append(memoryview(data)[start:at])
     if at != len(data) or len(frames) % _NUM_FRAMES:
         raise MalformedMessage(f"groups: {len(data)} bytes are not whole frames, {_NUM_FRAMES} a group")
-    groups = []
-    for first in range(0, len(frames), _NUM_FRAMES):
-        message, payload = decode(frames[first : first + _NUM_FRAMES])
-        groups.append(decode_group(expect(message, SubmitGroup), payload))
-    return groups
+    return [decode_frames(frames[first : first + _NUM_FRAMES]).unpack() for first in range(0, len(frames), _NUM_FRAMES)]
+
+
+# --- at the sender ---
+
+
+def _trajectory_columns(trajectories: Sequence[Trajectory]) -> dict[str, object]:
+    return {
+        "rewards": [float(trajectory.reward) for trajectory in trajectories],
+        "statuses": [str(trajectory.status) for trajectory in trajectories],
+        "answers": [trajectory.answer for trajectory in trajectories],
+        "reward_parts": _columns_of([trajectory.reward_parts for trajectory in trajectories]),
+        "stats": _columns_of([trajectory.stats for trajectory in trajectories]),
+        "num_contexts": [len(trajectory.contexts) for trajectory in trajectories],
+    }
+
+
+def _context_columns(contexts: Sequence[Context], lengths: list[int]) -> dict[str, object]:
+    roles, role_index = _intern([context.role for context in contexts])
+    policies, policy_index = _intern([context.policy for context in contexts])
+    return {
+        "context_lengths": lengths,
+        "context_num_spans": [len(context.policy_versions) for context in contexts],
+        "context_turns": [context.turn for context in contexts],
+        "context_roles": role_index,
+        "context_policies": policy_index,
+        "context_edges": [str(context.edge) for context in contexts],
+        "context_rewards": [float(context.reward) for context in contexts],
+        "role_names": roles,
+        "policy_names": policies,
+    }
+
+
+def _check_masks(contexts: Sequence[Context], lengths: list[int]) -> None:
+    """The loss masks are not sent: that the spans say the same is checked here."""
+    covered = []
+    for context, length in zip(contexts, lengths, strict=True):
+        at = 0
+        for span in context.policy_versions:
+            covered.append(b"\0" * (span.start - at))
+            covered.append(b"\1" * (span.end - span.start))
+            at = span.end
+        covered.append(b"\0" * (length - at))
+    if b"".join(covered) != _joined([context.loss_mask for context in contexts], "loss_mask"):
+        raise MalformedMessage("group: spans must cover every sampled token once and no other")
+
+
+def _packed_spans(spans: Sequence[VersionSpan]) -> bytes:
+    flat = [value for span in spans for value in (span.start, span.end, span.version, span.publication)]
+    try:
+        return struct.pack(f"<{len(flat)}i", *flat)
+    except struct.error as error:
+        raise MalformedMessage(f"group: spans must be int32: {error}") from error
+
+
+def _joined(arrays: Sequence[NDArray[np.generic]], name: str) -> bytes:
+    """The bytes of the arrays after one another, copied once."""
+    dtype = _DTYPES[name]
+    for array in arrays:
+        if array.dtype != dtype:
+            raise MalformedMessage(f"group: {name} must be of {dtype}, got {array.dtype}")
+    try:
+        return b"".join([array.data for array in arrays])
+    except (TypeError, ValueError, BufferError) as error:
+        raise MalformedMessage(f"group: {name} must be contiguous: {error}") from error
+
+
+def _intern(names: list[str]) -> tuple[list[str], list[int]]:
+    index = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return list(index), [index[name] for name in names]
+
+
+def _columns_of(rows: list[dict[str, float]]) -> dict[str, list[float | None]]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+# --- at the receiver ---
 
 
 def _check_header(header: SubmitGroup) -> None:
     num_trajectories, num_contexts = len(header.rewards), len(header.context_lengths)
     if num_trajectories == 0:
         raise MalformedMessage("group: it has no trajectory")
-    per_trajectory = {
-        "statuses": header.statuses,
-        "answers": header.answers,
-        "num_contexts": header.num_contexts,
-    }
+    per_trajectory = {"statuses": header.statuses, "answers": header.answers, "num_contexts": header.num_contexts}
     per_trajectory |= {f"reward_parts.{name}": column for name, column in header.reward_parts.items()}
     per_trajectory |= {f"stats.{name}": column for name, column in header.stats.items()}
     for name, column in per_trajectory.items():
@@ -203,42 +209,26 @@ def _check_header(header: SubmitGroup) -> None:
     ):
         if max(index, default=-1) >= len(names):
             raise MalformedMessage(f"group: {name} must be below {len(names)}, got {max(index)}")
-    if not (np.isfinite(header.rewards).all() and np.isfinite(header.context_rewards).all()):
+    if not all(map(math.isfinite, header.rewards + header.context_rewards)):
         raise MalformedMessage("group: rewards must be finite")
 
 
 def _views(
     payload: Sequence[Buffer], num_tokens: int, num_spans: int
-) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32]]:
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
     if len(payload) != len(_COLUMNS):
         raise MalformedMessage(f"group: payload must have {len(_COLUMNS)} frames, got {len(payload)}")
-    columns = []
-    for (name, dtype), frame in zip(_COLUMNS, payload, strict=True):
-        count = num_spans * 4 if name == "spans" else num_tokens
-        expected = count * np.dtype(dtype).itemsize
-        if len(frame) != expected:
+    for name, frame, expected in zip(_COLUMNS, payload, (4 * num_tokens, 16 * num_spans, None), strict=True):
+        if expected is not None and len(frame) != expected:
             raise MalformedMessage(f"group: {name} must have {expected} bytes, got {len(frame)}")
-        columns.append(np.frombuffer(frame, dtype=dtype))
-    return columns[0], columns[1], columns[2], columns[3].reshape(num_spans, 4)
+    if len(payload[2]) % 4:
+        raise MalformedMessage(f"group: behavior_logprobs must be whole floats, got {len(payload[2])} bytes")
+    ids, logprobs = np.frombuffer(payload[0], "<i4"), np.frombuffer(payload[2], "<f4")
+    return ids, np.frombuffer(payload[1], "<i4").reshape(num_spans, 4), logprobs
 
 
-def _check_tokens(ids: NDArray[np.int32], mask: NDArray[np.uint8], logprobs: NDArray[np.float32]) -> None:
-    if len(ids) and int(ids.min()) < 0:
-        raise MalformedMessage(f"group: token_ids must be >= 0, got {int(ids.min())}")
-    if len(mask) and int(mask.max()) > 1:
-        raise MalformedMessage(f"group: loss_mask must be 0 or 1, got {int(mask.max())}")
-    # NaN fails the comparisons too. A small positive value is float noise around log 1.
-    if len(logprobs) and not (logprobs.max() <= 1e-3 and logprobs.min() > -np.inf):
-        raise MalformedMessage("group: behavior_logprobs must be finite and <= 0")
-
-
-def _check_spans(
-    spans: NDArray[np.int32],
-    mask: NDArray[np.uint8],
-    lengths: NDArray[np.int64],
-    num_spans: NDArray[np.int64],
-) -> None:
-    """Spans lie within their context and cover each sampled token once and nothing else."""
+def _check_spans(spans: NDArray[np.int32], lengths: NDArray[np.int64], num_spans: NDArray[np.int64]) -> None:
+    """Spans lie within their context, in order, and do not overlap."""
     bounds = spans[:, :2].astype(np.int64)
     start, end = bounds.T
     if (spans < 0).any() or (start >= end).any() or (end > lengths.repeat(num_spans)).any():
@@ -247,29 +237,3 @@ def _check_spans(
     flat = bounds.ravel()
     if (flat[1:] < flat[:-1]).any():
         raise MalformedMessage("group: spans must be ascending")
-    # Where one span ends and the next starts, sampling goes on: the mask has no edge at such a pair of bounds.
-    is_edge = np.ones(len(flat), dtype=np.bool_)
-    meets = flat[1:] == flat[:-1]
-    is_edge[1:] &= ~meets
-    is_edge[:-1] &= ~meets
-    if not np.array_equal(flat[is_edge], np.flatnonzero(np.diff(mask.view(np.bool_), prepend=False, append=False))):
-        raise MalformedMessage("group: spans must cover every sampled token once and no other")
-
-
-def _flat(arrays: Sequence[NDArray[np.generic]], dtype: str) -> Buffer:
-    """The bytes of the arrays after one another, copied once."""
-    return np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype, casting="safe").view(np.uint8).data.toreadonly()
-
-
-def _intern(names: list[str]) -> tuple[list[str], list[int]]:
-    index = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    return list(index), [index[name] for name in names]
-
-
-def _columns_of(rows: list[dict[str, float]]) -> dict[str, list[float | None]]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
-def _row_of(columns: dict[str, list[float | None]], i: int) -> dict[str, float]:
-    return {name: value for name, column in columns.items() if (value := column[i]) is not None}

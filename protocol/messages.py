@@ -1,6 +1,6 @@
 """Every message that crosses a process boundary.
 
-actor    → coordinator   Heartbeat, SubmitGroup (+ 4 column frames), Goodbye
+actor    → coordinator   Heartbeat, SubmitGroup (+ 3 column frames), Goodbye
 coordinator → actor      RunStatus, Lease, SubmitReply, Drain
 agent    → publisher     EngineReport, ManifestRequest, ChunkRequest
 publisher → agent        EngineReply, Manifest, Chunk (+ 1 frame)      and Announcement on PUB/SUB
@@ -101,11 +101,11 @@ class Lease(Message):
 
 
 class SubmitGroup(Message):
-    """A group's header: columns over trajectories [G] and over contexts [sum K]; four payload frames hold the tokens.
+    """A group's header: columns over trajectories [G] and over contexts [sum K]; three payload frames hold the tokens.
 
-    Payload, for the whole group, contexts after one another, little-endian:
-    token_ids int32 [T], loss_mask uint8 [T], behavior_logprobs float32 [T], spans int32 [S, 4] of
-    (start, end, version, publication).
+    Payload, for the whole group, contexts after one another, little-endian: token_ids int32 [T], spans int32 [S, 4] of
+    (start, end, version, publication) within their context, and behavior_logprobs float32 [N] of the N sampled tokens,
+    which are those that the spans cover: a loss mask would say it twice.
     """
 
     kind: ClassVar[str] = "group"

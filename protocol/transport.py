@@ -7,7 +7,6 @@ its `authorized` folder. What a peer may send, and how much of it, is limited: d
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
 import re
 import shutil
@@ -15,16 +14,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 import zmq
 import zmq.asyncio
 import zmq.auth
 from zmq.auth.asyncio import AsyncioAuthenticator
 
+from protocol.addresses import is_loopback
 from protocol.errors import DataError, SecurityError, UnreachableError
 from protocol.keys import AllowList, Keys
 from protocol.limits import RateLimit
+from protocol.readiness import Readiness
 from protocol.wire import MAX_FRAME_BYTES, Buffer
 
 # Messages queued towards one peer before sending waits (DEALER) or drops (ROUTER, PUB).
@@ -33,6 +33,8 @@ _SEND_LIMIT = 1_000
 _RECEIVE_LIMIT = 64
 # A receiver that is never out of messages lets others have the loop after so many.
 _YIELD_EVERY = 32
+# Below it a message is copied: a group of 200 KB costs a quarter less so (docs/benchmarks.md).
+_COPIED_BYTES = 1 << 20
 _CLIENT_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -66,21 +68,6 @@ def _create_pair(folder: Path, name: str) -> None:
     os.chmod(zmq.auth.create_certificates(folder, name)[1], 0o600)
 
 
-def is_loopback(address: str) -> bool:
-    """True for ipc://, inproc:// and tcp:// or http:// on a loopback host."""
-    parts = urlsplit(address)
-    return parts.scheme in ("ipc", "inproc") or is_loopback_host(parts.hostname or "")
-
-
-def is_loopback_host(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 S = TypeVar("S", bound="Socket")
 
 
@@ -88,7 +75,7 @@ class Transport:
     """One process's sockets. `close()` closes all of them; nothing lingers."""
 
     def __init__(self, *, keys: Path | None = None) -> None:
-        self._context = zmq.asyncio.Context()
+        self._context = zmq.Context()
         self._keys = Keys(keys) if keys is not None else None
         self._authenticator: AsyncioAuthenticator | None = None
         self._sockets: list[Socket] = []
@@ -134,7 +121,7 @@ class Transport:
         self._sockets.append(socket)
         return socket
 
-    def _bind(self, socket: zmq.asyncio.Socket, address: str, *, max_frame_bytes: int = MAX_FRAME_BYTES) -> str:
+    def _bind(self, socket: zmq.Socket[bytes], address: str, *, max_frame_bytes: int = MAX_FRAME_BYTES) -> str:
         _set_limits(socket, max_frame_bytes)
         try:
             if self._keys is not None:
@@ -155,18 +142,18 @@ class Transport:
             raise
         return socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
-    def _serve_curve(self, socket: zmq.asyncio.Socket, keys: Keys) -> None:
+    def _serve_curve(self, socket: zmq.Socket[bytes], keys: Keys) -> None:
         authorized = keys.folder / "authorized"
         if not authorized.is_dir():
             raise DataError(f"no authorized/ in keys folder {keys.folder}: put the clients' public .key files there")
         socket.curve_publickey, socket.curve_secretkey = keys.pair("server")
         socket.curve_server = True
         if self._authenticator is None:
-            self._authenticator = AsyncioAuthenticator(self._context)
+            self._authenticator = AsyncioAuthenticator(zmq.asyncio.Context.shadow(self._context))
             self._authenticator.start()
             self._authenticator.configure_curve_callback(domain="*", credentials_provider=AllowList(authorized))
 
-    def _connect(self, socket: zmq.asyncio.Socket, address: str) -> str:
+    def _connect(self, socket: zmq.Socket[bytes], address: str) -> str:
         _set_limits(socket)
         try:
             if self._keys is not None:
@@ -190,12 +177,36 @@ class Transport:
 class Socket:
     """Common to all: an address and a close."""
 
-    def __init__(self, socket: zmq.asyncio.Socket, address: str) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], address: str) -> None:
         self._socket = socket
+        self._ready = Readiness(int(socket.getsockopt(zmq.FD)), lambda: int(socket.getsockopt(zmq.EVENTS)))
+        self._num_received = 0
         self.address = address
 
     def close(self) -> None:
+        self._ready.close()
         self._socket.close(linger=0)
+
+    async def _recv(self) -> list[zmq.Frame]:
+        """The frames of a message, not copied."""
+        self._num_received += 1
+        if self._num_received % _YIELD_EVERY == 0:
+            await asyncio.sleep(0)
+        while True:
+            try:
+                frames = [self._socket.recv(zmq.NOBLOCK, copy=False)]
+                while frames[-1].more:
+                    frames.append(self._socket.recv(copy=False))
+            except zmq.Again:
+                await self._ready.wait(zmq.POLLIN)
+            else:
+                self._ready.operated()
+                return frames
+
+    def _try_send(self, frames: Sequence[Buffer]) -> None:
+        """All of them or, where it raises (zmq.Again: the queue is full), none. Large ones are not copied."""
+        self._socket.send_multipart(frames, zmq.NOBLOCK, copy=_small(frames))
+        self._ready.operated()
 
 
 class Router(Socket):
@@ -204,19 +215,15 @@ class Router(Socket):
     A peer that sends too much, or what must be refused, has its messages dropped for a while: `num_dropped`.
     """
 
-    def __init__(self, socket: zmq.asyncio.Socket, address: str, limit: RateLimit) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], address: str, limit: RateLimit) -> None:
         super().__init__(socket, address)
         self._limit = limit
-        self._num_received = 0
         self.num_dropped = 0
 
     async def recv(self) -> tuple[bytes, list[Buffer]]:
         """(peer, frames): frames are not copied."""
         while True:
-            identity, *frames = await self._socket.recv_multipart(copy=False)
-            self._num_received += 1
-            if self._num_received % _YIELD_EVERY == 0:  # pyzmq does not while there are messages
-                await asyncio.sleep(0)
+            identity, *frames = await self._recv()
             peer = identity.bytes
             buffers: list[Buffer] = [frame.buffer for frame in frames]
             if self._limit.admits(peer, header_bytes=len(buffers[0]) if buffers else 0, now_s=time.monotonic()):
@@ -227,10 +234,10 @@ class Router(Socket):
         """A message of this peer could not be read: a few may be a defect, many are hostile."""
         self._limit.refuse(peer, now_s=time.monotonic())
 
-    async def send(self, peer: bytes, frames: Sequence[Buffer]) -> bool:
-        """False where the peer is gone or does not read (its queue is full): the message is dropped."""
+    def send(self, peer: bytes, frames: Sequence[Buffer]) -> bool:
+        """False where the peer is gone or does not read (its queue is full): the message is dropped. Never waits."""
         try:
-            await self._socket.send_multipart([peer, *frames], flags=zmq.NOBLOCK, copy=_small(frames))
+            self._try_send([peer, *frames])
         except zmq.ZMQError as error:
             if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 return False
@@ -241,44 +248,48 @@ class Router(Socket):
 class Dealer(Socket):
     """Talks to one server, in order, across reconnects; what was queued when a connection broke is lost."""
 
-    def __init__(self, socket: zmq.asyncio.Socket, address: str) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], address: str) -> None:
         super().__init__(socket, address)
-        self._num_sending = 0
+        self._sending = asyncio.Lock()
 
     async def recv(self) -> list[Buffer]:
-        return [frame.buffer for frame in await self._socket.recv_multipart(copy=False)]
+        return [frame.buffer for frame in await self._recv()]
 
     async def send(self, frames: Sequence[Buffer], *, timeout_s: float = 30.0) -> None:
         """Raises: TimeoutError where in all that time the server was not there, or did not read (the queue is full)."""
-        self._num_sending += 1
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._socket.send_multipart(list(frames), copy=_small(frames))
-        finally:
-            self._num_sending -= 1
+        if self.try_send(frames):
+            return None
+        async with asyncio.timeout(timeout_s), self._sending:
+            while True:
+                await self._ready.wait(zmq.POLLOUT)
+                try:
+                    return self._try_send(frames)
+                except zmq.Again:
+                    pass
 
-    async def try_send(self, frames: Sequence[Buffer]) -> bool:
+    def try_send(self, frames: Sequence[Buffer]) -> bool:
         """False where the server is not there or does not read (the queue is full): nothing was sent. Never waits."""
-        if self._num_sending:  # pyzmq would queue behind what waits
+        if self._sending.locked():  # somebody's turn comes first
             return False
         try:
-            await self._socket.send_multipart(list(frames), flags=zmq.NOBLOCK, copy=_small(frames))
+            self._try_send(frames)
         except zmq.Again:
             return False
         return True
 
 
 class Publisher(Socket):
-    async def send(self, frames: Sequence[Buffer]) -> None:
-        await self._socket.send_multipart(list(frames))
+    def send(self, frames: Sequence[Buffer]) -> None:
+        """Who does not read misses it. Never waits."""
+        self._try_send(frames)
 
 
 class Subscriber(Socket):
     async def recv(self) -> list[Buffer]:
-        return [frame.buffer for frame in await self._socket.recv_multipart(copy=False)]
+        return [frame.buffer for frame in await self._recv()]
 
 
-def _set_limits(socket: zmq.asyncio.Socket, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
+def _set_limits(socket: zmq.Socket[bytes], max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
     socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
     socket.setsockopt(zmq.SNDHWM, _SEND_LIMIT)
     socket.setsockopt(zmq.RCVHWM, _RECEIVE_LIMIT)
@@ -296,5 +307,5 @@ def _reason(error: zmq.ZMQError) -> str:
 
 
 def _small(frames: Sequence[Buffer]) -> bool:
-    """Whether copying into libzmq is cheaper than tracking the buffers."""
-    return sum(len(frame) for frame in frames) < 65_536
+    """Whether copying into libzmq is cheaper than to be told, by another thread, when the buffers can be freed."""
+    return sum(map(len, frames)) < _COPIED_BYTES

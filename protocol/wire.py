@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from protocol.errors import IncompatibleVersion, MalformedMessage, MessageTooLarge
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_HEADER_BYTES = 4 << 20
 MAX_FRAME_BYTES = 256 << 20
 MAX_FRAMES = 8
@@ -46,10 +46,13 @@ M = TypeVar("M", bound=Message)
 
 def encode(message: Message) -> bytes:
     """The header frame of `message`."""
-    header = {"v": PROTOCOL_VERSION, "kind": message.kind, **message.model_dump()}
-    packed = msgpack.packb(header, use_bin_type=True)
-    assert packed is not None
-    return packed
+    return _pack(message.kind, message.model_dump())
+
+
+def encode_fields(cls: type[Message], fields: dict[str, object]) -> bytes:
+    """The header frame of a `cls` with these fields, which are not copied. Raises: MalformedMessage."""
+    _validated(cls, fields)
+    return _pack(cls.kind, fields)
 
 
 def decode(frames: Sequence[Buffer]) -> tuple[Message, Sequence[Buffer]]:
@@ -78,10 +81,7 @@ def decode(frames: Sequence[Buffer]) -> tuple[Message, Sequence[Buffer]]:
     cls = Message.kinds.get(kind) if isinstance(kind, str) else None
     if cls is None:
         raise MalformedMessage(f"unknown message kind {quote(kind)}")
-    try:
-        return cls.model_validate(fields), frames[1:]
-    except ValidationError as error:
-        raise MalformedMessage(f"{kind}: {describe(error)}") from error
+    return _validated(cls, fields), frames[1:]
 
 
 def expect(message: Message, cls: type[M]) -> M:
@@ -89,6 +89,19 @@ def expect(message: Message, cls: type[M]) -> M:
     if not isinstance(message, cls):
         raise MalformedMessage(f"expected {cls.kind}, got {message.kind}")
     return message
+
+
+def _pack(kind: str, fields: dict[str, object]) -> bytes:
+    packed = msgpack.packb({"v": PROTOCOL_VERSION, "kind": kind, **fields}, use_bin_type=True)
+    assert packed is not None
+    return packed
+
+
+def _validated(cls: type[M], fields: dict[str, object]) -> M:
+    try:
+        return cls.model_validate(fields)
+    except ValidationError as error:
+        raise MalformedMessage(f"{cls.kind}: {describe(error)}") from error
 
 
 def quote(value: object) -> str:

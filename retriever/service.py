@@ -168,7 +168,7 @@ class RetrieverService:
         return replies
 
     async def _send(self, peer: bytes, reply: bytes) -> None:
-        if not await self._router.send(peer, [reply]):
+        if not self._router.send(peer, [reply]):
             self.stats.num_undelivered += 1
 
 

@@ -14,8 +14,8 @@ from actor.engine.admission import Limits
 from actor.engine.core import Engine
 from actor.engine.http import ServerFacts, build_app
 from actor.engine.scheduler import Scheduler
+from protocol.addresses import is_loopback_host
 from protocol.errors import ConfigError, SecurityError, UnreachableError
-from protocol.transport import is_loopback_host
 
 _MAX_PREFILL_TOKENS = 16_384
 _BACKLOG = 1024

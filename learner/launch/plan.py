@@ -7,9 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from protocol.addresses import is_loopback
 from protocol.config import Config
 from protocol.errors import ConfigError
-from protocol.transport import is_loopback
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,8 +70,8 @@ def is_finished(config: Config) -> bool:
 
 def check(config: Config) -> None:
     """What can be known to be wrong before anything starts. Raises: DataError, SecurityError."""
+    from protocol.addresses import is_loopback
     from protocol.errors import DataError, SecurityError
-    from protocol.transport import is_loopback
 
     for key, path in [("model.path", config.model.path), *config.retriever.indexes.items()]:
         if not path.is_dir():

@@ -134,7 +134,7 @@ class ScriptedRetriever:
             if self.silent:
                 continue
             if self.error:
-                await self.router.send(peer, [encode(ErrorReply(request_id=request.request_id, error=self.error))])
+                self.router.send(peer, [encode(ErrorReply(request_id=request.request_id, error=self.error))])
                 continue
             results = [
                 [
@@ -143,7 +143,7 @@ class ScriptedRetriever:
                 ]
                 for query in request.queries
             ]
-            await self.router.send(peer, [encode(SearchReply(request_id=request.request_id, results=results))])
+            self.router.send(peer, [encode(SearchReply(request_id=request.request_id, results=results))])
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ class Stage:
                     return message
 
     async def send(self, message: Message) -> None:
-        assert await self.router.send(self.peer, [encode(message)])
+        assert self.router.send(self.peer, [encode(message)])
 
     async def lease(self, lease_id: int) -> None:
         cursor = lease_id + 100
@@ -227,7 +227,7 @@ async def test_cancelled_it_says_goodbye(stage: Stage) -> None:
 async def test_foreign_and_malformed_messages_are_ignored(stage: Stage) -> None:
     beat = await stage.receive(Heartbeat)
     for frames in ([b""], [b"\xff" * 9], [encode(beat)], [b"x"] * 20):
-        assert await stage.router.send(stage.peer, frames)
+        assert stage.router.send(stage.peer, frames)
     await stage.lease(1)
     await stage.receive(Heartbeat, held=[1])
 

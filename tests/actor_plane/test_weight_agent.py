@@ -100,7 +100,7 @@ class Plane:
         self.series = Series(RUN, chunk_bytes=CHUNK_BYTES)
         self.serving = asyncio.create_task(self.publisher.serve())
 
-    async def _changed(self) -> None:
+    def _changed(self) -> None:
         self.num_changes += 1
 
     async def publish(self, data: bytes, *, publication: int, version: int, canary: CanaryFields | None = None) -> None:
@@ -261,9 +261,9 @@ async def test_a_chunk_that_is_damaged_or_lost_is_asked_for_again(
     await plane.publish(data, publication=1, version=0)
     answer, num_asked = plane.publisher._answer, 0
 
-    async def lossy(message: Message) -> tuple[Message, list[memoryview]]:
+    def lossy(message: Message) -> tuple[Message, list[memoryview]]:
         nonlocal num_asked
-        reply, payload = await answer(message)
+        reply, payload = answer(message)
         if isinstance(message, ChunkRequest):
             num_asked += 1
             if num_asked == 1:

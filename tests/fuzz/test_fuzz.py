@@ -42,7 +42,7 @@ class Decoder:
 def _read_group(frames: Frames) -> None:
     message, payload = decode(frames)
     if isinstance(message, SubmitGroup):
-        group = decode_group(message, payload)
+        group = decode_group(message, payload).unpack()
         assert sum(context.num_trained_tokens for context in group.contexts()) <= sum(map(len, frames))
 
 

@@ -6,13 +6,13 @@ from contextlib import closing
 from pathlib import Path
 
 from learner.ledger import Entry, LeaseRecord, State
-from learner.records import Arrived, Ended, Granted, Placed, Trained
+from learner.records import Ended, Granted, Placed, Trained
 from learner.store import Store, store_path
-from protocol.codec import encode_group
 from protocol.config import Config
 from protocol.config_file import load_config
 from protocol.types import TrajectoryGroup
 from tests.learner.tiny import group, save_tiny_model
+from tests.learner_plane.peers import arrived
 
 
 def groups_of(step: int, *, num: int = 2) -> list[TrajectoryGroup]:
@@ -27,11 +27,11 @@ def record_run(folder: Path, *, num_steps: int) -> Path:
         for step in range(num_steps):
             groups = groups_of(step)
             for each in groups:
-                lease_id, frames = each.cursor + 1, encode_group(each, lease_id=each.cursor + 1)
+                lease_id = each.cursor + 1
                 store.commit(
                     [
                         Granted(LeaseRecord(lease_id, each.cursor, each.cursor, 0, "actor", 0.0), engine_version=step),
-                        Arrived(lease_id, each, frames),
+                        arrived(each, lease_id=lease_id),
                         Placed(Entry(each.cursor, each.cursor, 0, State.BUFFERED, each.cursor)),
                         Ended(lease_id, "accepted"),
                     ]

@@ -13,8 +13,9 @@ import numpy as np
 
 from learner.admission import Rules
 from learner.plane import Plane
+from learner.records import Arrived
 from learner.store import Store, store_path
-from protocol.codec import encode_group
+from protocol.codec import decode_frames, encode_group
 from protocol.config import NetworkConfig
 from protocol.messages import (
     Drain,
@@ -103,6 +104,12 @@ def make_group(
     question = Question(id=f"q{lease.cursor}", text="who?", answers=("w1",))
     trajectories = tuple(Trajectory((context,), reward, reward_parts={"em": reward}) for reward in rewards)
     return TrajectoryGroup(lease.run_id, lease.cursor, lease.attempt, question, trajectories)
+
+
+def arrived(group: TrajectoryGroup, *, lease_id: int) -> Arrived:
+    """The record of `group`, as the coordinator would keep it."""
+    frames = encode_group(group, lease_id=lease_id)
+    return Arrived(lease_id, decode_frames(frames), frames)
 
 
 class Actor:

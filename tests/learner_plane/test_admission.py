@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from learner.admission import Rules, Verdict, judge
+from protocol.codec import decode_frames, encode_group
 from protocol.types import Context, Question, Status, Trajectory, TrajectoryGroup, VersionSpan
 
 RULES = Rules(run_id="r", group_size=2, vocab_size=10, skip_zero_variance=False)
@@ -26,7 +27,8 @@ def group(*trajectories: Trajectory) -> TrajectoryGroup:
 
 
 def verdict(group: TrajectoryGroup, *, rules: Rules = RULES, step: int = 4, min_version: int = 2) -> Verdict:
-    return judge(group, rules=rules, publications=PUBLICATIONS, step=step, min_version=min_version)
+    packed = decode_frames(encode_group(group, lease_id=1))
+    return judge(packed, rules=rules, publications=PUBLICATIONS, step=step, min_version=min_version)
 
 
 def with_context(wrong: Context) -> TrajectoryGroup:

@@ -9,9 +9,9 @@ import pytest
 
 from learner.audit import audit_run
 from learner.ledger import Entry, LeaseRecord, State
-from learner.records import Arrived, Ended, Granted, Placed, Trained
+from learner.records import Ended, Granted, Placed, Trained
 from learner.store import Store, store_path
-from protocol.codec import encode_group
+from tests.learner_plane.peers import arrived
 from tests.learner_plane.test_admission import group
 
 META = {"run_id": "r", "groups_per_batch": "1", "group_size": "2", "staleness_bound": "2"}
@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> Path:
     store.commit(
         [
             Granted(LeaseRecord(1, 0, 0, 0, "actor", 0.0), engine_version=3),
-            Arrived(1, sound, encode_group(sound, lease_id=1)),
+            arrived(sound, lease_id=1),
             Placed(Entry(0, 0, 0, State.BUFFERED, 0)),
             Ended(1, "accepted"),
         ]

@@ -171,7 +171,7 @@ async def test_malformed_columns_are_refused_and_issued_again(tmp_path: Path) ->
         async with Actor(control_address(plane)) as actor:
             first, *_ = await actor.until_leased(4)
             frames = encode_group(make_group(first), lease_id=first.lease_id)
-            frames[3] = np.full(8, np.nan, dtype=np.float32).tobytes()
+            frames[3] = np.full(4, np.nan, dtype=np.float32).tobytes()
             await actor.dealer.send(frames)
             await actor.until(lambda: len(actor.leases) == 5)
             assert actor.replies[0].outcome == "refused"

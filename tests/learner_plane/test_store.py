@@ -12,13 +12,13 @@ from learner import coordinator
 from learner.audit import audit_run
 from learner.ledger import Entry, LeaseRecord, State
 from learner.plane import Plane
-from learner.records import Arrived, Ended, Granted, Moved, Placed, Trained
+from learner.records import Ended, Granted, Moved, Placed, Trained
 from learner.retention import drop_tokens, expired_steps
 from learner.store import Store, store_path
 from protocol.codec import encode_group
 from protocol.errors import StoreError, StoreFullError
 from protocol.messages import Lease
-from tests.learner_plane.peers import RUN, WAIT_S, Actor, Setting, control_address, make_group, open_plane
+from tests.learner_plane.peers import RUN, WAIT_S, Actor, Setting, arrived, control_address, make_group, open_plane
 from tests.learner_plane.test_coordinator import IDENTITY, serve_version
 
 NUM_STEPS = 6
@@ -36,7 +36,7 @@ def put(store: Store, cursor: int, *, slot: int, version: int, outcome: str = "a
     store.commit(
         [
             Granted(LeaseRecord(cursor + 1, cursor, slot, 0, "actor", 0.0), version),
-            Arrived(cursor + 1, group, encode_group(group, lease_id=cursor + 1)),
+            arrived(group, lease_id=cursor + 1),
             Placed(Entry(cursor, kept, 0, state, slot)),
             Ended(cursor + 1, "accepted" if outcome == "accepted" else "skipped"),
         ]

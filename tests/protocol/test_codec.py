@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protocol import wire
-from protocol.codec import decode_group, encode_group
+from protocol.codec import decode_frames, decode_group, encode_group
 from protocol.errors import IncompatibleVersion, MalformedMessage, MessageTooLarge, ProtocolError
 from protocol.messages import Heartbeat, SubmitGroup
 from protocol.types import Context, Question, Trajectory, TrajectoryGroup, VersionSpan
@@ -53,8 +53,7 @@ def pack(value: object) -> bytes:
 
 
 def receive(frames: Sequence[Buffer]) -> TrajectoryGroup:
-    message, payload = decode(frames)
-    return decode_group(expect(message, SubmitGroup), payload)
+    return decode_frames(frames).unpack()
 
 
 def receive_or_refuse(frames: Sequence[Buffer]) -> None:
@@ -88,7 +87,7 @@ def assert_same_bits(a: TrajectoryGroup, b: TrajectoryGroup) -> None:
 @given(groups(), st.integers(0, 2**62 - 1))
 def test_a_group_survives_bit_for_bit(group: TrajectoryGroup, lease_id: int) -> None:
     frames = encode_group(group, lease_id=lease_id)
-    assert len(frames) == 5
+    assert len(frames) == 4
     assert_same_bits(receive([bytes(frame) for frame in frames]), group)
     assert_same_bits(receive([memoryview(frame) for frame in frames]), group)
     message, _ = decode(frames)
@@ -96,9 +95,21 @@ def test_a_group_survives_bit_for_bit(group: TrajectoryGroup, lease_id: int) -> 
     assert message.lease_id == lease_id
 
 
-def test_arrays_are_views_of_the_frames() -> None:
+@few
+@given(groups())
+def test_what_is_read_off_the_columns(group: TrajectoryGroup) -> None:
+    packed = decode_frames(encode_group(group, lease_id=1))
+    assert (packed.run_id, packed.cursor, packed.attempt) == (group.run_id, group.cursor, group.attempt)
+    assert packed.oldest_version == group.oldest_version
+    each = [trajectory.num_trained_tokens for trajectory in group.trajectories]
+    assert packed.num_trained_tokens_each().tolist() == each
+    assert packed.num_trained_tokens == sum(each)
+
+
+def test_arrays_are_views_that_nobody_writes() -> None:
     frames = encode_group(one_group(), lease_id=1)
     context = receive(frames).trajectories[0].contexts[0]
+    assert np.shares_memory(context.token_ids, np.frombuffer(frames[1], np.int32))
     for name in ("token_ids", "loss_mask", "behavior_logprobs"):
         assert not getattr(context, name).flags.owndata
         assert not getattr(context, name).flags.writeable
@@ -191,7 +202,7 @@ def test_a_flipped_bit_is_taken_or_refused(message: Message, data: st.DataObject
 @given(groups(), st.data())
 def test_damaged_groups_are_taken_or_refused(group: TrajectoryGroup, data: st.DataObject) -> None:
     frames = [bytes(frame) for frame in encode_group(group, lease_id=1)]
-    index = data.draw(st.integers(0, 4))
+    index = data.draw(st.integers(0, 3))
     damage = data.draw(st.sampled_from(["flip", "cut", "drop", "double", "swap", "empty"]))
     match damage:
         case "flip" if frames[index]:
@@ -270,21 +281,19 @@ def test_headers_that_lie(changes: dict, says: str) -> None:
     ("frame", "change", "says"),
     [
         (1, (0, -1), "token_ids must be >= 0, got -1"),
-        (2, (0, 2), "loss_mask must be 0 or 1, got 2"),
-        (2, (0, 1), "spans must cover every sampled token once"),
-        (2, (2, 0), "spans must cover every sampled token once"),
+        (2, (0, -1), "0 <= start < end"),
+        (2, (1, 2), "0 <= start < end"),
+        (2, (1, 7), "0 <= start < end <= its context's length"),
+        (2, (1, 5), "must have the 13 entries that spans cover, got 12"),
+        (2, (1, 6), "spans must be ascending"),
+        (2, (2, -3), "0 <= start < end"),
         (3, (2, np.nan), "behavior_logprobs must be finite"),
         (3, (2, -np.inf), "behavior_logprobs must be finite"),
         (3, (2, 0.1), "behavior_logprobs must be finite and <= 0"),
-        (4, (0, -1), "0 <= start < end"),
-        (4, (1, 2), "0 <= start < end"),
-        (4, (1, 7), "0 <= start < end <= its context's length"),
-        (4, (1, 5), "spans must cover every sampled token once"),
-        (4, (2, -3), "0 <= start < end"),
     ],
 )
 def test_columns_that_lie(frame: int, change: tuple[int, float], says: str) -> None:
-    dtype = {1: "<i4", 2: "u1", 3: "<f4", 4: "<i4"}[frame]
+    dtype = {1: "<i4", 2: "<i4", 3: "<f4"}[frame]
     frames = encode_group(one_group(), lease_id=1)
     column = np.frombuffer(frames[frame], dtype=dtype).copy()
     column[change[0]] = change[1]
@@ -293,10 +302,36 @@ def test_columns_that_lie(frame: int, change: tuple[int, float], says: str) -> N
         receive(frames)
 
 
-def test_spans_in_disorder_are_refused() -> None:
+@pytest.mark.parametrize(("start", "end"), [(2, 3), (1, 4), (2, 5)])
+def test_spans_that_do_not_cover_the_mask_are_not_sent(start: int, end: int) -> None:
     context = one_group().trajectories[0].contexts[0]
-    turned = dataclasses.replace(context, policy_versions=context.policy_versions[::-1])
-    frames = encode_group(one_group(trajectories=(Trajectory((turned,), 0.0),)), lease_id=1)
+    other = dataclasses.replace(context, policy_versions=(VersionSpan(start, end, 3, 7), context.policy_versions[1]))
+    with pytest.raises(MalformedMessage, match="spans must cover every sampled token once"):
+        encode_group(one_group(trajectories=(Trajectory((other,), 0.0),)), lease_id=1)
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.arange(6, dtype=np.int64), "token_ids must be of int32, got int64"),
+        (np.arange(12, dtype=np.int32)[::2], "token_ids must be contiguous"),
+    ],
+)
+def test_arrays_of_another_type_are_not_sent(array: np.ndarray, says: str) -> None:
+    context = dataclasses.replace(one_group().trajectories[0].contexts[0], token_ids=array)
+    with pytest.raises(MalformedMessage, match=says):
+        encode_group(one_group(trajectories=(Trajectory((context,), 0.0),)), lease_id=1)
+
+
+def test_what_the_header_cannot_hold_is_not_sent() -> None:
+    with pytest.raises(MalformedMessage, match=r"group: attempt: .* \(got -1\)"):
+        encode_group(one_group(attempt=-1), lease_id=1)
+
+
+def test_spans_in_disorder_are_refused() -> None:
+    frames = encode_group(one_group(), lease_id=1)
+    spans = np.frombuffer(frames[2], np.int32).reshape(-1, 4)
+    frames[2] = spans[[1, 0, *range(2, len(spans))]].tobytes()
     with pytest.raises(MalformedMessage, match="ascending"):
         receive(frames)
 
@@ -312,16 +347,16 @@ def test_limits() -> None:
             decode(frames)
 
 
-@pytest.mark.parametrize("version", [None, 0, 2, "1", True, [1]])
+@pytest.mark.parametrize("version", [None, 0, 1, "2", True, [2]])
 def test_another_protocol_version(version: object) -> None:
-    with pytest.raises(IncompatibleVersion, match="protocol version must be 1"):
+    with pytest.raises(IncompatibleVersion, match="protocol version must be 2"):
         decode([pack({"v": version, "kind": "drain"})])
 
 
 @pytest.mark.parametrize("kind", [None, "", "message", "Drain", 7, ["drain"], {"kind": "drain"}])
 def test_unknown_kinds(kind: object) -> None:
     with pytest.raises(MalformedMessage, match="unknown message kind"):
-        decode([pack({"v": 1, "kind": kind})])
+        decode([pack({"v": 2, "kind": kind})])
 
 
 def test_another_kind_than_expected() -> None:
@@ -339,8 +374,8 @@ def nested(depth: int) -> bytes:
     "header",
     [
         b"\x82\xa1v%s\xa4kind\xa5drain",
-        b"\x82\xa1v\x01\xa4kind%s",
-        b"\x83\xa1v\x01\xa4kind\xa5drain\xa6reason%s",
+        b"\x82\xa1v\x02\xa4kind%s",
+        b"\x83\xa1v\x02\xa4kind\xa5drain\xa6reason%s",
         b"%s",
     ],
 )
@@ -351,7 +386,7 @@ def test_deep_nesting_is_refused(header: bytes, depth: int) -> None:
 
 @pytest.mark.parametrize("extra", [b"\xd4\x05\x00", b"\xd6\xff\x00\x00\x00\x00", b"\xc7\x0c\xff" + b"\xff" * 12])
 def test_extension_types_are_refused(extra: bytes) -> None:
-    for header in (b"\x81\xa1v" + extra, b"\x83\xa1v\x01\xa4kind\xa5drain\xa6reason" + extra):
+    for header in (b"\x81\xa1v" + extra, b"\x83\xa1v\x02\xa4kind\xa5drain\xa6reason" + extra):
         with pytest.raises(ProtocolError):
             decode([header])
 

@@ -47,7 +47,7 @@ async def echoing(router: Router) -> AsyncIterator[None]:
             if frames and bytes(frames[0]) == b"bad":
                 router.refused(peer)
             else:
-                await router.send(peer, frames)
+                router.send(peer, frames)
 
     task = asyncio.create_task(echo())
     yield
@@ -107,7 +107,7 @@ async def test_a_flood_is_dropped_and_others_are_served(transport: Open) -> None
     async with echoing(router):
         assert await echoed(honest, b"before")
         while router.num_dropped == 0:
-            await hostile.try_send([b"x" * 65_536])
+            hostile.try_send([b"x" * 65_536])
             await asyncio.sleep(0)
         assert await echoed(honest, b"meanwhile")
 
@@ -168,7 +168,7 @@ async def test_a_peer_cannot_take_the_identity_of_another(transport: Open) -> No
         thief.connect(router.address)
         await thief.send(b"I am it")
         assert not await thief.poll(int(REFUSED_S * 1000))
-        assert await router.send(peer, [b"for the honest one"])
+        assert router.send(peer, [b"for the honest one"])
         async with asyncio.timeout(WAIT_S):
             assert bytes((await honest.recv())[0]) == b"for the honest one"
     finally:

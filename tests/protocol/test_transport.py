@@ -57,7 +57,7 @@ async def exchange(server: Transport, client: Transport, *, timeout_s: float = W
     async def echo() -> None:
         while True:
             peer, frames = await router.recv()
-            await router.send(peer, frames)
+            router.send(peer, frames)
 
     echoing = asyncio.create_task(echo())
     try:
@@ -167,11 +167,11 @@ async def test_sending_to_a_peer_that_is_gone(transport: Open) -> None:
     await dealer.send([b"hello"])
     async with asyncio.timeout(WAIT_S):
         peer, _ = await router.recv()
-        assert await router.send(peer, [b"there"])
+        assert router.send(peer, [b"there"])
         client.close()
-        while await router.send(peer, [b"gone?"]):  # noqa: ASYNC110 (libzmq notices when it likes)
+        while router.send(peer, [b"gone?"]):  # noqa: ASYNC110 (libzmq notices when it likes)
             await asyncio.sleep(0.01)
-    assert not await router.send(b"nobody", [b""])
+    assert not router.send(b"nobody", [b""])
 
 
 # --- requests ---
@@ -190,19 +190,19 @@ async def served(transport: Open) -> AsyncIterator[RequestClient]:
             reply = SearchReply(request_id=request.request_id, results=[])
             match request.queries[0]:
                 case "error":
-                    await router.send(peer, [encode(ErrorReply(request_id=request.request_id, error="no such index"))])
+                    router.send(peer, [encode(ErrorReply(request_id=request.request_id, error="no such index"))])
                 case "other kind":
-                    await router.send(peer, [encode(request)])
+                    router.send(peer, [encode(request)])
                 case "noise":
                     late = SearchReply(request_id=request.request_id + 1_000, results=[])
                     for message in (b"", b"\xff\xff", encode(late), encode(Drain())):
-                        await router.send(peer, [message])
-                    await router.send(peer, [encode(reply)])
-                    await router.send(peer, [encode(reply)])
+                        router.send(peer, [message])
+                    router.send(peer, [encode(reply)])
+                    router.send(peer, [encode(reply)])
                 case "silence":
                     pass
                 case _:
-                    await router.send(peer, [encode(reply), request.queries[0].encode()])
+                    router.send(peer, [encode(reply), request.queries[0].encode()])
 
     serving = asyncio.create_task(serve())
     async with RequestClient(transport().dealer(router.address)) as client:

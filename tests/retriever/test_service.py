@@ -103,7 +103,7 @@ async def test_collections_go_by_name(serve: Serve, bow_index: Path, toy_index: 
 
 async def test_what_is_malformed_is_refused_and_harms_nobody(serve: Serve, bow_index: Path) -> None:
     good: dict[str, object] = {
-        "v": 1,
+        "v": 2,
         "kind": "search",
         "request_id": 5,
         "queries": ["apple"],
@@ -114,7 +114,7 @@ async def test_what_is_malformed_is_refused_and_harms_nobody(serve: Serve, bow_i
     cases: list[tuple[list[bytes], int, str]] = [
         ([b""], 0, "not msgpack"),
         ([b"\xc1 GET / HTTP/1.1"], 0, "not msgpack"),
-        ([pack({**good, "v": 2})], 5, "protocol version must be 1, got 2"),
+        ([pack({**good, "v": 3})], 5, "protocol version must be 2, got 3"),
         ([pack({**good, "top_n": 0})], 5, "top_n"),
         ([pack({**good, "top_n": 101})], 5, "top_n"),
         ([pack({**good, "queries": []})], 5, "queries"),

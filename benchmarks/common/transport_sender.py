@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from multiprocessing.connection import Connection
 
 import msgpack
+import numpy as np
 import zmq
-from synthetic import make_group
 
 from actor.runner import Runner
+from benchmarks.common.synthetic import make_group
 from protocol.codec import encode_group
 from protocol.messages import Lease
 from protocol.transport import Transport
 from protocol.types import TrajectoryGroup
-from protocol.wire import Buffer, decode
+from protocol.wire import Buffer
 
 # Groups sent and not acknowledged, as an actor's credits bound them; all but the durable ways acknowledge every 16th.
 IN_FLIGHT = 32
@@ -50,13 +51,31 @@ def _send_sync(address: str, num: int, make: Callable[[], list[Buffer]], *, acks
             num_open -= acks_every
 
 
+def _columns(group: TrajectoryGroup) -> list[Buffer]:
+    """token_ids, loss_mask and behavior_logprobs of every token, and the spans."""
+    contexts = list(group.contexts())
+    spans = [astuple(span) for context in contexts for span in context.policy_versions]
+    columns = [
+        np.concatenate([context.token_ids for context in contexts]),
+        np.concatenate([context.loss_mask for context in contexts]),
+        np.concatenate([context.behavior_logprobs for context in contexts]),
+        np.array(spans, dtype=np.int32),
+    ]
+    return [column.tobytes() for column in columns]
+
+
 def _send_raw(group: TrajectoryGroup, address: str, num: int) -> None:
+    frames = _columns(group)
+    _send_sync(address, num, lambda: frames, acks_every=ACK_EVERY)
+
+
+def _send_raw_ours(group: TrajectoryGroup, address: str, num: int) -> None:
     frames = encode_group(group, lease_id=0)[1:]
     _send_sync(address, num, lambda: frames, acks_every=ACK_EVERY)
 
 
 def _send_raw_file(group: TrajectoryGroup, address: str, num: int) -> None:
-    frames = encode_group(group, lease_id=0)[1:]
+    frames = _columns(group)
     _send_sync(address, num, lambda: frames, acks_every=1)
 
 
@@ -70,9 +89,7 @@ def _send_ours(group: TrajectoryGroup, address: str, num: int) -> None:
         dealer = transport.dealer(address)
         num_open = 0
         for i in range(num):
-            frames = encode_group(group, lease_id=i)
-            decode(frames)
-            await dealer.send(frames)
+            await dealer.send(encode_group(group, lease_id=i))
             num_open += 1
             if num_open == IN_FLIGHT:
                 await dealer.recv()
@@ -125,6 +142,7 @@ def _pack_lists(group: TrajectoryGroup) -> bytes:
 
 SENDERS: dict[str, Callable[[TrajectoryGroup, str, int], None]] = {
     "raw": _send_raw,
+    "raw_ours": _send_raw_ours,
     "raw_file": _send_raw_file,
     "ours": _send_ours,
     "durable": _send_durable,
