@@ -199,10 +199,10 @@ class _OpenContext:
         self._mask.extend([True] * len(completion.token_ids))
         self._logprobs.extend(completion.logprobs.tolist())
         for span in spans:
-            moved = replace(span, start=span.start + offset, end=span.end + offset)
+            moved = span._replace(start=span.start + offset, end=span.end + offset)
             last = self._spans[-1] if self._spans else None
             if last and (last.end, last.version, last.publication) == (moved.start, moved.version, moved.publication):
-                self._spans[-1] = replace(last, end=moved.end)
+                self._spans[-1] = last._replace(end=moved.end)
             else:
                 self._spans.append(moved)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from itertools import chain
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,7 @@ _DTYPES = {
 }
 _COLUMNS = ("token_ids", "spans", "behavior_logprobs")
 _NUM_FRAMES = 1 + len(_COLUMNS)
+_MAX_INT32 = 2**31 - 1
 
 
 def encode_group(group: TrajectoryGroup, *, lease_id: int) -> list[Buffer]:
@@ -72,10 +75,9 @@ def decode_group(header: SubmitGroup, payload: Sequence[Buffer]) -> PackedGroup:
     _check_header(header)
     lengths = np.array(header.context_lengths, dtype=np.int64)
     ids, spans, logprobs = _views(payload, int(lengths.sum()), sum(header.context_num_spans))
-    if len(ids) and int(ids.min()) < 0:
-        raise MalformedMessage(f"group: token_ids must be >= 0, got {int(ids.min())}")
-    _check_spans(spans, lengths, np.array(header.context_num_spans, dtype=np.int64))
-    num_sampled = int((spans[:, 1] - spans[:, 0]).sum(dtype=np.int64))
+    if len(ids) and ids.view(np.uint32).max() > _MAX_INT32:  # one pass finds negative ones and the largest
+        raise MalformedMessage(f"group: token_ids must be >= 0, got {ids.min()}")
+    num_sampled = _check_spans(spans, lengths, header.context_num_spans)
     if len(logprobs) != num_sampled:
         raise MalformedMessage(
             f"group: behavior_logprobs must have the {num_sampled} entries that spans cover, got {len(logprobs)}"
@@ -155,9 +157,8 @@ def _check_masks(contexts: Sequence[Context], lengths: list[int]) -> None:
 
 
 def _packed_spans(spans: Sequence[VersionSpan]) -> bytes:
-    flat = [value for span in spans for value in (span.start, span.end, span.version, span.publication)]
     try:
-        return struct.pack(f"<{len(flat)}i", *flat)
+        return struct.pack(f"<{4 * len(spans)}i", *chain.from_iterable(spans))
     except struct.error as error:
         raise MalformedMessage(f"group: spans must be int32: {error}") from error
 
@@ -166,11 +167,11 @@ def _joined(arrays: Sequence[NDArray[np.generic]], name: str) -> bytes:
     """The bytes of the arrays after one another, copied once."""
     dtype = _DTYPES[name]
     for array in arrays:
-        if array.dtype != dtype:
+        if array.dtype is not dtype and array.dtype != dtype:
             raise MalformedMessage(f"group: {name} must be of {dtype}, got {array.dtype}")
     try:
-        return b"".join([array.data for array in arrays])
-    except (TypeError, ValueError, BufferError) as error:
+        return b"".join(cast("Sequence[Buffer]", arrays))  # it reads any contiguous buffer
+    except (TypeError, ValueError) as error:
         raise MalformedMessage(f"group: {name} must be contiguous: {error}") from error
 
 
@@ -227,13 +228,15 @@ def _views(
     return ids, np.frombuffer(payload[1], "<i4").reshape(num_spans, 4), logprobs
 
 
-def _check_spans(spans: NDArray[np.int32], lengths: NDArray[np.int64], num_spans: NDArray[np.int64]) -> None:
-    """Spans lie within their context, in order, and do not overlap."""
+def _check_spans(spans: NDArray[np.int32], lengths: NDArray[np.int64], num_spans: list[int]) -> int:
+    """Spans lie within their context, in order, and do not overlap. The number of tokens that they cover."""
     bounds = spans[:, :2].astype(np.int64)
-    start, end = bounds.T
-    if (spans < 0).any() or (start >= end).any() or (end > lengths.repeat(num_spans)).any():
+    num_covered = bounds[:, 1] - bounds[:, 0]
+    limits = lengths.repeat(num_spans)
+    if len(spans) and not (spans.min() >= 0 and num_covered.min() > 0 and (bounds[:, 1] <= limits).all()):
         raise MalformedMessage("group: a span must satisfy 0 <= start < end <= its context's length")
     bounds += (lengths.cumsum() - lengths).repeat(num_spans)[:, np.newaxis]
     flat = bounds.ravel()
     if (flat[1:] < flat[:-1]).any():
         raise MalformedMessage("group: spans must be ascending")
+    return int(num_covered.sum())

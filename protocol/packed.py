@@ -114,7 +114,7 @@ def _contexts(packed: PackedGroup) -> list[Context]:
     header, ids = packed.header, packed.token_ids
     token_offsets = [0, *np.cumsum(header.context_lengths).tolist()]
     span_offsets = [0, *np.cumsum(header.context_num_spans).tolist()]
-    versions = [VersionSpan(*row) for row in packed.spans.tolist()]
+    versions = list(map(VersionSpan._make, packed.spans.tolist()))
     mask, logprobs = np.zeros(len(ids), dtype=np.bool_), np.zeros(len(ids), dtype=np.float32)
     for k, (first, last) in enumerate(pairwise(span_offsets)):
         for span in versions[first:last]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import astuple, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
 
 import msgpack
@@ -54,7 +54,7 @@ def _send_sync(address: str, num: int, make: Callable[[], list[Buffer]], *, acks
 def _columns(group: TrajectoryGroup) -> list[Buffer]:
     """token_ids, loss_mask and behavior_logprobs of every token, and the spans."""
     contexts = list(group.contexts())
-    spans = [astuple(span) for context in contexts for span in context.policy_versions]
+    spans = [span for context in contexts for span in context.policy_versions]
     columns = [
         np.concatenate([context.token_ids for context in contexts]),
         np.concatenate([context.loss_mask for context in contexts]),

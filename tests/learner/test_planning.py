@@ -44,9 +44,7 @@ def with_common_beginning(one: TrajectoryGroup, length: int = 12) -> TrajectoryG
     prompt = np.arange(length, dtype=np.int32)
 
     def extended(context):
-        spans = tuple(
-            dataclasses.replace(s, start=s.start + length, end=s.end + length) for s in context.policy_versions
-        )
+        spans = tuple(s._replace(start=s.start + length, end=s.end + length) for s in context.policy_versions)
         return dataclasses.replace(
             context,
             token_ids=np.concatenate([prompt, context.token_ids]),
@@ -111,9 +109,7 @@ def test_common_beginnings_are_computed_once() -> None:
 def test_contexts_are_cut_before_their_last_trained_token_and_untrained_ones_are_left_out() -> None:
     one = group(0, num_contexts=(2, 1), rewards=(1.0, 0.0), versions=(5,))
     first = one.trajectories[0].contexts[0]
-    old = dataclasses.replace(
-        first, policy_versions=tuple(dataclasses.replace(span, version=0) for span in first.policy_versions)
-    )
+    old = dataclasses.replace(first, policy_versions=tuple(span._replace(version=0) for span in first.policy_versions))
     trajectory = dataclasses.replace(one.trajectories[0], contexts=(old, one.trajectories[0].contexts[1]))
     batch = flatten([dataclasses.replace(one, trajectories=(trajectory, one.trajectories[1]))])
     plan = plan_of(batch, aggregation="token", oldest_version=3)
