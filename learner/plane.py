@@ -101,7 +101,8 @@ class Plane:
 
     def _main(self) -> None:
         try:
-            asyncio.run(self._serve())
+            with self._store.backfilled():
+                asyncio.run(self._serve())
         except BaseException as error:
             if self._ready.done():
                 self._error = error

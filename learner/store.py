@@ -10,8 +10,10 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import astuple
 from pathlib import Path
 
+from learner.backfill import Backfill
 from learner.ledger import Entry, LeaseRecord, Ledger, State
 from learner.records import Arrived, Ended, Granted, Moved, Placed, Record, Trained
 from protocol.codec import decode_frames
@@ -69,6 +71,7 @@ class Store:
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self._path = path
+        self._backfill: Backfill | None = None
         mode = "ro" if read_only else "rwc"
         try:
             self._db = sqlite3.connect(
@@ -86,6 +89,17 @@ class Store:
 
     def close(self) -> None:
         self._db.close()
+
+    @contextmanager
+    def backfilled(self) -> Iterator[None]:
+        """Within it, no commit waits for the log to be copied into the database."""
+        with Backfill(self._path) as self._backfill:
+            self._query("PRAGMA wal_autocheckpoint = 0")
+            try:
+                yield
+            finally:
+                self._query("PRAGMA wal_autocheckpoint = 1000")
+                self._backfill = None
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
@@ -113,6 +127,8 @@ class Store:
         except sqlite3.Error as error:
             full = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL
             raise (StoreFullError if full else StoreError)(f"store {self._path}: {error}") from error
+        if self._backfill is not None:
+            self._backfill.committed()
         for name in names:
             fault_point(f"store.{name}.durable")
 
@@ -231,15 +247,7 @@ class Store:
                 self._db.execute(
                     "INSERT INTO leases (lease_id, cursor, slot, attempt, actor, granted_at, engine_version) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        lease.lease_id,
-                        lease.cursor,
-                        lease.slot,
-                        lease.attempt,
-                        lease.actor,
-                        lease.granted_s,
-                        engine_version,
-                    ),
+                    (*astuple(lease), engine_version),
                 )
             case Ended(lease_id, outcome, reason):
                 self._db.execute(

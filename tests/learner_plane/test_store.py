@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import sqlite3
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -206,3 +210,20 @@ async def on_plane(plane: Plane, action) -> None:
         action()
 
     await asyncio.to_thread(plane.run, act())
+
+
+def test_commits_reach_the_database_file_beside_them(tmp_path: Path) -> None:
+    """Without its log, the copied file holds what was committed: nobody but the backfill has put it there."""
+    path, copied = store_path(tmp_path), tmp_path / "copied.sqlite"
+    with closing(Store(path)) as store, store.backfilled():
+        store.claim(IDENTITY)
+        put(store, 0, slot=0, version=0)
+        deadline_s = time.monotonic() + WAIT_S
+        while True:
+            shutil.copyfile(path, copied)
+            with closing(sqlite3.connect(f"file:{copied}?immutable=1", uri=True)) as db:
+                tables = db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'groups'").fetchone()[0]
+                if tables and db.execute("SELECT cursor FROM groups").fetchall() == [(0,)]:
+                    break
+            assert time.monotonic() < deadline_s
+    assert not Path(f"{path}-wal").exists(), "the last to close it leaves no log"
