@@ -25,7 +25,7 @@ import click
 
 from learner.audit import audit_run
 from learner.launch.inflict import Kind, can_cut, inflict
-from learner.launch.supervisor import MAX_RESTARTS, RESTART_WINDOW_S, lock_path
+from learner.launch.supervisor import MAX_RESTARTS, lock_path
 from learner.launch.up import is_finished
 from learner.launch.view import Steps
 from learner.lock import is_locked
@@ -125,7 +125,7 @@ class Chaos:
         self._steps = Steps(metrics_path(run_dir))
         self._faults: list[Fault] = []
         self._busy: set[str] = set()
-        self._killed_s: list[tuple[str, float]] = []
+        self._killed_at: list[tuple[str, int]] = []
         if not self._is_running():
             raise DataError(f"no launcher runs in {run_dir}: start `palimpsest up` or `palimpsest demo` there first")
 
@@ -174,7 +174,7 @@ class Chaos:
     async def _next(self, *, last_step: int) -> Fault | None:
         """The next fault, after its pause, when its process runs; None where the run nears its end."""
         fault = None
-        while self._is_running() and max(self._step_times(), default=0) < last_step:
+        while self._is_running() and self._newest_step() < last_step:
             candidates = sorted(name for name in self._processes() if self._may_hit(name))
             if fault is None and candidates:
                 fault = draw(self._rng, kinds=self._kinds, processes=candidates, every_s=self._every_s)
@@ -188,7 +188,7 @@ class Chaos:
     async def _inflict(self, fault: Fault) -> None:
         """The process can be hit again when this returns."""
         if fault.kind == "kill":
-            self._killed_s.append((fault.process, time.monotonic()))
+            self._killed_at.append((fault.process, self._newest_step()))
         click.echo(f"chaos: {fault.kind} {fault.process}" + (f" for {fault.for_s:.1f} s" if fault.for_s else ""))
         if (pid := self._processes().get(fault.process)) and await inflict(fault.kind, pid, for_s=fault.for_s):
             self._faults.append(replace(fault, ended_at=time.time()))
@@ -196,8 +196,8 @@ class Chaos:
 
     def _may_hit(self, process: str) -> bool:
         """One fault at a time; and not so many kills that its launcher would give the run up."""
-        now = time.monotonic()
-        num_kills = sum(name == process and now - then < RESTART_WINDOW_S for name, then in self._killed_s)
+        newest = self._newest_step()
+        num_kills = sum(name == process and step == newest for name, step in self._killed_at)
         return process not in self._busy and num_kills < MAX_RESTARTS - 1
 
     def _processes(self) -> dict[str, int]:
@@ -214,6 +214,9 @@ class Chaos:
 
     def _is_running(self) -> bool:
         return is_locked(lock_path(self._run_dir))
+
+    def _newest_step(self) -> int:
+        return max(self._step_times(), default=0)
 
     def _step_times(self) -> dict[int, float]:
         """step → Unix time"""

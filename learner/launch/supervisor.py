@@ -2,7 +2,7 @@
 
     start ─► running ──exit 0──► done
                │  └──exit 2──► a user error at the first start: the run stops with its sentence; 3: at any start
-               └──any other──► restarted after a growing pause; too often in a minute: the run stops
+               └──any other──► restarted after a growing pause; too often while the run makes no step: it stops
 
 Each process leads a session of its own, so Ctrl-C reaches only the launcher, which ends them in order: SIGTERM, then
 SIGKILL after `STOP_TIMEOUT_S`. Should the launcher itself be killed, the kernel ends its children.
@@ -17,14 +17,15 @@ import os
 import shutil
 import signal
 import time
-from collections import deque
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from learner.launch.plan import ProcessSpec
 from learner.lock import locked
+from learner.metrics_lines import last_step
+from learner.store import metrics_path
 from protocol.errors import PalimpsestError, TrainingStopped, UserError
 from protocol.faults import VARIABLE as FAULT_VARIABLE
 
@@ -32,8 +33,10 @@ log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 10.0
 _RESTART_PAUSE_S = 0.25
+# A process that is started again so often, and ends again, while the run makes no step fails the run.
 MAX_RESTARTS = 5
-RESTART_WINDOW_S = 60.0
+# Whoever ran so long had started well: it is no part of a row of failures.
+_LONG_LIFE_S = 600.0
 _USER_ERROR_STATUS = 2
 _TRAINING_STOPPED_STATUS = 3
 
@@ -53,7 +56,10 @@ class _Child:
     process: asyncio.subprocess.Process | None = None
     status: int | None = None
     num_restarts: int = 0
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_RESTARTS))
+    started_s: float = 0.0
+    num_failures: int = 0
+    """In a row: the run has made no step since the first of them."""
+    failed_at_step: int = -1
 
 
 class Supervisor:
@@ -147,7 +153,7 @@ class Supervisor:
                 start_new_session=True,
                 env=_environment(self._temporary, first=child.num_restarts == 0),
             )
-        child.status = None
+        child.status, child.started_s = None, time.monotonic()
         self._write_processes()
 
     async def _watch(self, child: _Child) -> None:
@@ -158,19 +164,26 @@ class Supervisor:
             self._write_processes()
             if child.status == 0:
                 return
-            now = time.monotonic()
-            too_often = len(child.recent) == MAX_RESTARTS and now - child.recent[0] < RESTART_WINDOW_S
+            too_often = self._count_failure(child) > MAX_RESTARTS
             wrong_from_the_start = child.status == _USER_ERROR_STATUS and child.num_restarts == 0
             if wrong_from_the_start or child.status == _TRAINING_STOPPED_STATUS or too_often:
                 if not self._failure.done():
                     self._failure.set_exception(self._error_of(child, child.status) or RunFailed(child.spec.name))
                 return
-            child.recent.append(now)
-            pause_s = min(5.0, _RESTART_PAUSE_S * 2 ** sum(now - then < RESTART_WINDOW_S for then in child.recent))
+            pause_s = min(5.0, _RESTART_PAUSE_S * 2**child.num_failures)
             log.warning("%s ended (%s): restarting in %.1f s", child.spec.name, _ended(child.status), pause_s)
             await asyncio.sleep(pause_s)
             child.num_restarts += 1
             await self._spawn(child)
+
+    def _count_failure(self, child: _Child) -> int:
+        """How often in a row it has failed by now."""
+        step = last_step(metrics_path(self._run_dir))
+        if step > child.failed_at_step or time.monotonic() - child.started_s > _LONG_LIFE_S:
+            child.num_failures = 0
+        child.num_failures += 1
+        child.failed_at_step = max(child.failed_at_step, step)
+        return child.num_failures
 
     async def _end(self, child: _Child) -> None:
         process = child.process

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from learner.launch.chaos import KINDS, Chaos, draw, recovery_s
 from learner.launch.inflict import can_cut, inflict
 from learner.launch.supervisor import MAX_RESTARTS, lock_path
 from learner.lock import locked
+from learner.store import metrics_path
 from tests.launch.running import RUN_TIMEOUT_S, launched, steps, until
 from tests.launch.tiny_run import make_tiny_run
 
@@ -120,8 +120,8 @@ def test_whom_chaos_hits(tmp_path: Path) -> None:
     with locked(lock_path(tmp_path), what="a launcher"):
         chaos = Chaos(tmp_path, seed=0, kinds=KINDS, roles=("actor", "learner"), every_s=1.0)
     assert set(chaos._processes()) == {"learner", "actor-0", "actor-12"}
-    now = time.monotonic()
-    chaos._killed_s = [("learner", now - 1.0)] * (MAX_RESTARTS - 1) + [("actor-0", now - 61.0)] * MAX_RESTARTS
+    metrics_path(tmp_path).write_text('{"step": 3, "time": 1.0}\n{"step": 4, "time": 2.0}\n')
+    chaos._killed_at = [("learner", 4)] * (MAX_RESTARTS - 1) + [("actor-0", 3)] * MAX_RESTARTS
     chaos._busy = {"actor-12"}
     assert [name for name in running if chaos._may_hit(name)] == [
         "actor-0",

@@ -16,6 +16,7 @@ import pytest
 from learner.launch import supervisor as supervisor_module
 from learner.launch.plan import ProcessSpec
 from learner.launch.supervisor import RunFailed, Supervisor
+from learner.store import metrics_path
 from protocol.errors import TrainingStopped, UserError
 
 WAIT_S = 30.0
@@ -95,6 +96,22 @@ async def test_too_many_restarts_fail_the_run_with_the_log(tmp_path: Path) -> No
             await asyncio.wait_for(supervisor.wait("learner"), WAIT_S)
         assert supervisor.states()["actor-0"][1] == supervisor_module.MAX_RESTARTS
     assert supervisor.log_path("actor-0").read_text().count("trouble") == supervisor_module.MAX_RESTARTS + 1
+
+
+async def test_a_run_that_goes_on_forgives_a_process_that_ends_again_and_again(tmp_path: Path) -> None:
+    """Each life of it ends after another step of the run; the last one ends well."""
+    metrics = metrics_path(tmp_path)
+    code = (
+        f"import pathlib, sys; metrics = pathlib.Path({str(metrics)!r})\n"
+        "step = len(metrics.read_text().splitlines()) if metrics.exists() else 0\n"
+        f"if step == {supervisor_module.MAX_RESTARTS + 2}: sys.exit(0)\n"
+        "with metrics.open('a') as lines: lines.write(f'{{\"step\": {step}}}\\n')\n"
+        "sys.exit(4)"
+    )
+    async with Supervisor(tmp_path) as supervisor:
+        await supervisor.start([python("learner", code)])
+        await asyncio.wait_for(supervisor.wait("learner"), WAIT_S)
+        assert supervisor.states()["learner"] == ("done", supervisor_module.MAX_RESTARTS + 2)
 
 
 async def test_a_learner_that_cannot_go_on_is_not_started_again(tmp_path: Path) -> None:
