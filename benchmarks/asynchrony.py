@@ -28,7 +28,6 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -37,27 +36,26 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from aiohttp import web
 from safetensors.numpy import save as save_safetensors
 
 from actor.engine_pool import EngineInfo, EnginePool
 from actor.runner import Runner
 from actor.sampling import SamplingParams
+from benchmarks.common.simulated_engine import VOCABULARY, Addresses, Engine
 from learner.admission import Rules
 from learner.ledger import Ledger
 from learner.plane import Plane
 from learner.store import Store, store_path
 from protocol.config import NetworkConfig
-from protocol.messages import Announcement, EngineFields, EngineReply, EngineReport, Lease
+from protocol.messages import Lease
 from protocol.transport import Transport
 from protocol.types import Context, PolicyTag, Question, Trajectory, TrajectoryGroup, VersionSpan
-from protocol.wire import decode, encode, expect
 
 RUN = "benchmark"
-GROUPS_PER_BATCH, GROUP_SIZE, NUM_SLOTS, NUM_RUNNERS = 16, 8, 64, 4
+GROUPS_PER_BATCH, GROUP_SIZE, NUM_RUNNERS = 16, 8, 4
 BOUNDS = (0, 1, 2, 4)
 NUM_WARM_STEPS = 5
-MEAN_TOKENS, NUM_PROMPT, VOCABULARY = 200, 8, 100
+MEAN_TOKENS, NUM_PROMPT = 200, 8
 SIGMA = math.log(30.0) / (2 * 2.3263)  # of log-lengths, whose 1st and 99th percentiles are 2.3263 sigma from the median
 STEP, COMMIT, HEARTBEAT = 0.1, 0.05, 0.02  # of the mean episode
 
@@ -78,13 +76,6 @@ class Trained:
     num_over_age: int
     max_age: int
     lengths: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Addresses:
-    control: str
-    weights: str
-    announcements: str
 
 
 def learn(connection: Connection, staleness_bound: int, num_steps: int, mean_s: float) -> None:
@@ -144,82 +135,6 @@ def _trained(
         max_age=max(ages),
         lengths=[t.num_trained_tokens for batch in batches for group in batch for t in group.trajectories],
     )
-
-
-class Engine:
-    """Speaks as much of SGLang's API as an actor asks for. First come, first served, `NUM_SLOTS` at once."""
-
-    def __init__(self, *, token_s: float, commit_s: float) -> None:
-        self.lengths: list[int] = []
-        self._token_s = token_s
-        self._commit_s = commit_s
-        self._slots = asyncio.Semaphore(NUM_SLOTS)
-        self._commits_s: list[float] = []
-        self._tags: list[str] = []
-
-    async def serve(self) -> tuple[web.AppRunner, str]:
-        app = web.Application()
-        app.router.add_post("/generate", self._generate)
-        app.router.add_get("/model_info", self._model_info)
-        runner = web.AppRunner(app, access_log=None)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        host, port = runner.addresses[0][:2]
-        return runner, f"http://{host}:{port}"
-
-    async def follow(self, transport: Transport, addresses: Addresses, url: str) -> None:
-        """The weight agent: commits what is announced, and says so."""
-        subscriber = transport.subscriber(addresses.announcements)
-        dealer = transport.dealer(addresses.weights)
-        fields = EngineFields(name="engine", url=url, version=-1, publication=-1)
-        while True:
-            await dealer.send([encode(EngineReport(request_id=1, engine=fields, state="serving"))])
-            reply = expect(decode(await dealer.recv())[0], EngineReply)
-            if reply.version == fields.version:
-                try:
-                    async with asyncio.timeout(1.0):
-                        expect(decode(await subscriber.recv())[0], Announcement)
-                except TimeoutError:
-                    pass
-                continue
-            await asyncio.sleep(self._commit_s)
-            self._commits_s.append(time.perf_counter())
-            self._tags.append(str(PolicyTag(reply.run_id, reply.publication, reply.version)))
-            fields = EngineFields(name="engine", url=url, version=reply.version, publication=reply.publication)
-
-    async def _model_info(self, _: web.Request) -> web.Response:
-        return web.json_response({"model_path": "none", "weight_version": self._tags[-1] if self._tags else "default"})
-
-    async def _generate(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        num_tokens = body["sampling_params"]["max_new_tokens"]
-        self.lengths.append(num_tokens)
-        async with self._slots:
-            start_s = time.perf_counter()
-            await asyncio.sleep(num_tokens * self._token_s)
-            spans = self._spans(start_s, time.perf_counter(), num_tokens)
-        ids = np.arange(num_tokens) % VOCABULARY
-        meta = {
-            "finish_reason": {"type": "length"},
-            "prompt_tokens": len(body["input_ids"]),
-            "completion_tokens": num_tokens,
-            "weight_version": spans[-1]["version"],
-            "weight_versions": spans,
-            "output_token_logprobs": [[-1.0, token, None] for token in ids.tolist()],
-        }
-        return web.json_response({"output_ids": ids.tolist(), "meta_info": meta})
-
-    def _spans(self, start_s: float, end_s: float, num_tokens: int) -> list[dict[str, str | int]]:
-        """Which tokens of a generation that lasted from `start_s` to `end_s` were sampled by which publication."""
-        first = bisect_right(self._commits_s, start_s) - 1
-        token_s = (end_s - start_s) / num_tokens
-        cuts = [math.ceil((commit_s - start_s) / token_s) for commit_s in self._commits_s[first + 1 :]]
-        bounds = [0, *(min(cut, num_tokens) for cut in cuts), num_tokens]
-        return [
-            {"version": tag, "start": start, "end": end}
-            for tag, start, end in zip(self._tags[first:], bounds[:-1], bounds[1:], strict=True)
-            if start < end
-        ]
 
 
 class Rollout:
