@@ -25,6 +25,7 @@ from actor.workflows.rendering import Rendering
 from actor.workflows.toy import ToyRendering
 from protocol.config import Config, WorkflowConfig
 from protocol.config_file import require_ports
+from protocol.memory import resident_mb
 from protocol.messages import EngineFields
 from protocol.transport import Transport
 
@@ -106,6 +107,7 @@ async def run_actor(config: Config, *, name: str) -> None:
                 "trajectories_done": float(parts.episodes.num_done),
                 "engine_requests": float(parts.pool.num_in_flight),
                 "engine_retries": float(parts.pool.num_retries),
+                "resident_mb": resident_mb(),
             }
 
         runner = Runner(

@@ -23,7 +23,6 @@ from learner.records import Arrived, Decision, Moved
 from learner.retention import drop_tokens, expired_steps
 from learner.scheduler import Scheduler
 from learner.store import Store
-from protocol.codec import decode_group
 from protocol.errors import ProtocolError, StoreFullError
 from protocol.faults import fault_point
 from protocol.messages import EngineFields, Goodbye, Heartbeat, Lease, SubmitGroup, SubmitReply
@@ -135,8 +134,8 @@ class Coordinator:
             while True:
                 peer, frames = await self._router.recv()
                 try:
-                    message, payload = decode(frames)
-                    self._on(peer, message, payload, frames)
+                    message, _ = decode(frames)
+                    self._on(peer, message, frames)
                 except ProtocolError as error:
                     self._scheduler.num_malformed += 1
                     self._router.refused(peer)
@@ -146,15 +145,13 @@ class Coordinator:
         """An engine has joined, left or committed a version."""
         self._carry_out(self._scheduler.engines(self._serving(), now_s=self._now_s()))
 
-    def _on(self, peer: bytes, message: Message, payload: Sequence[Buffer], frames: Sequence[Buffer]) -> None:
+    def _on(self, peer: bytes, message: Message, frames: Sequence[Buffer]) -> None:
         scheduler, now_s = self._scheduler, self._now_s()
         match message:
             case Heartbeat():
                 decision = scheduler.heartbeat(peer, message, now_s=now_s)
             case SubmitGroup():
-                decision = scheduler.group(
-                    peer, message, read=lambda: decode_group(message, payload), frames=frames, now_s=now_s
-                )
+                decision = scheduler.group(peer, message, frames, now_s=now_s)
             case Goodbye():
                 decision = scheduler.goodbye(message, now_s=now_s)
             case _:

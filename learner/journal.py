@@ -13,6 +13,7 @@ from learner.metrics_lines import format_line
 from learner.step_metrics import StepMetrics
 from learner.store import metrics_path
 from protocol.errors import DataError
+from protocol.memory import resident_mb
 from protocol.types import TrajectoryGroup
 
 _TEXT_EVERY_STEPS = 10
@@ -57,6 +58,7 @@ class Journal:
         extra = {
             "learner/wait_s": wait_s,
             "learner/publish_s": publish_s,
+            "learner/resident_mb": resident_mb(),
             "rollout/tokens_per_s": summary.num_sampled_tokens / interval_s,
             **gauges,
         }

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from learner.actors import Actor, Actors
@@ -21,6 +21,7 @@ from learner.admission import Limits, Rules, Verdict, judge
 from learner.engines import version_to_lease_by
 from learner.ledger import Entry, LeaseRecord, Ledger
 from learner.records import Arrived, Decision, Ended, Granted, LeaseOutcome, Moved, Placed, Send, Trained
+from protocol.codec import decode_group
 from protocol.errors import ProtocolError
 from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, Lease, RunStatus, SubmitGroup, SubmitReply
 from protocol.packed import PackedGroup
@@ -126,16 +127,8 @@ class Scheduler:
                 self._expire(decision, lease, "lost")
         return self._grant(decision, now_s)
 
-    def group(
-        self,
-        peer: bytes,
-        message: SubmitGroup,
-        *,
-        read: Callable[[], PackedGroup],
-        frames: Sequence[Buffer],
-        now_s: float,
-    ) -> Decision:
-        """A group has come; `read` decodes it, and is called where it is wanted at all."""
+    def group(self, peer: bytes, message: SubmitGroup, frames: Sequence[Buffer], *, now_s: float) -> Decision:
+        """A group has come: its header, and all its frames, of which the columns are read where it is wanted at all."""
         decision, cursor, lease_id = Decision(), message.cursor, message.lease_id
         if self._paused:  # without an answer, the actor holds it
             return decision
@@ -150,7 +143,7 @@ class Scheduler:
             if self.ledger.drop(lease_id) is not None:
                 decision.records.append(Ended(lease_id, "duplicate"))
         else:
-            verdict, group = self._judge(entry, read)
+            verdict, group = self._judge(entry, message, frames[1:])
             if group is not None:
                 outcome, reason = "accepted", verdict.reason
                 self._keep(decision, entry, Arrived(lease_id, group, frames), verdict)
@@ -203,10 +196,12 @@ class Scheduler:
 
     # --- inside ---
 
-    def _judge(self, entry: Entry, read: Callable[[], PackedGroup]) -> tuple[Verdict, PackedGroup | None]:
+    def _judge(
+        self, entry: Entry, header: SubmitGroup, payload: Sequence[Buffer]
+    ) -> tuple[Verdict, PackedGroup | None]:
         """The group where it is to be kept."""
         try:
-            group = read()
+            group = decode_group(header, payload)
         except ProtocolError as error:
             self.num_malformed += 1
             return Verdict("refuse", str(error)), None

@@ -103,9 +103,8 @@ class Lease(Message):
 class SubmitGroup(Message):
     """A group's header: columns over trajectories [G] and over contexts [sum K]; three payload frames hold the tokens.
 
-    Payload, for the whole group, contexts after one another, little-endian: token_ids int32 [T], spans int32 [S, 4] of
-    (start, end, version, publication) within their context, and behavior_logprobs float32 [N] of the N sampled tokens,
-    which are those that the spans cover: a loss mask would say it twice.
+    Payload, contexts after one another, little-endian: token_ids int32 [T], spans int32 [S, 4] of (start, end, version,
+    publication) within their context, behavior_logprobs float32 [N] of the sampled tokens, which the spans cover.
     """
 
     kind: ClassVar[str] = "group"

@@ -32,6 +32,7 @@ class Wanted:
     num_steps: int
     num_actors: int
     num_eval_questions: int
+    staleness_bound: int
     ablation: str
 
 
@@ -70,10 +71,20 @@ class Options:
 )
 @click.option("--actors", type=click.IntRange(1, 64), default=2, help="Actor processes.")
 @click.option("--eval-questions", type=click.IntRange(1), default=512, help="Of an unseen world, before and after.")
+@click.option(
+    "--staleness", type=click.IntRange(0, 64), default=2, help="Oldest tokens trained, in steps; 0: in turns."
+)
 @click.option("--quiet", is_flag=True, help="No live view.")
 @click.option("--ablation", type=click.Choice(["last-context"]), help="Train only each trajectory's last context.")
 def demo(
-    seed: int, steps: int, run_dir: Path | None, actors: int, eval_questions: int, quiet: bool, ablation: str | None
+    seed: int,
+    steps: int,
+    run_dir: Path | None,
+    actors: int,
+    eval_questions: int,
+    staleness: int,
+    quiet: bool,
+    ablation: str | None,
 ) -> None:
     """Show the whole system learn on this machine: real processes, real sockets, a reward that rises.
 
@@ -86,7 +97,7 @@ def demo(
     from protocol.process import run_async
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    wanted = Wanted(seed, steps, actors, eval_questions, ablation or "none")
+    wanted = Wanted(seed, steps, actors, eval_questions, staleness, ablation or "none")
     folder = _claimed(run_dir, wanted) if run_dir is not None else _next_run_dir(wanted)
     options = Options(wanted, run_dir=folder.resolve(), quiet=quiet)
     try:
@@ -231,7 +242,7 @@ def _config(options: Options) -> Config:
             "num_steps": options.wanted.num_steps,
             "groups_per_batch": 16,
             "group_size": 8,
-            "staleness_bound": 2,
+            "staleness_bound": options.wanted.staleness_bound,
             "tokens_per_micro_batch": 4096,
             "ablation": options.wanted.ablation,
             "advantage": {"eps": 1e-4},

@@ -8,7 +8,6 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from actor.weight_fetch import check_manifest, check_tensors
 from protocol import deltas
 from protocol.codec import decode_group, encode_group, pack_groups, unpack_groups
 from protocol.errors import EngineError, EngineRefused, ProtocolError, UnknownVersion, WeightsError
+from protocol.memory import resident_mb
 from protocol.messages import Manifest, SubmitGroup
 from protocol.types import PolicyTag
 from protocol.wire import decode, encode
@@ -154,10 +154,11 @@ DECODERS = _decoders()
 def _fuzz(decoder: Decoder, *, num: int, seed: int) -> tuple[int, int]:
     """(how many were refused, bytes that the process grew by in the last four fifths)"""
     rng = random.Random(seed)
-    num_refused = before = 0
+    num_refused, before = 0, 0.0
     for i in range(num):
         if i == num // 5:
-            before = _resident_bytes()
+            gc.collect()
+            before = resident_mb()
         frames = mutated(rng, decoder.samples, tree=decoder.tree)
         try:
             decoder.read(frames)
@@ -165,12 +166,8 @@ def _fuzz(decoder: Decoder, *, num: int, seed: int) -> tuple[int, int]:
             num_refused += 1
         except Exception as error:
             raise AssertionError(f"message {i} of seed {seed}: {[frame[:200] for frame in frames]}") from error
-    return num_refused, _resident_bytes() - before
-
-
-def _resident_bytes() -> int:
     gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return num_refused, round(1e6 * (resident_mb() - before))
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -12,7 +12,6 @@ from learner.records import Decision
 from learner.retention import drop_tokens, expired_steps
 from learner.scheduler import Scheduler
 from learner.store import Store, store_path
-from protocol.codec import decode_group
 from protocol.errors import StoreFullError
 from protocol.messages import EngineReport, Goodbye, Heartbeat, Lease, SubmitGroup, SubmitReply
 from protocol.wire import Buffer, Message, decode
@@ -151,11 +150,9 @@ class SimulatedLearner:
 
     def _on_group(self, peer: bytes, frames: list[Buffer]) -> Decision:
         assert self.scheduler is not None
-        message, payload = decode(frames)
+        message, _ = decode(frames)
         assert isinstance(message, SubmitGroup)
-        decision = self.scheduler.group(
-            peer, message, read=lambda: decode_group(message, payload), frames=frames, now_s=self.world.now_s
-        )
+        decision = self.scheduler.group(peer, message, frames, now_s=self.world.now_s)
         for send in decision.sends:
             if isinstance(send.message, SubmitReply):
                 self.world.seen[send.message.outcome] += 1

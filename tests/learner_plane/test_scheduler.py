@@ -10,7 +10,7 @@ from learner.admission import Limits, Rules
 from learner.ledger import Ledger, State
 from learner.records import Arrived, Decision, Ended, Granted, Moved, Placed, Trained
 from learner.scheduler import LOST_AFTER_S, Scheduler
-from protocol.codec import decode_group, encode_group
+from protocol.codec import encode_group
 from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, Lease, RunStatus, SubmitGroup, SubmitReply
 from protocol.wire import decode
 from tests.learner_plane.peers import GROUP_SIZE, RUN, VOCABULARY, make_group
@@ -48,9 +48,9 @@ def leases(decision: Decision) -> list[Lease]:
 def submit(scheduler: Scheduler, lease: Lease, *, version: int = 0, now_s: float = 0.0, **how: object) -> Decision:
     group = make_group(lease, version=version, publication=version + 1, **how)
     frames = encode_group(group, lease_id=lease.lease_id)
-    message, payload = decode(frames)
+    message, _ = decode(frames)
     assert isinstance(message, SubmitGroup)
-    return scheduler.group(b"a", message, read=lambda: decode_group(message, payload), frames=frames, now_s=now_s)
+    return scheduler.group(b"a", message, frames, now_s=now_s)
 
 
 def outcome(decision: Decision) -> str:

@@ -1,0 +1,19 @@
+"""What a process holds of the machine's memory."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+
+def resident_mb(pid: int | str = "self") -> float:
+    """Megabytes (1e6 bytes) that are resident now; without /proc, the most that ever were, and of this process only.
+
+    Raises: FileNotFoundError where /proc has no such process.
+    """
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
