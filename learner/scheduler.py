@@ -196,12 +196,10 @@ class Scheduler:
 
     # --- inside ---
 
-    def _judge(
-        self, entry: Entry, header: SubmitGroup, payload: Sequence[Buffer]
-    ) -> tuple[Verdict, PackedGroup | None]:
+    def _judge(self, entry: Entry, header: SubmitGroup, data: Sequence[Buffer]) -> tuple[Verdict, PackedGroup | None]:
         """The group where it is to be kept."""
         try:
-            group = decode_group(header, payload)
+            group = decode_group(header, data)
         except ProtocolError as error:
             self.num_malformed += 1
             return Verdict("refuse", str(error)), None

@@ -42,6 +42,7 @@ class Readiness:
         """Before the socket is closed. Whoever waits is cancelled."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.remove_reader(self._fd)
+        self._loop = None  # the descriptor's number may soon be another's
         for _, future in self._waiters:
             future.cancel()
 

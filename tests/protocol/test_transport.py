@@ -160,6 +160,77 @@ async def test_addresses_that_cannot_be_had(transport: Open) -> None:
         sockets.dealer("tcp://127.0.0.1")
 
 
+async def test_both_ways_at_once(transport: Open) -> None:
+    """Sending uses up the signal that a message has come; whoever waits for it must hear of it all the same."""
+    router = transport().router("tcp://127.0.0.1:0")
+    dealer = transport().dealer(router.address)
+    num = 3_000
+
+    async def echo() -> None:
+        for _ in range(num):
+            peer, frames = await router.recv()
+            assert router.send(peer, frames)
+
+    async def send() -> None:
+        for i in range(num):
+            await dealer.send([b"%d" % i])
+            if i % 7 == 0:
+                await asyncio.sleep(0)
+
+    async def receive() -> list[bytes]:
+        return [bytes((await dealer.recv())[0]) for _ in range(num)]
+
+    async with asyncio.timeout(WAIT_S):
+        _, _, received = await asyncio.gather(echo(), send(), receive())
+    assert received == [b"%d" % i for i in range(num)]
+
+
+async def test_a_wait_that_ends_takes_no_message_with_it(transport: Open) -> None:
+    router = transport().router("tcp://127.0.0.1:0")
+    dealer = transport().dealer(router.address)
+    waiting = asyncio.create_task(router.recv())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    await dealer.send([b"hello"])
+    async with asyncio.timeout(WAIT_S):
+        assert (await router.recv())[1] == [b"hello"]
+
+
+async def test_what_waits_for_a_server_is_sent_in_order_once_it_is_there(transport: Open) -> None:
+    first = transport()
+    address = first.router("tcp://127.0.0.1:0").address
+    first.close()
+    dealer = transport().dealer(address)
+    assert not dealer.try_send([b"lost"])
+    with pytest.raises(TimeoutError):
+        await dealer.send([b"too early"], timeout_s=0.01)
+    sending = [asyncio.create_task(dealer.send([b"%d" % i], timeout_s=WAIT_S)) for i in range(5)]
+    await asyncio.sleep(0)
+    assert not dealer.try_send([b"out of turn"])
+    router = transport().router(address)
+    async with asyncio.timeout(WAIT_S):
+        await asyncio.gather(*sending)
+        assert [bytes((await router.recv())[1][0]) for _ in range(5)] == [b"%d" % i for i in range(5)]
+
+
+async def test_closing_one_socket_twice_leaves_the_next_one_alone(transport: Open) -> None:
+    """The second may get the descriptor of the first."""
+    sockets = transport()
+    first = sockets.router("tcp://127.0.0.1:0")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await first.recv()
+    first.close()
+    router = sockets.router("tcp://127.0.0.1:0")
+    waiting = asyncio.create_task(router.recv())
+    await asyncio.sleep(0)
+    first.close()
+    await transport().dealer(router.address).send([b"hello"])
+    async with asyncio.timeout(WAIT_S):
+        assert (await waiting)[1] == [b"hello"]
+
+
 async def test_sending_to_a_peer_that_is_gone(transport: Open) -> None:
     server, client = transport(), transport()
     router = server.router("tcp://127.0.0.1:0")
