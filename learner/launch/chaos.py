@@ -17,7 +17,7 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ import click
 
 from learner.audit import audit_run
 from learner.launch.inflict import Kind, can_cut, inflict
+from learner.launch.recovery import full_rate_s, second_step_s
 from learner.launch.supervisor import MAX_RESTARTS, lock_path
 from learner.launch.up import is_finished
 from learner.launch.view import Steps
@@ -69,12 +70,6 @@ def draw(rng: random.Random, *, kinds: Sequence[Kind], processes: Sequence[str],
         for_s=rng.uniform(*_FOR_S[kind]),
         pause_s=min(3 * every_s, rng.expovariate(1 / every_s)),
     )
-
-
-def recovery_s(ended_at: float, step_times: Iterable[float]) -> float | None:
-    """From a fault's end to the second step after it (the first may have been under way); None where there is none."""
-    after = sorted(then for then in step_times if then > ended_at)
-    return after[1] - ended_at if len(after) > 1 else None
 
 
 @click.command()
@@ -153,13 +148,16 @@ class Chaos:
 
     def report(self) -> str:
         counts = Counter(f"{fault.kind} {fault.role}" for fault in self._faults)
-        recovered = [seconds for seconds in self._recoveries() if seconds is not None]
         lines = [f"chaos: {len(self._faults)} faults: " + ", ".join(f"{n} x {what}" for what, n in counts.items())]
-        if recovered:
-            median, slowest = statistics.median(recovered), max(recovered)
-            lines.append(
-                f"chaos: the second step after a fault came in {median:.1f} s (median), {slowest:.1f} s (most)"
-            )
+        for what, seconds in (
+            ("the second step came", self._recoveries()),
+            ("the run was at full rate again, where no other fault came before,", self._full_rates()),
+        ):
+            if known := [each for each in seconds if each is not None]:
+                lines.append(
+                    f"chaos: {what} {statistics.median(known):.1f} s after a fault (median of {len(known)}), "
+                    f"{max(known):.1f} s at most"
+                )
         return "\n".join(lines)
 
     def _drop_cuts_without_permission(self) -> None:
@@ -224,12 +222,20 @@ class Chaos:
         return {number: step["time"] for number, step in self._steps.by_step.items()}
 
     def _recoveries(self) -> list[float | None]:
-        times = list(self._step_times().values())
-        return [recovery_s(fault.ended_at, times) for fault in self._faults]
+        """To the second step after each fault."""
+        times = self._step_times()
+        return [second_step_s(fault.ended_at, times) for fault in self._faults]
+
+    def _full_rates(self) -> list[float | None]:
+        times, ends = self._step_times(), sorted(fault.ended_at for fault in self._faults)
+        return [
+            full_rate_s(fault.ended_at, times, others=next((end for end in ends if end > fault.ended_at), None))
+            for fault in self._faults
+        ]
 
     def _write(self) -> None:
         rows = [
-            {**asdict(fault), "second_step_after_s": seconds}
-            for fault, seconds in zip(self._faults, self._recoveries(), strict=True)
+            {**asdict(fault), "second_step_after_s": second, "full_rate_after_s": full}
+            for fault, second, full in zip(self._faults, self._recoveries(), self._full_rates(), strict=True)
         ]
         (self._run_dir / "chaos.json").write_text(json.dumps(rows, indent=2) + "\n")

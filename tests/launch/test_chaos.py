@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from learner.audit import audit_run
-from learner.launch.chaos import KINDS, Chaos, draw, recovery_s
+from learner.launch.chaos import KINDS, Chaos, draw
 from learner.launch.inflict import can_cut, inflict
+from learner.launch.recovery import full_rate_s, second_step_s
 from learner.launch.supervisor import MAX_RESTARTS, lock_path
 from learner.lock import locked
 from learner.store import metrics_path
@@ -56,9 +57,21 @@ def test_what_is_drawn_depends_on_the_seed_alone() -> None:
     assert all((fault.for_s == 0) == (fault.kind == "kill") for fault in faults)
 
 
-def test_recovery_is_the_second_step_after_a_fault() -> None:
-    assert recovery_s(10.0, [12.5, 9.0, 11.0, 14.0]) == 2.5
-    assert recovery_s(12.0, [12.5, 9.0, 11.0]) is None
+def test_recovery_is_the_second_new_step_after_a_fault() -> None:
+    assert second_step_s(10.0, {0: 9.0, 1: 11.0, 2: 12.5, 3: 14.0}) == 2.5
+    assert second_step_s(12.0, {0: 9.0, 1: 11.0, 2: 12.5}) is None
+    assert second_step_s(10.0, {0: 9.0, 1: 13.0, 2: 14.0}) == 4.0, "step 1 was made again, after the fault"
+
+
+def test_full_rate_is_five_steps_in_a_row_at_nearly_the_runs_rate() -> None:
+    times = [*range(10), 15.0, 18.0, *(19.0 + i for i in range(8))]
+    steps = dict(enumerate(map(float, times)))
+    assert full_rate_s(9.5, steps) == 8.5, "steps 10 and 11 are late, from then on it is one a second"
+    assert full_rate_s(5.0, steps) == 14.0 - 1.0
+    assert full_rate_s(2.0, steps) == 1.0
+    assert full_rate_s(9.5, steps, others=17.0) is None
+    assert full_rate_s(24.0, steps) is None
+    assert full_rate_s(0.0, {0: 1.0}) is None
 
 
 async def test_kill() -> None:
