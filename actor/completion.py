@@ -71,17 +71,19 @@ class _SpanFields(_Wire):
 
 
 class _MetaInfo(_Wire):
+    """What is 0 or empty where it is absent is absent in SGLang's answer to a request aborted while it was queued."""
+
     finish_reason: _FinishFields
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
     cached_tokens: int = 0
     weight_version: str | None = None
     weight_versions: list[_SpanFields] | None = None
-    output_token_logprobs: list[tuple[float, _TokenId, str | None]]
+    output_token_logprobs: list[tuple[float, _TokenId, str | None]] = []
 
 
 class _GenerateAnswer(_Wire):
-    output_ids: list[_TokenId]
+    output_ids: list[_TokenId] = []
     meta_info: _MetaInfo
 
 
@@ -110,6 +112,8 @@ def parse_completion(body: bytes, *, seen_version: str | None, engine: str) -> t
             f"{engine} /generate: output_ids, output_token_logprobs and completion_tokens must agree and be >= 1, got "
             f"{num_tokens}, {len(logprobs)} and {meta.completion_tokens}"
         )
+    if meta.prompt_tokens < 1:
+        raise EngineError(f"{engine} /generate: prompt_tokens must be >= 1, got {meta.prompt_tokens}")
     if not np.array_equal(ids, logged_ids):
         raise EngineError(f"{engine} /generate: output_ids differ from the ids of output_token_logprobs")
     if not np.isfinite(logprobs).all():

@@ -59,6 +59,17 @@ class ScriptedEngine:
             del info["weight_versions"]
         self._replies.append((200, {"text": "", "output_ids": ids, "meta_info": info}))
 
+    def reply_as_queued_and_aborted(self) -> None:
+        """What SGLang 0.5.23 says of a request that was aborted before a token of it was computed."""
+        info = {
+            "id": "x",
+            "finish_reason": {"type": "abort", "message": "Abort in waiting queue"},
+            "weight_version": self.weight_version,
+            "weight_versions": [{"version": self.weight_version, "start": 0, "end": 0}],
+            "completion_tokens": 0,
+        }
+        self._replies.append((200, {"text": "", "output_ids": [], "meta_info": info}))
+
     def fail(self, status: int, message: str) -> None:
         self._replies.append((status, {"error": {"message": message}}))
 

@@ -33,13 +33,16 @@ async def test_a_completion_has_ids_logprobs_and_spans(engine) -> None:
 
 async def test_an_abort_or_a_failure_is_for_the_pool_to_retry(engine) -> None:
     engine.reply([5, 6], finish={"type": "abort", "message": "weights"})
+    engine.reply_as_queued_and_aborted()
     engine.fail(500, "boom")
     async with client(engine) as c:
         with pytest.raises(EngineUnavailable, match="weights"):
             await c.generate([3], SAMPLING, rid="t")
+        with pytest.raises(EngineUnavailable, match="waiting queue"):
+            await c.generate([3], SAMPLING, rid="t")
         with pytest.raises(EngineUnavailable, match="boom"):
             await c.generate([3], SAMPLING, rid="t")
-    assert len({request["rid"] for request in engine.requests}) == 2
+    assert len({request["rid"] for request in engine.requests}) == 3
 
 
 async def test_a_refusal_says_the_servers_words(engine) -> None:
@@ -101,6 +104,7 @@ async def test_without_spans_a_restarted_engine_cannot_state_its_version(engine,
         {"spans": [("run:1:0", 0, 2), ("run:2:1", 1, 3)]},
         {"spans": []},
         {"completion_tokens": 2},
+        {"prompt_tokens": 0},
         {"output_token_logprobs": [[-1.0, 5, None]]},
         {"output_token_logprobs": [[-1.0, 5, None], [-1.0, 9, None], [-1.0, 1, None]]},
         {"output_token_logprobs": [[None, 5, None], [-1.0, 6, None], [-1.0, 1, None]]},
