@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from protocol.packed import PackedGroup
 from protocol.types import Status
 
@@ -61,7 +63,8 @@ def _problem(group: PackedGroup, *, rules: Rules, publications: Mapping[int, int
         return "the first token of a context cannot be sampled: there is nothing that it was sampled after"
     if len(group.token_ids) and (largest := int(group.token_ids.max())) >= rules.vocab_size:
         return f"token ids must be below the vocabulary's {rules.vocab_size}, got {largest}"
-    for version, publication in {(row[2], row[3]) for row in group.spans.tolist()}:
+    sampled_by = np.unique(group.spans[:, 2].astype(np.int64) << 32 | group.spans[:, 3])
+    for version, publication in zip((sampled_by >> 32).tolist(), (sampled_by & 0xFFFFFFFF).tolist(), strict=True):
         if publications.get(publication) != version or version > step:
             return f"publication {publication} of version {version} is not known to this run"
         if version < min_version:

@@ -1,7 +1,7 @@
 """Copies a store's write-ahead log into its database, beside the commits instead of within one of them.
 
-SQLite does it in the commit that makes the log 4 MB long, and syncs the database: with 50 groups a second, every 20th
-actor waited for it, up to 0.9 s where the disk was busy; beside the commits, p99 is 8 ms (docs/benchmarks.md).
+SQLite does it in the commit that makes the log 4 MB long, and syncs the database: with 50 groups a second every 20th
+commit, up to 0.9 s of it where the disk was busy (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ import sqlite3
 import threading
 from pathlib import Path
 
+from protocol.errors import StoreError
+
 log = logging.getLogger(__name__)
 
 # Commits of so long are copied at once.
 _EVERY_S = 0.25
+# A log of 32 MB is copied within a commit after all: one that is copied while it grows never begins anew.
+MAX_LOG_PAGES = 8_192
 
 
 class Backfill:
@@ -27,6 +31,11 @@ class Backfill:
         self._thread = threading.Thread(target=self._run, name="backfill", daemon=True)
 
     def __enter__(self) -> Backfill:
+        """Raises: StoreError."""
+        try:
+            self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise StoreError(f"store {self._path}: {error}") from error
         self._thread.start()
         return self
 
@@ -34,20 +43,17 @@ class Backfill:
         self._leaving.set()
         self._committed.set()
         self._thread.join()
+        self._db.close()
 
     def committed(self) -> None:
         """There is something new in the log."""
         self._committed.set()
 
     def _run(self) -> None:
-        db = sqlite3.connect(self._path, isolation_level=None)
-        try:
-            while self._committed.wait() and not self._leaving.is_set():
-                self._committed.clear()
-                try:
-                    db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-                except sqlite3.Error as error:  # a full disk, say: what is committed stays in the log
-                    log.warning("store %s: its log could not be copied into it: %s", self._path, error)
-                self._leaving.wait(_EVERY_S)
-        finally:
-            db.close()
+        while self._committed.wait() and not self._leaving.is_set():
+            self._committed.clear()
+            try:
+                self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            except sqlite3.Error as error:  # a full disk, say: what is committed stays in the log
+                log.warning("store %s: its log could not be copied into it: %s", self._path, error)
+            self._leaving.wait(_EVERY_S)

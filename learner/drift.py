@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from learner.metrics_lines import parse_line
+from learner.metrics_lines import read_line
 
 FLOOR = 1e-5
 """Nats a token, of k3: below it is rounding, of log-probs in fp32 on both sides (bf16 engines are near 1e-3)."""
@@ -47,8 +47,8 @@ class Drift:
     @classmethod
     def read(cls, metrics: Path) -> Drift:
         """From the lines of metrics.jsonl, the last one of each step."""
-        lines = [parse_line(line) for line in metrics.read_text().splitlines()]
-        rows = list({line["step"]: line for line in lines}.values())
+        lines = map(read_line, metrics.read_bytes().splitlines())
+        rows = list({line["step"]: line for line in lines if line is not None}.values())
         third = max(1, len(rows) // 3)
         return cls(
             Mean.of(_steps(rows[:third])),

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from learner.metrics import MetricsWriter, render_trajectory, summarise_rollouts
-from learner.metrics_lines import format_line
+from learner.metrics_lines import format_line, open_lines
 from learner.step_metrics import StepMetrics
 from learner.store import metrics_path
 from protocol.errors import DataError
@@ -31,7 +31,7 @@ class Journal:
             raise DataError(f"model folder {tokenizer_folder} has no tokenizer.json; save its fast tokenizer there")
         tokenizer = Tokenizer.from_file(str(path))
         self._writer = MetricsWriter(run_dir / "tensorboard", purge_step=step)
-        self._lines = metrics_path(run_dir).open("a", buffering=1)
+        self._lines = open_lines(metrics_path(run_dir))
         self._tokenizer = tokenizer
         self._last = time.perf_counter()
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 # Longer than two lines.
 _TAIL_BYTES = 1 << 18
@@ -23,11 +24,30 @@ def parse_line(line: str | bytes) -> dict[str, Any]:
     return {key: math.nan if value is None else value for key, value in json.loads(line).items()}
 
 
+def open_lines(path: Path) -> TextIO:
+    """To append to; what a killed writer left of its last line stays a line of its own, which readers skip."""
+    lines = path.open("a", buffering=1)
+    if lines.tell():
+        with path.open("rb") as written:
+            written.seek(-1, os.SEEK_END)
+            if written.read() != b"\n":
+                lines.write("\n")
+    return lines
+
+
+def read_line(line: bytes) -> dict[str, Any] | None:
+    """None where a writer was killed in the middle of it."""
+    try:
+        return parse_line(line)
+    except ValueError:
+        return None
+
+
 def last_step(path: Path) -> int:
     """The step of the last whole line of metrics.jsonl; -1 where there is none."""
     if not path.is_file():
         return -1
     with path.open("rb") as lines:
         lines.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-        whole = lines.read().rpartition(b"\n")[0]
-    return int(parse_line(whole.rpartition(b"\n")[2])["step"]) if whole else -1
+        *whole, _ = lines.read().split(b"\n")
+    return next((int(step["step"]) for line in reversed(whole) if (step := read_line(line)) is not None), -1)

@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from contextlib import ExitStack, suppress
 from typing import TypeVar
 
 from learner.admission import Rules
@@ -66,7 +67,7 @@ class Plane:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._thread.is_alive():
+        with suppress(RuntimeError):  # it has died, and its loop is closed
             self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(timeout=10.0)
         if self._error is not None:
@@ -74,10 +75,12 @@ class Plane:
 
     def run(self, coroutine: Coroutine[object, object, T], *, timeout_s: float | None = None) -> T:
         """The coroutine's result, computed in the plane. Raises: PalimpsestError where the plane has died."""
-        if self._error is not None:
+        try:
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError as error:  # its loop is closed
             coroutine.close()
-            raise PalimpsestError(f"the plane has died: {self._error}") from self._error
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
+            raise PalimpsestError(f"the plane has died: {self._error}") from (self._error or error)
+        return future.result(timeout_s)
 
     def publish(self, data: bytes, *, version: int, canary: CanaryFields | None = None) -> int:
         """Publishes weights (the bytes of a safetensors file) under an id that is durable first.
@@ -100,16 +103,17 @@ class Plane:
         return True
 
     def _main(self) -> None:
-        try:
-            with self._store.backfilled():
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._store.backfilled())
                 asyncio.run(self._serve())
-        except BaseException as error:
-            if self._ready.done():
-                self._error = error
-                log.critical("the plane has died", exc_info=error)
-                self._on_death()
-            else:
-                self._ready.set_exception(error)
+            except BaseException as error:
+                if self._ready.done():
+                    self._error = error
+                    log.critical("the plane has died", exc_info=error)
+                    self._on_death()
+                else:
+                    self._ready.set_exception(error)
 
     async def _serve(self) -> None:
         transport = Transport(keys=self._network.keys)

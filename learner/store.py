@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from dataclasses import astuple
 from pathlib import Path
 
-from learner.backfill import Backfill
+from learner.backfill import MAX_LOG_PAGES, Backfill
 from learner.ledger import Entry, LeaseRecord, Ledger, State
 from learner.records import Arrived, Ended, Granted, Moved, Placed, Record, Trained
 from protocol.codec import decode_frames
@@ -94,7 +94,7 @@ class Store:
     def backfilled(self) -> Iterator[None]:
         """Within it, no commit waits for the log to be copied into the database."""
         with Backfill(self._path) as self._backfill:
-            self._query("PRAGMA wal_autocheckpoint = 0")
+            self._query(f"PRAGMA wal_autocheckpoint = {MAX_LOG_PAGES}")
             try:
                 yield
             finally:

@@ -18,7 +18,7 @@ from protocol.errors import MalformedMessage
 from protocol.messages import SubmitGroup
 from protocol.packed import PackedGroup
 from protocol.types import Context, Trajectory, TrajectoryGroup, VersionSpan
-from protocol.wire import Buffer, decode, encode_fields, expect
+from protocol.wire import Buffer, check_sizes, decode, encode_fields, expect
 
 _DTYPES = {
     "token_ids": np.dtype("<i4"),
@@ -34,8 +34,8 @@ _MAX_INT32 = 2**31 - 1
 def encode_group(group: TrajectoryGroup, *, lease_id: int) -> list[Buffer]:
     """[header, token_ids, spans, behavior_logprobs]; see `SubmitGroup` for the layout.
 
-    Raises: MalformedMessage where a field is out of its bounds, an array is not of its type and contiguous, or spans do
-    not cover exactly the sampled tokens.
+    Raises: MalformedMessage where a field is out of its bounds, an array is not of its type, length and contiguous, or
+    spans do not cover exactly the sampled tokens; MessageTooLarge. What it returns, a receiver can read.
     """
     contexts = [context for trajectory in group.trajectories for context in trajectory.contexts]
     lengths = [len(context.token_ids) for context in contexts]
@@ -56,15 +56,13 @@ def encode_group(group: TrajectoryGroup, *, lease_id: int) -> list[Buffer]:
             **_context_columns(contexts, lengths),
         },
     )
+    spans = _packed_spans([span for context in contexts for span in context.policy_versions])
     _check_masks(contexts, lengths)
-    spans = [span for context in contexts for span in context.policy_versions]
     logprobs = [context.behavior_logprobs[s.start : s.end] for context in contexts for s in context.policy_versions]
-    return [
-        header,
-        _joined([context.token_ids for context in contexts], "token_ids"),
-        _packed_spans(spans),
-        _joined(logprobs, "behavior_logprobs"),
-    ]
+    ids = _joined([context.token_ids for context in contexts], "token_ids")
+    frames: list[Buffer] = [header, ids, spans, _joined(logprobs, "behavior_logprobs")]
+    check_sizes(frames)
+    return frames
 
 
 def decode_group(header: SubmitGroup, payload: Sequence[Buffer]) -> PackedGroup:
@@ -146,6 +144,11 @@ def _check_masks(contexts: Sequence[Context], lengths: list[int]) -> None:
     """The loss masks are not sent: that the spans say the same is checked here."""
     covered = []
     for context, length in zip(contexts, lengths, strict=True):
+        if not length == len(context.loss_mask) == len(context.behavior_logprobs):
+            raise MalformedMessage(
+                f"group: a context of {length} tokens has {len(context.loss_mask)} in its loss_mask and "
+                f"{len(context.behavior_logprobs)} behavior_logprobs"
+            )
         at = 0
         for span in context.policy_versions:
             covered.append(b"\0" * (span.start - at))

@@ -21,7 +21,7 @@ class Readiness:
 
     async def wait(self, event: int) -> None:
         """Until `event` is there. It may be gone by the time the caller runs, where several wait for it."""
-        if self._poll() & event:
+        if self._wake() & event:
             return
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
@@ -46,8 +46,10 @@ class Readiness:
         for _, future in self._waiters:
             future.cancel()
 
-    def _wake(self) -> None:
+    def _wake(self) -> int:
+        """The events that are there, of which everybody has been told who waits for them."""
         events = self._poll()
         for event, future in self._waiters:
             if events & event and not future.done():
                 future.set_result(None)
+        return events

@@ -11,7 +11,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,7 +34,7 @@ _SEND_LIMIT = 1_000
 _RECEIVE_LIMIT = 64
 # A receiver that is never out of messages lets others have the loop after so many.
 _YIELD_EVERY = 32
-# Below it a message is copied: a group of 200 KB costs a quarter less so (docs/benchmarks.md).
+# Below it a message is copied: to be told, by another thread, when its buffers are free costs more.
 _COPIED_BYTES = 1 << 20
 _CLIENT_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -123,7 +124,9 @@ class Transport:
 
     def _bind(self, socket: zmq.Socket[bytes], address: str, *, max_frame_bytes: int = MAX_FRAME_BYTES) -> str:
         _set_limits(socket, max_frame_bytes)
-        try:
+        with _closed_on_error(
+            socket, f"cannot listen on {address}", "; stop the process that holds it or choose another port"
+        ):
             if self._keys is not None:
                 self._serve_curve(socket, self._keys)
             elif not is_loopback(address):
@@ -132,14 +135,6 @@ class Transport:
                     "set network.keys (or --keys) to DIR"
                 )
             socket.bind(address)
-        except zmq.ZMQError as error:
-            socket.close(linger=0)
-            raise UnreachableError(
-                f"cannot listen on {address}: {_reason(error)}; stop the process that holds it or choose another port"
-            ) from error
-        except BaseException:
-            socket.close(linger=0)
-            raise
         return socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def _serve_curve(self, socket: zmq.Socket[bytes], keys: Keys) -> None:
@@ -155,7 +150,7 @@ class Transport:
 
     def _connect(self, socket: zmq.Socket[bytes], address: str) -> str:
         _set_limits(socket)
-        try:
+        with _closed_on_error(socket, f"cannot connect to {address}"):
             if self._keys is not None:
                 socket.curve_publickey, socket.curve_secretkey = self._keys.pair("client")
                 socket.curve_serverkey = self._keys.server_public()
@@ -165,12 +160,6 @@ class Transport:
                     "the server's keys folder and give them with network.keys (or --keys)"
                 )
             socket.connect(address)
-        except zmq.ZMQError as error:
-            socket.close(linger=0)
-            raise UnreachableError(f"cannot connect to {address}: {_reason(error)}") from error
-        except BaseException:
-            socket.close(linger=0)
-            raise
         return address
 
 
@@ -187,7 +176,7 @@ class Socket:
         self._ready.close()
         self._socket.close(linger=0)
 
-    async def _recv(self) -> list[zmq.Frame]:
+    async def _recv(self) -> list[Buffer]:
         """The frames of a message, not copied."""
         self._num_received += 1
         if self._num_received % _YIELD_EVERY == 0:
@@ -201,12 +190,14 @@ class Socket:
                 await self._ready.wait(zmq.POLLIN)
             else:
                 self._ready.operated()
-                return frames
+                return [frame.buffer for frame in frames]
 
     def _try_send(self, frames: Sequence[Buffer]) -> None:
         """All of them or, where it raises (zmq.Again: the queue is full), none. Large ones are not copied."""
-        self._socket.send_multipart(frames, zmq.NOBLOCK, copy=_small(frames))
-        self._ready.operated()
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=sum(map(len, frames)) < _COPIED_BYTES)
+        finally:  # where it fails, too, it has used the signal up
+            self._ready.operated()
 
 
 class Router(Socket):
@@ -224,10 +215,9 @@ class Router(Socket):
         """(peer, frames): frames are not copied."""
         while True:
             identity, *frames = await self._recv()
-            peer = identity.bytes
-            buffers: list[Buffer] = [frame.buffer for frame in frames]
-            if self._limit.admits(peer, header_bytes=len(buffers[0]) if buffers else 0, now_s=time.monotonic()):
-                return peer, buffers
+            peer = bytes(identity)
+            if self._limit.admits(peer, header_bytes=len(frames[0]) if frames else 0, now_s=time.monotonic()):
+                return peer, frames
             self.num_dropped += 1
 
     def refused(self, peer: bytes) -> None:
@@ -253,7 +243,7 @@ class Dealer(Socket):
         self._sending = asyncio.Lock()
 
     async def recv(self) -> list[Buffer]:
-        return [frame.buffer for frame in await self._recv()]
+        return await self._recv()
 
     async def send(self, frames: Sequence[Buffer], *, timeout_s: float = 30.0) -> None:
         """Raises: TimeoutError where in all that time the server was not there, or did not read (the queue is full)."""
@@ -278,15 +268,15 @@ class Dealer(Socket):
         return True
 
 
+class Subscriber(Socket):
+    async def recv(self) -> list[Buffer]:
+        return await self._recv()
+
+
 class Publisher(Socket):
     def send(self, frames: Sequence[Buffer]) -> None:
         """Who does not read misses it. Never waits."""
         self._try_send(frames)
-
-
-class Subscriber(Socket):
-    async def recv(self) -> list[Buffer]:
-        return [frame.buffer for frame in await self._recv()]
 
 
 def _set_limits(socket: zmq.Socket[bytes], max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
@@ -301,11 +291,14 @@ def _set_limits(socket: zmq.Socket[bytes], max_frame_bytes: int = MAX_FRAME_BYTE
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
 
 
-def _reason(error: zmq.ZMQError) -> str:
-    """What the errno means; pyzmq's own text repeats the address."""
-    return zmq.strerror(error.errno) if error.errno is not None else str(error)
-
-
-def _small(frames: Sequence[Buffer]) -> bool:
-    """Whether copying into libzmq is cheaper than to be told, by another thread, when the buffers can be freed."""
-    return sum(map(len, frames)) < _COPIED_BYTES
+@contextmanager
+def _closed_on_error(socket: zmq.Socket[bytes], failed: str, remedy: str = "") -> Iterator[None]:
+    """Raises: UnreachableError in place of ZeroMQ's own, whose text repeats the address."""
+    try:
+        yield
+    except BaseException as error:
+        socket.close(linger=0)
+        if isinstance(error, zmq.ZMQError):
+            reason = zmq.strerror(error.errno) if error.errno is not None else str(error)
+            raise UnreachableError(f"{failed}: {reason}{remedy}") from error
+        raise

@@ -52,7 +52,10 @@ def encode(message: Message) -> bytes:
 def encode_fields(cls: type[Message], fields: dict[str, object]) -> bytes:
     """The header frame of a `cls` with these fields, which are not copied. Raises: MalformedMessage."""
     _validated(cls, fields)
-    return _pack(cls.kind, fields)
+    try:
+        return _pack(cls.kind, fields)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise MalformedMessage(f"{cls.kind}: {error}") from error
 
 
 def decode(frames: Sequence[Buffer]) -> tuple[Message, Sequence[Buffer]]:
@@ -60,16 +63,9 @@ def decode(frames: Sequence[Buffer]) -> tuple[Message, Sequence[Buffer]]:
 
     Raises: MessageTooLarge, IncompatibleVersion, MalformedMessage (truncated, foreign, not of the schema).
     """
-    if not 1 <= len(frames) <= MAX_FRAMES:
-        raise MalformedMessage(f"a message has 1 to {MAX_FRAMES} frames, got {len(frames)}")
-    header = frames[0]
-    if len(header) > MAX_HEADER_BYTES:
-        raise MessageTooLarge(f"a header has at most {MAX_HEADER_BYTES} bytes, got {len(header)}")
-    for frame in frames[1:]:
-        if len(frame) > MAX_FRAME_BYTES:
-            raise MessageTooLarge(f"a frame has at most {MAX_FRAME_BYTES} bytes, got {len(frame)}")
+    check_sizes(frames)
     try:
-        fields = msgpack.unpackb(header, raw=False, strict_map_key=True)
+        fields = msgpack.unpackb(frames[0], raw=False, strict_map_key=True)
     except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
         raise MalformedMessage(f"header is not msgpack: {error}") from error
     if not isinstance(fields, dict):
@@ -82,6 +78,17 @@ def decode(frames: Sequence[Buffer]) -> tuple[Message, Sequence[Buffer]]:
     if cls is None:
         raise MalformedMessage(f"unknown message kind {quote(kind)}")
     return _validated(cls, fields), frames[1:]
+
+
+def check_sizes(frames: Sequence[Buffer]) -> None:
+    """Raises: MalformedMessage, MessageTooLarge where no receiver would read these frames."""
+    if not 1 <= len(frames) <= MAX_FRAMES:
+        raise MalformedMessage(f"a message has 1 to {MAX_FRAMES} frames, got {len(frames)}")
+    if len(frames[0]) > MAX_HEADER_BYTES:
+        raise MessageTooLarge(f"a header has at most {MAX_HEADER_BYTES} bytes, got {len(frames[0])}")
+    for frame in frames[1:]:
+        if len(frame) > MAX_FRAME_BYTES:
+            raise MessageTooLarge(f"a frame has at most {MAX_FRAME_BYTES} bytes, got {len(frame)}")
 
 
 def expect(message: Message, cls: type[M]) -> M:

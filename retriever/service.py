@@ -99,7 +99,7 @@ class RetrieverService:
                 if isinstance(error, ProtocolError):
                     self._router.refused(peer)
                 reply = ErrorReply(request_id=_request_id(frames), error=str(error))
-                await self._send(peer, encode(reply))
+                self._send(peer, encode(reply))
                 continue
             self._pending.append(_Pending(peer, request, time.perf_counter()))
             self._num_pending_queries += len(request.queries)
@@ -131,7 +131,7 @@ class RetrieverService:
             replies = await loop.run_in_executor(executor, self._answer, [entry.request for entry in batch])
             self.stats.num_batches += 1
             for entry, reply in zip(batch, replies, strict=True):
-                await self._send(entry.peer, reply)
+                self._send(entry.peer, reply)
                 self.stats.num_requests += 1
                 self.stats.num_queries += len(entry.request.queries)
                 self.stats.latencies_s.append(time.perf_counter() - entry.received_s)
@@ -167,7 +167,7 @@ class RetrieverService:
             replies.append(reply)
         return replies
 
-    async def _send(self, peer: bytes, reply: bytes) -> None:
+    def _send(self, peer: bytes, reply: bytes) -> None:
         if not self._router.send(peer, [reply]):
             self.stats.num_undelivered += 1
 

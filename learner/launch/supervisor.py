@@ -37,6 +37,9 @@ _RESTART_PAUSE_S = 0.25
 MAX_RESTARTS = 5
 # Whoever ran so long had started well: it is no part of a row of failures.
 _LONG_LIFE_S = 600.0
+# The pause before a restart doubles with each life in a row that was as short as this.
+_SHORT_LIFE_S = 10.0
+_MAX_PAUSE_S = 15.0
 _USER_ERROR_STATUS = 2
 _TRAINING_STOPPED_STATUS = 3
 
@@ -60,6 +63,8 @@ class _Child:
     num_failures: int = 0
     """In a row: the run has made no step since the first of them."""
     failed_at_step: int = -1
+    num_short_lives: int = 0
+    """In a row."""
 
 
 class Supervisor:
@@ -170,7 +175,9 @@ class Supervisor:
                 if not self._failure.done():
                     self._failure.set_exception(self._error_of(child, child.status) or RunFailed(child.spec.name))
                 return
-            pause_s = min(5.0, _RESTART_PAUSE_S * 2**child.num_failures)
+            short = time.monotonic() - child.started_s < _SHORT_LIFE_S
+            child.num_short_lives = child.num_short_lives + 1 if short else 0
+            pause_s = min(_MAX_PAUSE_S, _RESTART_PAUSE_S * 2 ** (child.num_short_lives + 1))
             log.warning("%s ended (%s): restarting in %.1f s", child.spec.name, _ended(child.status), pause_s)
             await asyncio.sleep(pause_s)
             child.num_restarts += 1

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from learner.metrics_lines import parse_line
+from learner.metrics_lines import read_line
 from learner.store import metrics_path
 from protocol.config import Config
 
@@ -42,8 +42,8 @@ class Steps:
                 if not line.endswith(b"\n"):
                     break
                 self._offset += len(line)
-                step = parse_line(line)
-                self.by_step[int(step["step"])] = step
+                if (step := read_line(line)) is not None:
+                    self.by_step[int(step["step"])] = step
 
     @property
     def last(self) -> Step | None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from learner.launch.plan import plan, with_ports
 from learner.launch.stopwatch import Stopwatch
 from learner.launch.view import Steps, View, rows, sparkline
-from learner.metrics_lines import format_line
+from learner.metrics_lines import format_line, last_step, open_lines
 from protocol.config import Config
 from protocol.config_file import parse_config
 from protocol.errors import ConfigError
@@ -154,3 +154,20 @@ def test_seconds_add_up_over_restarts(tmp_path: Path) -> None:
     assert seconds == clock.seconds
     assert 100.0 < seconds["rl_s"] < 101.0
     assert set(seconds) == {"rl_s", "eval_s"}
+
+
+def test_a_line_that_a_killed_learner_tore_is_a_line_of_its_own(tmp_path: Path) -> None:
+    """The next learner goes on in a new line, and whoever reads skips the torn one."""
+    path = tmp_path / "metrics.jsonl"
+    assert last_step(path) == -1
+    path.write_text(line(0, 0.1) + "\n" + line(1, 0.2)[:20])
+    assert last_step(path) == 0
+    with open_lines(path) as lines:
+        assert last_step(path) == 0
+        lines.write(line(1, 0.3) + "\n")
+    with open_lines(path) as lines:
+        lines.write(line(2, 0.4) + "\n")
+    steps = Steps(path)
+    steps.refresh()
+    assert sorted(steps.by_step) == [0, 1, 2]
+    assert last_step(path) == 2

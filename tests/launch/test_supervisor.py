@@ -114,6 +114,20 @@ async def test_a_run_that_goes_on_forgives_a_process_that_ends_again_and_again(t
         assert supervisor.states()["learner"] == ("done", supervisor_module.MAX_RESTARTS + 2)
 
 
+async def test_pauses_grow_with_each_short_life(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pause_s = 0.001
+    monkeypatch.setattr(supervisor_module, "_RESTART_PAUSE_S", pause_s)
+    code = "import sys; sys.exit(4)"
+    async with Supervisor(tmp_path) as supervisor:
+        await supervisor.start([python("learner", code)])
+        with pytest.raises(RunFailed):
+            await asyncio.wait_for(supervisor.wait("learner"), WAIT_S)
+    pauses = [float(record.args[2]) for record in caplog.records if isinstance(record.args, tuple)]
+    assert pauses == [pause_s * 2**i for i in range(2, 7)]
+
+
 async def test_a_learner_that_cannot_go_on_is_not_started_again(tmp_path: Path) -> None:
     """Not even where it was restarted before for another reason."""
     flag = tmp_path / "flag"

@@ -323,6 +323,27 @@ def test_arrays_of_another_type_are_not_sent(array: np.ndarray, says: str) -> No
         encode_group(one_group(trajectories=(Trajectory((context,), 0.0),)), lease_id=1)
 
 
+def test_what_no_receiver_would_read_is_not_sent() -> None:
+    trajectory = dataclasses.replace(one_group().trajectories[0], answer="x" * (wire.MAX_HEADER_BYTES + 1))
+    with pytest.raises(MessageTooLarge, match="header has at most"):
+        encode_group(one_group(trajectories=(trajectory,)), lease_id=1)
+
+
+@pytest.mark.parametrize("stats", [{"turns": np.float32(1)}, {"turns": 2**64}, {"\ud800": 1.0}])
+def test_values_that_msgpack_cannot_hold_are_not_sent(stats: dict[str, float]) -> None:
+    trajectory = dataclasses.replace(one_group().trajectories[0], stats=stats)
+    with pytest.raises(MalformedMessage):
+        encode_group(one_group(trajectories=(trajectory,)), lease_id=1)
+
+
+@pytest.mark.parametrize("name", ["loss_mask", "behavior_logprobs"])
+def test_columns_of_another_length_are_not_sent(name: str) -> None:
+    context = one_group().trajectories[0].contexts[0]
+    longer = dataclasses.replace(context, **{name: np.append(getattr(context, name), getattr(context, name)[:1])})
+    with pytest.raises(MalformedMessage, match="a context of 6 tokens has"):
+        encode_group(one_group(trajectories=(Trajectory((longer,), 0.0),)), lease_id=1)
+
+
 def test_what_the_header_cannot_hold_is_not_sent() -> None:
     with pytest.raises(MalformedMessage, match=r"group: attempt: .* \(got -1\)"):
         encode_group(one_group(attempt=-1), lease_id=1)
