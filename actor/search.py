@@ -14,6 +14,9 @@ from protocol.transport import Transport
 from protocol.types import Passage
 from protocol.wire import describe
 
+# A search without an answer is sent again after so long: the retriever may have been started again since.
+RESEND_S = 2.0
+
 
 class SearchFailed(RemoteError):
     """The retriever did not answer in time, or answered with an error or with nonsense."""
@@ -28,9 +31,12 @@ class Searcher(Protocol):
 class SearchClient:
     """Many searches in flight over one connection. Used as an async context manager; `transport` is its owner's."""
 
-    def __init__(self, *, transport: Transport, address: str, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self, *, transport: Transport, address: str, timeout_s: float = 30.0, resend_s: float = RESEND_S
+    ) -> None:
         self._requests = RequestClient(transport.dealer(address))
         self._timeout_s = timeout_s
+        self._resend_s = resend_s
 
     async def __aenter__(self) -> SearchClient:
         await self._requests.__aenter__()
@@ -45,7 +51,9 @@ class SearchClient:
             request = SearchRequest(
                 request_id=self._requests.next_id(), queries=list(queries), top_n=top_n, collection=collection
             )
-            reply, _ = await self._requests.request(request, SearchReply, timeout_s=self._timeout_s)
+            reply, _ = await self._requests.request(
+                request, SearchReply, timeout_s=self._timeout_s, resend_s=self._resend_s
+            )
         except ValidationError as error:
             raise SearchFailed(f"search failed: {describe(error)}") from error
         except (TimeoutError, RemoteError, ProtocolError) as error:

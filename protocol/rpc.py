@@ -45,9 +45,13 @@ class RequestClient:
         return next(self._ids)
 
     async def request(
-        self, message: Message, reply: type[M], *, timeout_s: float, payload: Sequence[Buffer] = ()
+        self, message: Message, reply: type[M], *, timeout_s: float, resend_s: float | None = None
     ) -> tuple[M, Sequence[Buffer]]:
-        """Raises: TimeoutError, RemoteError (the peer's ErrorReply), ProtocolError (another kind of reply)."""
+        """`resend_s`, of a request that can be answered twice: it is sent again after so long, then after twice that,
+        and so on, as a server that is killed takes what it had read with it; the first answer counts.
+
+        Raises: TimeoutError, RemoteError (the peer's ErrorReply), ProtocolError (another kind of reply).
+        """
         if self._reader is not None and self._reader.done():
             self._reader.result()
         request_id: int = message.request_id  # type: ignore[attr-defined]
@@ -55,7 +59,10 @@ class RequestClient:
         self._pending[request_id] = future
         try:
             async with asyncio.timeout(timeout_s):
-                await self._dealer.send([encode(message), *payload], timeout_s=timeout_s)
+                while not future.done():
+                    await self._dealer.send([encode(message)], timeout_s=timeout_s)
+                    await asyncio.wait([future], timeout=resend_s)
+                    resend_s = None if resend_s is None else 2 * resend_s
                 answer, frames = await future
         except TimeoutError:
             raise TimeoutError(f"no answer to {message.kind} from {self._dealer.address} in {timeout_s:g} s") from None

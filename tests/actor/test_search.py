@@ -18,6 +18,18 @@ async def test_many_searches_are_in_flight_at_once(search) -> None:
     assert [f[0][0].text for f in found] == [f"q{k} kami ." for k in range(20)]
 
 
+async def test_a_search_that_a_killed_retriever_took_with_it_is_sent_again(search, retriever) -> None:
+    retriever.silent = True
+    search._resend_s = 0.01
+    searching = asyncio.create_task(search.search(["a"], top_n=1))
+    async with asyncio.timeout(10.0):
+        while len(retriever.requests) < 3:  # noqa: ASYNC110 (another task)
+            await asyncio.sleep(0.001)
+        retriever.silent = False
+        assert (await searching)[0][0].text == "a kami ."
+    assert len({request.request_id for request in retriever.requests}) == 1
+
+
 async def test_an_error_and_silence_are_failures(search, retriever) -> None:
     retriever.error = "no collection 'x'"
     with pytest.raises(SearchFailed, match="no collection 'x'"):

@@ -5,7 +5,7 @@ import pytest
 
 from actor.completion import Span
 from actor.sampling import SamplingParams
-from actor.sglang_client import SGLangClient, Timeouts
+from actor.sglang_client import SGLangClient, Timeouts, update_mode
 from protocol.errors import ConfigError, EngineError, EngineRefused, EngineUnavailable, SecurityError, UnknownVersion
 
 SAMPLING = SamplingParams(max_new_tokens=8, stop_token_ids=(1,))
@@ -142,3 +142,22 @@ def test_truncating_samplers_are_for_evaluation_only(bad: dict) -> None:
 def test_bounds_are_named(bad: dict) -> None:
     with pytest.raises(ConfigError, match=f"sampling.{next(iter(bad))} must be"):
         SamplingParams(**bad, allow_truncation=True)
+
+
+@pytest.mark.parametrize(
+    ("release", "mode"),
+    [
+        ("0.5.17", "abort"),
+        ("0.5.20.post1", "abort"),
+        ("0.5.22", "abort"),
+        ("0.5.23", "retract"),
+        ("0.5.23.post1", "retract"),
+        ("0.10.0", "retract"),
+        ("1.0.0rc1", "retract"),
+        ("0.0.0.dev0", "abort"),
+        ("palimpsest-embedded", "abort"),
+        ("", "abort"),
+    ],
+)
+def test_requests_are_kept_across_an_update_where_the_release_can(release: str, mode: str) -> None:
+    assert update_mode(release) == mode
