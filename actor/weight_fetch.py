@@ -144,6 +144,7 @@ class WeightFetcher:
             self._chunks.clear()
             raise
         check_tensors(self._buffer, manifest)
+        check_shapes(manifest, self._base_model)
         folder = self._folder / f"publication-{tag.publication}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -195,18 +196,43 @@ def check_manifest(manifest: Manifest, tag: PolicyTag, *, held: int) -> None:
 def check_tensors(data: Data, manifest: Manifest) -> None:
     """The safetensors header of `data` lists the manifest's tensors. Raises: WeightsError."""
     try:
-        header_bytes = int.from_bytes(data[:8], "little")
-        header = json.loads(bytes(data[8 : 8 + header_bytes]))
-        found = {
-            name: (entry["dtype"], list(entry["shape"]), 8 + header_bytes + entry["data_offsets"][0])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
+        found = _table(data)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"publication {manifest.publication} is not a safetensors file: {error}") from error
     wanted = {tensor.name: (tensor.dtype, tensor.shape, tensor.offset) for tensor in manifest.tensors}
     if found != wanted:
         raise WeightsError(f"publication {manifest.publication} holds other tensors than its manifest says")
+
+
+def check_shapes(manifest: Manifest, base_model: Path) -> None:
+    """The manifest's tensors have the shapes that those of the same name have in `base_model`.
+
+    SGLang ends where they do not: it undoes a load that failed halfway by loading the same files again.
+    Raises: WeightsError.
+    """
+    published = {tensor.name: tensor.shape for tensor in manifest.tensors}
+    for path in sorted(base_model.glob("*.safetensors")):
+        try:
+            table = _table(_mapped(path))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise WeightsError(f"{path} is not a safetensors file: {error}") from error
+        for name, (_, shape, _) in table.items():
+            if published.get(name, shape) != shape:
+                raise WeightsError(
+                    f"publication {manifest.publication}: {name} must have the shape {shape} of the base model, "
+                    f"got {published[name]}"
+                )
+
+
+def _table(data: Data) -> dict[str, tuple[str, list[int], int]]:
+    """Of a safetensors file: name → (dtype, shape, where its bytes begin)."""
+    header_bytes = int.from_bytes(data[:8], "little")
+    header = json.loads(bytes(data[8 : 8 + header_bytes]))
+    return {
+        name: (entry["dtype"], list(entry["shape"]), 8 + header_bytes + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _is_intact(held: Prepared) -> bool:
