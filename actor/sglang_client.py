@@ -7,6 +7,7 @@ counted once or not at all. An HTTP 4xx is `EngineRefused`, with the server's ow
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from protocol.errors import ConfigError, EngineError, EngineRefused, EngineUnava
 from protocol.wire import describe
 
 PauseMode = Literal["abort", "retract", "in_place"]
+UpdateMode = Literal["abort", "retract"]
+"""What an update may do to requests in flight: those kept in place would keep the KV of old weights."""
+_FLUSHES_WITH_RETRACTED = (0, 5, 23)
 # A completion of 10^5 tokens with log-probs is about 5 MB of JSON; anything much larger is not an answer.
 _MAX_ANSWER_BYTES = 64 << 20
 
@@ -60,6 +64,22 @@ class ModelInfo(_Answer):
 
     model_path: str
     weight_version: str | None = None
+
+
+class ServerInfo(_Answer):
+    """GET /server_info. `version`: the release of the server."""
+
+    version: str = ""
+
+
+class _Load(_Answer):
+    num_waiting_reqs: int
+
+
+class _Loads(_Answer):
+    """GET /v1/loads, of each data-parallel rank."""
+
+    loads: list[_Load]
 
 
 class UpdateResult(_Answer):
@@ -140,6 +160,15 @@ class SGLangClient:
         self._seen_version = info.weight_version or self._seen_version
         return info
 
+    async def server_info(self) -> ServerInfo:
+        body = await self._call("GET", "/server_info", timeout_s=self._timeouts.control_s)
+        return self._read(ServerInfo, "/server_info", body)
+
+    async def num_queued(self) -> int:
+        """Requests that wait to be sampled, behind which a new one would wait."""
+        body = await self._call("GET", "/v1/loads", timeout_s=self._timeouts.control_s)
+        return sum(load.num_waiting_reqs for load in self._read(_Loads, "/v1/loads", body).loads)
+
     async def pause(self, mode: PauseMode) -> None:
         """Stops sampling; idempotent. Requests in flight are aborted, retracted (KV dropped) or kept in place."""
         await self._call("POST", "/pause_generation", {"mode": mode}, timeout_s=self._timeouts.control_s)
@@ -190,6 +219,17 @@ class SGLangClient:
             return cls.model_validate_json(body)
         except ValidationError as error:
             raise EngineError(f"{self.base_url}{path}: unreadable answer: {describe(error)}") from error
+
+
+def update_mode(release: str) -> UpdateMode:
+    """How a server of that release is paused for an update; its cache is flushed then.
+
+    `retract` loses nothing that was sampled and takes milliseconds. SGLang 0.5.20 crashes when the cache is flushed
+    with retracted requests, 0.5.23 does not. `abort` takes SGLang 1 s, and is for whatever is not known to be safe.
+    """
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)", release)
+    is_safe = match is not None and tuple(map(int, match.groups())) >= _FLUSHES_WITH_RETRACTED
+    return "retract" if is_safe else "abort"
 
 
 def check_url(url: str, *, api_key: str | None) -> None:

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 from actor.sampling import SamplingParams
-from actor.sglang_client import PauseMode, SGLangClient
+from actor.sglang_client import SGLangClient, UpdateMode
 from actor.weight_fetch import Prepared, WeightFetcher
 from protocol.errors import EngineError, ProtocolError, RemoteError, WeightsError
 from protocol.faults import fault_point
@@ -47,9 +47,9 @@ class WeightAgent:
     find the engine.
 
     `pause_mode` says what an update does to requests in flight. `retract` queues them up without their KV, and they go
-    on under the new weights: nothing sampled is lost. The embedded engine does it safely. SGLang up to 0.5.20 crashes
-    on a cache flush with retracted requests, and without a flush it would mix the KV of old weights into new tokens,
-    so a server that is attached to is paused with `abort`: the actors' pools sample the aborted completions again.
+    on under the new weights: nothing sampled is lost. Where that is not safe (`update_mode` knows), they are aborted,
+    and the actors' pools sample them again. So are they, with `aborts_if_queued`, where some wait in the engine: behind
+    them the canary would wait for minutes, and with it the commit.
     """
 
     def __init__(
@@ -62,12 +62,14 @@ class WeightAgent:
         base_model: Path,
         folder: Path,
         url: str,
-        pause_mode: PauseMode,
+        pause_mode: UpdateMode,
         canary_tolerance: float,
+        aborts_if_queued: bool = False,
     ) -> None:
         self._name = name
         self._url = url
-        self._pause_mode: PauseMode = pause_mode
+        self._pause_mode: UpdateMode = pause_mode
+        self._aborts_if_queued = aborts_if_queued
         self._engine = engine
         self._requests = requests
         self._announcements = announcements
@@ -205,8 +207,9 @@ class WeightAgent:
         canary's answer. One that has goes on with its requests: should the canary fail, those that end in the
         milliseconds before its answer have been given.
         """
+        mode = await self._mode()
         started_s = time.perf_counter()
-        await self._engine.pause("abort" if self._committed is None else self._pause_mode)
+        await self._engine.pause(mode)
         await self._engine.update_weights_from_disk(
             str(prepared.folder), weight_version=str(prepared.tag), flush_cache=True
         )
@@ -226,10 +229,17 @@ class WeightAgent:
                 f"{self.canary_error:.4g}: the engine does not compute with the weights of {prepared.tag}"
             )
 
+    async def _mode(self) -> UpdateMode:
+        if self._committed is None:
+            return "abort"
+        if self._pause_mode == "retract" and self._aborts_if_queued and await self._engine.num_queued():
+            return "abort"
+        return self._pause_mode
+
     async def _canary_error(self, prepared: Prepared) -> float:
         """Mean distance in nats between the engine's log-probs and the learner's; 0 without a canary.
 
-        Raises: EngineError (no answer), WeightsError (of other weights, or with a prefix from the cache).
+        Raises: EngineError (no answer), WeightsError (of other weights, or found in the cache).
         """
         canary = prepared.canary
         if canary is None or not canary.prompts:
@@ -240,10 +250,11 @@ class WeightAgent:
                 completions = await asyncio.gather(*asked)
         except TimeoutError:
             raise WeightsError(f"no answer to the canary in {_CANARY_TIMEOUT_S:g} s") from None
-        for completion in completions:
+        for prompt, completion in zip(canary.prompts, completions, strict=True):
             if completion.spans[0].weight_version != str(prepared.tag):
                 raise WeightsError(f"the canary must be of {prepared.tag}, got {completion.spans[0].weight_version}")
-            if completion.cached_tokens:
+            # What goes on may begin as a canary does, by a token or two; only the last canary has most of this one.
+            if 2 * completion.cached_tokens >= len(prompt):
                 raise WeightsError(f"the canary found {completion.cached_tokens} tokens of old weights in the cache")
         gaps = [abs(float(c.logprobs[0]) - wanted) for c, wanted in zip(completions, canary.logprobs, strict=True)]
         return sum(gaps) / len(gaps)

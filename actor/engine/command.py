@@ -10,7 +10,7 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from actor.sglang_client import PauseMode
+    from actor.sglang_client import UpdateMode
     from protocol.config import Config
 
 
@@ -35,7 +35,6 @@ def engine(
 
     CONFIG is the run's TOML or saved config.json. The engine serves leases once it has committed a first publication.
     Weight files are written under the run's folder; with --attach, the server must be able to read them there.
-    So far --attach has been exercised against the embedded engine's API only.
     """
     from actor.joining import role_name
     from protocol.config_file import load_config
@@ -45,8 +44,7 @@ def engine(
     start_role(name)
     loaded = load_config(config, overrides)
     if attach is not None:
-        # `abort`: what WeightAgent says of pause modes.
-        run_async(_keep_current(loaded, name=name, url=attach, advertise=advertise, pause_mode="abort"))
+        run_async(_keep_current(loaded, name=name, url=attach, advertise=advertise, pause_mode=None))
     else:
         run_async(_serve(loaded, name=name, host=host, port=port, advertise=advertise))
 
@@ -77,15 +75,18 @@ async def _serve(config: Config, *, name: str, host: str, port: int, advertise: 
         await server.stop()
 
 
-async def _keep_current(config: Config, *, name: str, url: str, advertise: str | None, pause_mode: PauseMode) -> None:
-    """The weight agent, until cancelled; its weight files are in the run's folder.
+async def _keep_current(
+    config: Config, *, name: str, url: str, advertise: str | None, pause_mode: UpdateMode | None
+) -> None:
+    """The weight agent, until cancelled; its weight files are in the run's folder. `pause_mode` None: as the server's
+    release allows.
 
     Raises: UserError where there is no engine at `url`, or actors may not or cannot use its address.
     """
     import shutil
 
     from actor.joining import check_advertised
-    from actor.sglang_client import SGLangClient, check_url
+    from actor.sglang_client import SGLangClient, check_url, update_mode
     from actor.weight_agent import WeightAgent
     from protocol.config_file import require_ports
     from protocol.errors import EngineError, UnreachableError
@@ -104,7 +105,7 @@ async def _keep_current(config: Config, *, name: str, url: str, advertise: str |
             RequestClient(transport.dealer(config.network.weights_address)) as requests,
         ):
             try:
-                await client.model_info()
+                release = (await client.server_info()).version
             except EngineError as error:
                 raise UnreachableError(
                     f"engine {name} cannot be used: {error}; start it, or correct its address"
@@ -118,8 +119,9 @@ async def _keep_current(config: Config, *, name: str, url: str, advertise: str |
                 base_model=config.model.path,
                 folder=folder,
                 url=advertise or client.base_url,
-                pause_mode=pause_mode,
+                pause_mode=pause_mode or update_mode(release),
                 canary_tolerance=config.engine.canary_tolerance,
+                aborts_if_queued=pause_mode is None,
             )
             await agent.run()
     finally:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,7 @@ from actor.sglang_client import PauseMode, SGLangClient
 from actor.tasks.toy.tokenizer import VOCABULARY_SIZE, write_tokenizer
 from actor.weight_agent import WeightAgent
 from actor.weight_fetch import Prepared, WeightFetcher, check_manifest, check_tensors
-from learner.engines import Engines
 from learner.publications import Series
-from learner.publisher import Publisher
 from protocol.deltas import decode
 from protocol.errors import EngineUnavailable, ProtocolError, RemoteError, WeightsError
 from protocol.messages import (
@@ -34,20 +31,15 @@ from protocol.messages import (
     CanaryFields,
     Chunk,
     ChunkRequest,
-    EngineFields,
     Manifest,
     ManifestRequest,
     PartFields,
 )
 from protocol.rpc import RequestClient
-from protocol.transport import Transport
 from protocol.types import PolicyTag
 from protocol.wire import Message
 from protocol.wire import decode as decode_message
-
-WAIT_S = 30.0
-RUN = "run"
-CHUNK_BYTES = 4_096
+from tests.actor_plane.plane import CHUNK_BYTES, RUN, WAIT_S, Plane
 
 
 def save_model(folder: Path) -> Path:
@@ -77,62 +69,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def weights(model: Path, *, scale: float) -> bytes:
     return save({name: tensor * scale for name, tensor in load_file(model / "model.safetensors").items()})
-
-
-@dataclass
-class Plane:
-    """The learner's half of the weight plane, in this process."""
-
-    transport: Transport = field(default_factory=Transport)
-    engines: Engines = field(default_factory=Engines)
-    num_changes: int = 0
-
-    def __post_init__(self) -> None:
-        self.router = self.transport.router("tcp://127.0.0.1:0")
-        self.announcements = self.transport.publisher("tcp://127.0.0.1:0")
-        self.publisher = Publisher(
-            router=self.router,
-            announcements=self.announcements,
-            engines=self.engines,
-            run_id=RUN,
-            on_engines_changed=self._changed,
-        )
-        self.series = Series(RUN, chunk_bytes=CHUNK_BYTES)
-        self.serving = asyncio.create_task(self.publisher.serve())
-
-    def _changed(self) -> None:
-        self.num_changes += 1
-
-    async def publish(self, data: bytes, *, publication: int, version: int, canary: CanaryFields | None = None) -> None:
-        await self.publisher.offer(self.series.offer(data, publication=publication, version=version, canary=canary))
-
-    def damage(self, *, base: int, publication: int, position: int) -> Callable[[], None]:
-        """Flips a bit of what is offered; the answer repairs it."""
-        parts = self.publisher._publications._parts
-        good = parts[base, publication]
-        payload = bytearray(good.payload)
-        payload[position] ^= 1
-        parts[base, publication] = dataclasses.replace(good, payload=bytes(payload))
-        return lambda: parts.update({(base, publication): good})
-
-    async def close(self) -> None:
-        self.serving.cancel()
-        await asyncio.wait([self.serving])
-        self.transport.close()
-
-    def known(self) -> list[EngineFields]:
-        return self.engines.serving(now_s=time.monotonic())
-
-    def state(self) -> str:
-        return next((known.report.state for known in self.engines._known.values()), "")
-
-    def error(self) -> str:
-        return next((known.report.error for known in self.engines._known.values()), "")
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(WAIT_S):
-            while not condition():  # noqa: ASYNC110 (the agent reports when it likes)
-                await asyncio.sleep(0.01)
 
 
 @pytest.fixture
@@ -438,14 +374,28 @@ async def test_a_damaged_chunk_is_quarantined_and_fetched_again(plane: Plane, en
 
 
 async def test_an_update_that_the_engine_refuses_is_tried_again(plane: Plane, engine: Engine, model: Path) -> None:
-    """Weights of another shape verify as bytes, and fail in the engine; the next publication heals it."""
-    wrong = save({name: torch.zeros(3) for name in load_file(model / "model.safetensors")})
-    await plane.publish(wrong, publication=1, version=0)
+    """Weights that lack a tensor verify as bytes, and fail in the engine; the next publication heals it."""
+    lacking = dict(list(load_file(model / "model.safetensors").items())[1:])
+    await plane.publish(save(lacking), publication=1, version=0)
     await plane.until(lambda: plane.state() == "quarantined" and engine.agent.num_failures >= 2)
+    assert "update_weights_from_disk" in plane.error()
     assert plane.known() == []
     await plane.publish(weights(model, scale=1.0), publication=2, version=0)
     await plane.until(serves(plane, 2))
     assert await engine.tag() == PolicyTag(RUN, 2, 0)
+
+
+async def test_weights_of_another_shape_never_reach_the_engine(plane: Plane, engine: Engine, model: Path) -> None:
+    await plane.publish(weights(model, scale=1.0), publication=1, version=0)
+    await plane.until(serves(plane, 1))
+    tensors = load_file(model / "model.safetensors")
+    await plane.publish(save(tensors | {"model.norm.weight": torch.ones(17)}), publication=2, version=1)
+    await plane.until(lambda: plane.state() == "quarantined")
+    assert plane.error() == ("publication 2: model.norm.weight must have the shape [16] of the base model, got [17]")
+    completion = await engine.client.generate([3], SamplingParams(max_new_tokens=2))
+    assert {span.weight_version for span in completion.spans} == {str(PolicyTag(RUN, 1, 0))}
+    await plane.publish(weights(model, scale=2.0), publication=3, version=2)
+    await plane.until(serves(plane, 3))
 
 
 async def test_a_publication_that_is_gone_gives_way_to_the_newest(plane: Plane, engine: Engine, model: Path) -> None:
@@ -508,6 +458,29 @@ async def test_what_an_update_does_to_requests_in_flight(
         assert (await generating).spans[-1].weight_version == str(PolicyTag(RUN, 2, 1))
 
 
+@pytest.mark.parametrize(("num_queued", "mode"), [(0, "retract"), (1, "abort")])
+async def test_where_requests_queue_they_are_aborted_for_the_canary(
+    plane: Plane, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch, num_queued: int, mode: PauseMode
+) -> None:
+    async def queued() -> int:
+        return num_queued
+
+    modes: list[PauseMode] = []
+    pause = engine.client.pause
+
+    async def noted(mode: PauseMode) -> None:
+        modes.append(mode)
+        await pause(mode)
+
+    monkeypatch.setattr(engine.client, "num_queued", queued)
+    monkeypatch.setattr(engine.client, "pause", noted)
+    monkeypatch.setattr(engine.agent, "_aborts_if_queued", True)
+    for publication in (1, 2):
+        await plane.publish(weights(model, scale=float(publication)), publication=publication, version=publication)
+        await plane.until(serves(plane, publication))
+    assert modes == ["abort", mode]
+
+
 async def test_reports_go_on_while_a_publication_is_fetched(
     plane: Plane, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -548,7 +521,7 @@ async def test_an_engine_that_was_restarted_joins_anew(plane: Plane, engine: Eng
 
 # --- the canary ---
 
-PROMPTS = [[5, 6, 7], [9, 8]]
+PROMPTS = [[5, 6, 7], [9, 8, 4]]
 
 
 def canary_of(model: Path, *, scale: float) -> CanaryFields:
@@ -619,6 +592,21 @@ async def test_a_canary_from_the_cache_or_of_other_weights_is_refused(
     assert message in plane.error()
     monkeypatch.setattr(engine.client, "generate", generate)
     await plane.until(serves(plane, 1))
+
+
+async def test_a_canary_may_begin_as_a_request_that_goes_on(
+    plane: Plane, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Retracted requests are computed anew before the canary's: a first token in common comes from the cache."""
+    generate = engine.client.generate
+
+    async def shared(*args: object, **kwargs: object) -> Completion:
+        return dataclasses.replace(await generate(*args, **kwargs), cached_tokens=1)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine.client, "generate", shared)
+    await plane.publish(weights(model, scale=1.0), publication=1, version=0, canary=canary_of(model, scale=1.0))
+    await plane.until(serves(plane, 1))
+    assert engine.agent.num_failures == 0
 
 
 async def test_an_engine_that_does_not_answer_the_canary_is_quarantined(
