@@ -37,9 +37,11 @@ _RESTART_PAUSE_S = 0.25
 MAX_RESTARTS = 5
 # Whoever ran so long had started well: it is no part of a row of failures.
 _LONG_LIFE_S = 600.0
-# The pause before a restart doubles with each life in a row that was as short as this.
+# The pause before a restart doubles with each life in a row that was as short as this; one that was killed may well
+# work at once, one that ended by itself will hardly.
 _SHORT_LIFE_S = 10.0
 _MAX_PAUSE_S = 15.0
+_MAX_PAUSE_KILLED_S = 2.0
 _USER_ERROR_STATUS = 2
 _TRAINING_STOPPED_STATUS = 3
 
@@ -175,13 +177,17 @@ class Supervisor:
                 if not self._failure.done():
                     self._failure.set_exception(self._error_of(child, child.status) or RunFailed(child.spec.name))
                 return
-            short = time.monotonic() - child.started_s < _SHORT_LIFE_S
-            child.num_short_lives = child.num_short_lives + 1 if short else 0
-            pause_s = min(_MAX_PAUSE_S, _RESTART_PAUSE_S * 2 ** (child.num_short_lives + 1))
+            pause_s = self._pause_s(child)
             log.warning("%s ended (%s): restarting in %.1f s", child.spec.name, _ended(child.status), pause_s)
             await asyncio.sleep(pause_s)
             child.num_restarts += 1
             await self._spawn(child)
+
+    def _pause_s(self, child: _Child) -> float:
+        is_short = time.monotonic() - child.started_s < _SHORT_LIFE_S
+        child.num_short_lives = child.num_short_lives + 1 if is_short else 0
+        longest_s = _MAX_PAUSE_KILLED_S if child.status == -signal.SIGKILL else _MAX_PAUSE_S
+        return min(longest_s, _RESTART_PAUSE_S * 2 ** (child.num_short_lives + 1))
 
     def _count_failure(self, child: _Child) -> int:
         """How often in a row it has failed by now."""
