@@ -72,16 +72,6 @@ class ServerInfo(_Answer):
     version: str = ""
 
 
-class _Load(_Answer):
-    num_waiting_reqs: int
-
-
-class _Loads(_Answer):
-    """GET /v1/loads, of each data-parallel rank."""
-
-    loads: list[_Load]
-
-
 class UpdateResult(_Answer):
     """POST /update_weights_from_disk."""
 
@@ -163,11 +153,6 @@ class SGLangClient:
     async def server_info(self) -> ServerInfo:
         body = await self._call("GET", "/server_info", timeout_s=self._timeouts.control_s)
         return self._read(ServerInfo, "/server_info", body)
-
-    async def num_queued(self) -> int:
-        """Requests that wait to be sampled, behind which a new one would wait."""
-        body = await self._call("GET", "/v1/loads", timeout_s=self._timeouts.control_s)
-        return sum(load.num_waiting_reqs for load in self._read(_Loads, "/v1/loads", body).loads)
 
     async def pause(self, mode: PauseMode) -> None:
         """Stops sampling; idempotent. Requests in flight are aborted, retracted (KV dropped) or kept in place."""

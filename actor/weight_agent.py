@@ -48,8 +48,7 @@ class WeightAgent:
 
     `pause_mode` says what an update does to requests in flight. `retract` queues them up without their KV, and they go
     on under the new weights: nothing sampled is lost. Where that is not safe (`update_mode` knows), they are aborted,
-    and the actors' pools sample them again. So are they, with `aborts_if_queued`, where some wait in the engine: behind
-    them the canary would wait for minutes, and with it the commit.
+    and the actors' pools sample them again. The canary waits its turn behind what is queued in the engine.
     """
 
     def __init__(
@@ -64,12 +63,10 @@ class WeightAgent:
         url: str,
         pause_mode: UpdateMode,
         canary_tolerance: float,
-        aborts_if_queued: bool = False,
     ) -> None:
         self._name = name
         self._url = url
         self._pause_mode: UpdateMode = pause_mode
-        self._aborts_if_queued = aborts_if_queued
         self._engine = engine
         self._requests = requests
         self._announcements = announcements
@@ -207,9 +204,8 @@ class WeightAgent:
         canary's answer. One that has goes on with its requests: should the canary fail, those that end in the
         milliseconds before its answer have been given.
         """
-        mode = await self._mode()
         started_s = time.perf_counter()
-        await self._engine.pause(mode)
+        await self._engine.pause("abort" if self._committed is None else self._pause_mode)
         await self._engine.update_weights_from_disk(
             str(prepared.folder), weight_version=str(prepared.tag), flush_cache=True
         )
@@ -228,13 +224,6 @@ class WeightAgent:
                 f"the canary's log-probs must be within {self._canary_tolerance:g} nats of the learner's, got "
                 f"{self.canary_error:.4g}: the engine does not compute with the weights of {prepared.tag}"
             )
-
-    async def _mode(self) -> UpdateMode:
-        if self._committed is None:
-            return "abort"
-        if self._pause_mode == "retract" and self._aborts_if_queued and await self._engine.num_queued():
-            return "abort"
-        return self._pause_mode
 
     async def _canary_error(self, prepared: Prepared) -> float:
         """Mean distance in nats between the engine's log-probs and the learner's; 0 without a canary.

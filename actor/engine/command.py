@@ -121,7 +121,6 @@ async def _keep_current(
                 url=advertise or client.base_url,
                 pause_mode=pause_mode or update_mode(release),
                 canary_tolerance=config.engine.canary_tolerance,
-                aborts_if_queued=pause_mode is None,
             )
             await agent.run()
     finally:

@@ -458,29 +458,6 @@ async def test_what_an_update_does_to_requests_in_flight(
         assert (await generating).spans[-1].weight_version == str(PolicyTag(RUN, 2, 1))
 
 
-@pytest.mark.parametrize(("num_queued", "mode"), [(0, "retract"), (1, "abort")])
-async def test_where_requests_queue_they_are_aborted_for_the_canary(
-    plane: Plane, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch, num_queued: int, mode: PauseMode
-) -> None:
-    async def queued() -> int:
-        return num_queued
-
-    modes: list[PauseMode] = []
-    pause = engine.client.pause
-
-    async def noted(mode: PauseMode) -> None:
-        modes.append(mode)
-        await pause(mode)
-
-    monkeypatch.setattr(engine.client, "num_queued", queued)
-    monkeypatch.setattr(engine.client, "pause", noted)
-    monkeypatch.setattr(engine.agent, "_aborts_if_queued", True)
-    for publication in (1, 2):
-        await plane.publish(weights(model, scale=float(publication)), publication=publication, version=publication)
-        await plane.until(serves(plane, publication))
-    assert modes == ["abort", mode]
-
-
 async def test_reports_go_on_while_a_publication_is_fetched(
     plane: Plane, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
