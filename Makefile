@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
+SGLANG_VENV := .venv-sglang
+SGLANG_STAMP := $(SGLANG_VENV)/.setup-stamp
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench constraints clean
+.PHONY: help setup demo test test-all test-sglang lint format bench constraints clean
 
 help:  ## Show this help
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +38,18 @@ test: setup  ## Fast tests (under five minutes)
 test-all: setup  ## All tests but those that need a real SGLang server
 	@$(PYTEST) -q -m 'not sglang'
 
+# Another python that has sglang, say that of a machine with a GPU: PALIMPSEST_SGLANG_PYTHON=/path/to/python make test-sglang
+test-sglang: setup $(if $(PALIMPSEST_SGLANG_PYTHON),,$(SGLANG_STAMP))  ## Tests against a real SGLang server, on a CPU (makes .venv-sglang, 2.5 GB)
+	@$(PYTEST) -q -m sglang tests/sglang
+
+# Quiet about what sglang says that it needs and a CPU does not: see tests/sglang/requirements-nodeps.txt.
+$(SGLANG_STAMP): tests/sglang/requirements.txt tests/sglang/requirements-nodeps.txt
+	@echo "test-sglang: making $(SGLANG_VENV) (a few minutes; torch is the largest download)"
+	@test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
+	@$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/sglang/requirements.txt
+	@$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/sglang/requirements-nodeps.txt
+	@touch $@
+
 lint: setup  ## Format, lint, import contracts, types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -53,5 +67,5 @@ constraints: setup  ## Write constraints.txt anew from what .venv holds
 	@{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/^torch==.*/torch==2.13.0/'; } > constraints.new
 	@mv constraints.new constraints.txt
 
-clean:  ## Remove .venv and caches (runs/ stays)
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
+clean:  ## Remove .venv, .venv-sglang and caches (runs/ stays)
+	rm -rf $(VENV) $(SGLANG_VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info

@@ -1,0 +1,61 @@
+"""What the learner says of a model's tokens, and what it publishes of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save
+from torch import Tensor
+
+from learner.attention import to_device
+from learner.packing import pack
+from learner.parallel import World
+from learner.policy import load_policy
+from learner.scorer import Scorer
+from learner.weights import canary, published_weights
+from protocol.messages import CanaryFields
+
+
+def scorer_of(model: Path, *, scale: float) -> Scorer:
+    """The model with its last norm's weights multiplied: another policy, of which a delta is small."""
+    policy = load_policy(model)
+    with torch.no_grad():
+        _last_norm(policy.model.state_dict()).mul_(scale)
+    return Scorer(policy.model)
+
+
+def published(model: Path, *, scale: float = 1.0) -> tuple[bytes, CanaryFields]:
+    """The safetensors file and the canary, made as the learner makes them."""
+    scorer = scorer_of(model, scale=scale)
+    weights = published_weights(scorer.model, world=World(), dtype=torch.float32)
+    return save(weights), canary(scorer, device=torch.device("cpu"))
+
+
+def saved(model: Path, folder: Path, *, scale: float) -> Path:
+    """A folder of those weights."""
+    shutil.copytree(model, folder)
+    (folder / "model.safetensors").write_bytes(published(model, scale=scale)[0])
+    return folder
+
+
+@torch.no_grad()
+def logprobs(
+    scorer: Scorer, prompt: Sequence[int], token_ids: NDArray[np.int32], *, temperature: float
+) -> NDArray[np.float32]:
+    """Of `token_ids` after `prompt`, by the learner's own forward: [len(token_ids)]."""
+    context = np.concatenate([np.asarray(prompt), token_ids]).astype(np.int64)
+    row = pack([context[:-1]])
+    position = np.arange(len(prompt), len(context))
+    placed = row.place(np.zeros_like(position), position, context[position])
+    source, target, gather = map(torch.from_numpy, (placed.source, placed.target, placed.gather))
+    scores = scorer(to_device(row, "cpu"), source, target, temperature=temperature)
+    return scores.logprob[gather].numpy()
+
+
+def _last_norm(state: dict[str, Tensor]) -> Tensor:
+    return state["model.norm.weight"]
