@@ -1,4 +1,4 @@
-"""A group of the size that the benchmarks of the plane send: 8 trajectories of 4 contexts, 38,697 tokens, 202 KB on the wire."""
+"""A group as the benchmarks of the plane send it: 8 trajectories of 4 contexts, 38,697 tokens, 202 KB on the wire."""
 
 from __future__ import annotations
 

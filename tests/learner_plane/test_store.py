@@ -222,7 +222,10 @@ def test_commits_reach_the_database_file_beside_them(tmp_path: Path) -> None:
         while True:
             shutil.copyfile(path, copied)
             # A copy that was made while pages were written is refused, or lacks a table: so is it until all is there.
-            with closing(sqlite3.connect(f"file:{copied}?immutable=1", uri=True)) as db, suppress(sqlite3.DatabaseError):
+            with (
+                closing(sqlite3.connect(f"file:{copied}?immutable=1", uri=True)) as db,
+                suppress(sqlite3.DatabaseError),
+            ):
                 if db.execute("SELECT cursor FROM groups").fetchall() == [(0,)]:
                     break
             assert time.monotonic() < deadline_s
