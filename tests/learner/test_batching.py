@@ -61,7 +61,7 @@ def test_a_first_token_that_was_sampled_is_refused() -> None:
     context = one.trajectories[0].contexts[0]
     mask = context.loss_mask.copy()
     mask[0] = True
-    spans = (dataclasses.replace(context.policy_versions[0], start=0, end=1), *context.policy_versions)
+    spans = (context.policy_versions[0]._replace(start=0, end=1), *context.policy_versions)
     for wrong, message in (
         (dataclasses.replace(context, loss_mask=mask, policy_versions=spans), r"loss_mask\[0\] must be false"),
         (dataclasses.replace(context, loss_mask=mask), "version spans must cover"),
