@@ -63,13 +63,17 @@ class Plane:
 
     def __enter__(self) -> Plane:
         self._thread.start()
-        self._loop = self._ready.result()
+        try:
+            self._loop = self._ready.result()
+        except BaseException:
+            self._thread.join()  # it still uses the store, which the caller may close
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         with suppress(RuntimeError):  # it has died, and its loop is closed
             self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(timeout=10.0)
+        self._thread.join()
         if self._error is not None:
             raise PalimpsestError(f"the learner's network side has died: {self._error!r}") from self._error
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 
 from learner import scheduler
+from learner.admission import Rules
 from learner.audit import audit_run
-from learner.ledger import State
+from learner.ledger import Ledger, State
 from learner.plane import Plane
 from learner.records import Trained
 from learner.store import Store, store_path
@@ -448,3 +451,19 @@ async def test_a_plane_that_dies_says_why(tmp_path: Path, monkeypatch: pytest.Mo
 
 def _broken(*_: object, **__: object) -> None:
     raise StoreError("disk I/O error")
+
+
+def test_a_plane_that_cannot_start_has_let_go_of_the_store(tmp_path: Path) -> None:
+    """Its thread would go on with a database that the caller closes: that ends the process with SIGSEGV."""
+    with socket.create_server(("127.0.0.1", 0)) as taken, closing(Store(store_path(tmp_path))) as store:
+        plane = Plane(
+            network=NetworkConfig(control_port=taken.getsockname()[1]),
+            store=store,
+            ledger=Ledger(groups_per_batch=1, staleness_bound=0, num_steps=1),
+            rules=Rules("run", 1, 1, False),
+            lease_timeout_s=1.0,
+            on_death=lambda: None,
+        )
+        with pytest.raises(UnreachableError, match="cannot listen"):
+            plane.__enter__()
+        assert not plane._thread.is_alive()
