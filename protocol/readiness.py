@@ -1,7 +1,7 @@
 """Waiting, in asyncio, for a socket whose file descriptor says only that something has changed (as ZeroMQ's does).
 
 Any operation on such a socket may use the signal up, so whoever has operated on it asks again on behalf of the others.
-It is a third of what zmq.asyncio costs a message, and a wait that is cancelled takes no message with it.
+A wait that is cancelled takes no message with it.
 """
 
 from __future__ import annotations

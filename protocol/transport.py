@@ -21,8 +21,8 @@ import zmq.asyncio
 import zmq.auth
 from zmq.auth.asyncio import AsyncioAuthenticator
 
-from protocol.addresses import is_loopback
-from protocol.errors import DataError, SecurityError, UnreachableError
+from protocol.addresses import require_loopback
+from protocol.errors import DataError, UnreachableError
 from protocol.keys import AllowList, Keys
 from protocol.limits import RateLimit
 from protocol.readiness import Readiness
@@ -97,10 +97,7 @@ class Transport:
         return self._keep(Publisher(socket, self._bind(socket, address)))
 
     def dealer(self, address: str) -> Dealer:
-        """A DEALER that connects, and reconnects for ever; nothing queues up for a server that is not there.
-
-        Raises: SecurityError.
-        """
+        """A DEALER that reconnects for ever; nothing queues up while no server is there. Raises: SecurityError."""
         socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.IMMEDIATE, 1)
         return self._keep(Dealer(socket, self._connect(socket, address)))
@@ -127,13 +124,12 @@ class Transport:
         with _closed_on_error(
             socket, f"cannot listen on {address}", "; stop the process that holds it or choose another port"
         ):
-            if self._keys is not None:
-                self._serve_curve(socket, self._keys)
-            elif not is_loopback(address):
-                raise SecurityError(
-                    f"{address} is beyond loopback and needs CURVE keys: make them with `palimpsest keys DIR` and "
-                    "set network.keys (or --keys) to DIR"
+            if self._keys is None:
+                require_loopback(
+                    address, "make them with `palimpsest keys DIR` and set network.keys (or --keys) to DIR"
                 )
+            else:
+                self._serve_curve(socket, self._keys)
             socket.bind(address)
         return socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
@@ -151,14 +147,12 @@ class Transport:
     def _connect(self, socket: zmq.Socket[bytes], address: str) -> str:
         _set_limits(socket)
         with _closed_on_error(socket, f"cannot connect to {address}"):
-            if self._keys is not None:
+            if self._keys is None:
+                copy = "copy client.key_secret and server.key from the server's keys folder"
+                require_loopback(address, f"{copy} and give them with network.keys (or --keys)")
+            else:
                 socket.curve_publickey, socket.curve_secretkey = self._keys.pair("client")
                 socket.curve_serverkey = self._keys.server_public()
-            elif not is_loopback(address):
-                raise SecurityError(
-                    f"{address} is beyond loopback and needs CURVE keys: copy client.key_secret and server.key from "
-                    "the server's keys folder and give them with network.keys (or --keys)"
-                )
             socket.connect(address)
         return address
 
@@ -241,6 +235,7 @@ class Dealer(Socket):
     def __init__(self, socket: zmq.Socket[bytes], address: str) -> None:
         super().__init__(socket, address)
         self._sending = asyncio.Lock()
+        self._num_sending = 0
 
     async def recv(self) -> list[Buffer]:
         return await self._recv()
@@ -248,19 +243,20 @@ class Dealer(Socket):
     async def send(self, frames: Sequence[Buffer], *, timeout_s: float = 30.0) -> None:
         """Raises: TimeoutError where in all that time the server was not there, or did not read (the queue is full)."""
         if self.try_send(frames):
-            return None
-        async with asyncio.timeout(timeout_s), self._sending:
-            while True:
-                await self._ready.wait(zmq.POLLOUT)
-                try:
-                    return self._try_send(frames)
-                except zmq.Again:
-                    pass
+            return
+        self._num_sending += 1
+        try:
+            async with asyncio.timeout(timeout_s), self._sending:
+                while not self._has_sent(frames):
+                    await self._ready.wait(zmq.POLLOUT)
+        finally:
+            self._num_sending -= 1
 
     def try_send(self, frames: Sequence[Buffer]) -> bool:
         """False where the server is not there or does not read (the queue is full): nothing was sent. Never waits."""
-        if self._sending.locked():  # somebody's turn comes first
-            return False
+        return not self._num_sending and self._has_sent(frames)  # not before those whose turn it is
+
+    def _has_sent(self, frames: Sequence[Buffer]) -> bool:
         try:
             self._try_send(frames)
         except zmq.Again:

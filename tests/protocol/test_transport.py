@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from protocol.addresses import is_loopback
 from protocol.errors import DataError, ProtocolError, RemoteError, SecurityError, UnreachableError
 from protocol.messages import Drain, ErrorReply, SearchReply, SearchRequest
 from protocol.rpc import RequestClient
-from protocol.transport import Transport, create_keys, is_loopback
+from protocol.transport import Transport, create_keys
 from protocol.wire import decode, encode
 
 WAIT_S = 20.0
