@@ -20,10 +20,10 @@ def actor(config: Path, name: str | None, overrides: tuple[str, ...]) -> None:
     CONFIG is the run's TOML or saved config.json; on another node, give the learner's addresses with --set
     network.host=… and the keys with --set network.keys=DIR. Actors may join and leave at any time.
     """
-    from actor.joining import role_name
-    from actor.process import run_actor
+    from actor.build import run_actor
+    from actor.engine.joining import role_name
     from protocol.config_file import load_config
-    from protocol.process import run_async, start_role
+    from protocol.role_startup import run_async, start_role
 
     name = role_name("actor", name)
     start_role(name)
@@ -58,7 +58,7 @@ def evaluate(
 
     from actor.evaluation.evaluate import EvaluationPlan, run_evaluation
     from protocol.config_file import load_config
-    from protocol.process import run_async, start_role
+    from protocol.role_startup import run_async, start_role
 
     start_role("eval")
     plan = EvaluationPlan(

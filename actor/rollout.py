@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-from actor.engine_pool import Generator
+from actor.chat.tokenizer import Tokenizer
+from actor.engines.pool import Generator
+from actor.engines.sampling import SamplingParams
 from actor.rewards.reward import Reward
-from actor.sampling import SamplingParams
 from actor.session import Session
 from actor.tasks.task import Task
-from actor.tokenizer import Tokenizer
 from actor.workflows.workflow import Episode, Workflow
 from protocol.messages import Lease
 from protocol.types import Context, Question, Trajectory, TrajectoryGroup

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 from protocol.codec import encode_group
 from protocol.errors import ProtocolError
-from protocol.faults import fault_point
+from protocol.fault_injection import fault_point
+from protocol.framing import Buffer, decode, encode
 from protocol.messages import (
     Drain,
     EngineFields,
@@ -33,7 +34,6 @@ from protocol.messages import (
 )
 from protocol.transport import Dealer
 from protocol.types import TrajectoryGroup
-from protocol.wire import Buffer, decode, encode
 
 log = logging.getLogger(__name__)
 

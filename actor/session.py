@@ -16,10 +16,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from actor.completion import Completion, Span
-from actor.engine_pool import Generator
-from actor.sampling import SamplingParams
-from actor.tokenizer import Tokenizer
+from actor.chat.tokenizer import Tokenizer
+from actor.engines.completion import Completion, Span
+from actor.engines.pool import Generator
+from actor.engines.sampling import SamplingParams
 from protocol.errors import ConfigError, PalimpsestError, UnknownVersion
 from protocol.types import Context, Edge, PolicyTag, VersionSpan
 

@@ -2,7 +2,7 @@
 
     python benchmarks/asynchrony.py [--quick] [--steps 24] [--mean-s 0.5]
 
-    Plane + store (a process) ◄── ZeroMQ ──► 4 Runners ── HTTP ──► an engine of 64 slots
+    NetworkThread + store (a process) ◄── ZeroMQ ──► 4 Runners ── HTTP ──► an engine of 64 slots
                               ◄────────────── ZeroMQ ───────────── its agent: reports, announcements
 
 Nothing is computed: a token takes a fixed time, so an episode takes its length, which is log-normal with a 30-fold
@@ -38,14 +38,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from safetensors.numpy import save as save_safetensors
 
-from actor.engine_pool import EngineInfo, EnginePool
+from actor.engines.pool import EngineInfo, EnginePool
+from actor.engines.sampling import SamplingParams
 from actor.runner import Runner
-from actor.sampling import SamplingParams
 from benchmarks.common.simulated_engine import VOCABULARY, Addresses, Engine
-from learner.admission import Rules
-from learner.ledger import Ledger
-from learner.plane import Plane
-from learner.store import Store, store_path
+from learner.leases.admission import Rules
+from learner.leases.lease_table import LeaseTable
+from learner.network.network_thread import NetworkThread
+from learner.store.store import Store, store_path
 from protocol.config import NetworkConfig
 from protocol.messages import Lease
 from protocol.transport import Transport
@@ -83,15 +83,15 @@ def learn(connection: Connection, staleness_bound: int, num_steps: int, mean_s: 
     weights = save_safetensors({"weight": np.zeros(4, dtype=np.float32)})
     with tempfile.TemporaryDirectory() as folder:
         store = Store(store_path(Path(folder)))
-        ledger = Ledger(
+        lease_table = LeaseTable(
             groups_per_batch=GROUPS_PER_BATCH,
             staleness_bound=staleness_bound,
             num_steps=num_steps + staleness_bound + 1,  # so that the last steps are like the others
         )
-        plane = Plane(
+        plane = NetworkThread(
             network=NetworkConfig(),
             store=store,
-            ledger=ledger,
+            lease_table=lease_table,
             rules=Rules(RUN, GROUP_SIZE, VOCABULARY, skip_zero_variance=True),
             lease_timeout_s=60.0,
             on_death=lambda: None,

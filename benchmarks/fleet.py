@@ -2,9 +2,9 @@
 
     python benchmarks/fleet.py [--quick] [--seconds 20] [--actors 1000] [--groups-per-s 50]
 
-One process is the learner: a real Plane, a store in a folder, and a loop that takes each batch as it is full and logs
-it, without training. The other plays the actors, each over a socket of its own: 8 leases of 8 trajectories, so 64,000
-trajectories in flight, heartbeats twice a second and after each acknowledgement, and groups of 38,697 tokens, the
+One process is the learner: a real NetworkThread, a store in a folder, and a loop that takes each batch when it is full
+and logs it, without training. The other simulates the actors, each with its own socket: 8 leases of 8 trajectories, so
+64,000 trajectories in flight, heartbeats twice a second and after each acknowledgement, groups of 38,697 tokens,
 oldest lease first, at a steady rate. `lease_p99_ms`: from sending a group to the lease that takes its place, so the
 group is stored durably in between. `cores`: processor time of the learner's process by the clock's, sockets and SQLite
 included. The last line is one JSON object.
@@ -33,15 +33,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from benchmarks.common.synthetic import NUM_TRAJECTORIES, PUBLICATION, RUN, VOCABULARY, make_group
-from learner.admission import Rules
-from learner.ledger import Ledger
-from learner.plane import Plane
-from learner.store import Store, store_path
+from learner.leases.admission import Rules
+from learner.leases.lease_table import LeaseTable
+from learner.network.network_thread import NetworkThread
+from learner.store.store import Store, store_path
 from protocol.codec import encode_group
 from protocol.config import NetworkConfig
+from protocol.framing import decode, encode
 from protocol.messages import EngineFields, EngineReport, Heartbeat, Lease, SubmitReply
 from protocol.transport import Transport
-from protocol.wire import decode, encode
 
 GROUP = make_group()
 LEASES_EACH = 8
@@ -70,10 +70,15 @@ def learn(connection: Connection, folder: str, num_leases: int) -> None:
     store = Store(store_path(Path(folder)))
     # Room for twice the leases in flight, so that what is measured is never the staleness bound.
     bound = 2 * num_leases // GROUPS_PER_BATCH
-    ledger = Ledger(groups_per_batch=GROUPS_PER_BATCH, staleness_bound=bound, num_steps=1 << 20)
+    lease_table = LeaseTable(groups_per_batch=GROUPS_PER_BATCH, staleness_bound=bound, num_steps=1 << 20)
     rules = Rules(RUN, NUM_TRAJECTORIES, VOCABULARY, skip_zero_variance=True)
-    plane = Plane(
-        network=NetworkConfig(), store=store, ledger=ledger, rules=rules, lease_timeout_s=30.0, on_death=lambda: None
+    plane = NetworkThread(
+        network=NetworkConfig(),
+        store=store,
+        lease_table=lease_table,
+        rules=rules,
+        lease_timeout_s=30.0,
+        on_death=lambda: None,
     )
     with plane:
         assert plane.run(plane.coordinator.new_publication(0)) == PUBLICATION
@@ -88,7 +93,7 @@ def learn(connection: Connection, folder: str, num_leases: int) -> None:
     store.close()
 
 
-def take_batches(plane: Plane) -> None:
+def take_batches(plane: NetworkThread) -> None:
     """Until the plane is left."""
     with suppress(CancelledError):
         while True:

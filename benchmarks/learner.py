@@ -6,7 +6,7 @@
 padded   rows right-padded to the batch's longest, the same number a micro-batch, logits of every position: what a
          GRPO learner usually does. Without an attention mask, which causal attention does not need: its fastest form.
 packed   contexts one after another in one row, logits where tokens are trained, in chunks; nothing shared
-ours     the same, and every common prefix once (learner/packing.py chooses)
+ours     the same, and every common prefix once (learner/batch/packing.py chooses)
 
 One model (its weights are random), one dtype, one token budget; planning is timed too. CPU: one thread, fp32, a Qwen2
 of one layer of width 256 whose MLP and output embedding have the parts that they have in Qwen2.5-0.5B (the embedding
@@ -38,9 +38,9 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.common.shapes import SHAPES, Context, Writer
-from learner.attention import to_device
-from learner.packing import Share, pack, split
-from learner.scorer import Scorer
+from learner.batch.packing import Share, pack, split
+from learner.model.attention import to_device
+from learner.model.scorer import Scorer
 
 
 @dataclass(frozen=True, slots=True)

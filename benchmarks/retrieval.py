@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from protocol.messages import SearchReply, SearchRequest
-from protocol.rpc import RequestClient
+from protocol.request_client import RequestClient
 from protocol.transport import Transport
 from retriever.build import build_index
 from retriever.corpus import PassageTable

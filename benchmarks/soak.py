@@ -20,9 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from learner.metrics_lines import last_step
-from learner.store import metrics_path
-from protocol.memory import resident_mb
+from learner.metrics.jsonl import last_step
+from learner.store.store import metrics_path
+from protocol.resident_memory import resident_mb
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_S = 0.1

@@ -9,9 +9,9 @@ ours     what `actor.runner` and the coordinator do but for leases: encode_group
          decode_group, which validates; trajectories are made when looked at, and here nobody does
 judged   the same, and the coordinator's judge, as whether it is trained
 viewed   the same, and every trajectory and context made
-durable  the same through a real Runner and a real Plane: leases, one durable SQLite transaction a lease and a group,
-         acknowledgements. `vs_raw_durable` is against raw, which stores nothing; `durable_vs_raw_file` against raw
-         whose receiver appends each group to a file, syncs it and answers, as many groups in flight
+durable  the same through a real Runner and a real NetworkThread: leases, one durable SQLite transaction per lease and
+         group, acknowledgements. `vs_raw_durable` is against raw, which stores nothing; `durable_vs_raw_file` against
+         raw whose receiver appends each group to a file, syncs it and answers, as many groups in flight
 lists    Python lists in msgpack, arrays again at the receiver
 ray      objects of a Ray actor, 8 in flight; null where Ray is not installed (pip install palimpsest[ray])
 
@@ -45,16 +45,16 @@ import zmq
 
 from benchmarks.common.synthetic import NUM_TRAJECTORIES, PUBLICATION, RUN, VOCABULARY, make_group
 from benchmarks.common.transport_sender import ACK_EVERY, send_all
-from learner.admission import Rules, judge
-from learner.ledger import Ledger
-from learner.plane import Plane
-from learner.store import Store, store_path
+from learner.leases.admission import Rules, judge
+from learner.leases.lease_table import LeaseTable
+from learner.network.network_thread import NetworkThread
+from learner.store.store import Store, store_path
 from protocol.codec import decode_group
 from protocol.config import NetworkConfig
+from protocol.framing import decode, expect
 from protocol.messages import EngineFields, EngineReport, SubmitGroup
 from protocol.transport import Transport
 from protocol.types import TrajectoryGroup
-from protocol.wire import decode, expect
 
 RULES = Rules(run_id=RUN, group_size=NUM_TRAJECTORIES, vocab_size=VOCABULARY, skip_zero_variance=True)
 # Groups a round, so that a round of each takes about half a second.
@@ -147,11 +147,11 @@ def receive_durable(num: int, connection: Connection) -> float:
     """Leases while the runner has credits; one batch of all groups is what is waited for."""
     with tempfile.TemporaryDirectory() as folder:
         store = Store(store_path(Path(folder)))
-        ledger = Ledger(groups_per_batch=num, staleness_bound=0, num_steps=1)
-        plane = Plane(
+        lease_table = LeaseTable(groups_per_batch=num, staleness_bound=0, num_steps=1)
+        plane = NetworkThread(
             network=NetworkConfig(),
             store=store,
-            ledger=ledger,
+            lease_table=lease_table,
             rules=RULES,
             lease_timeout_s=60.0,
             on_death=lambda: None,

@@ -28,7 +28,7 @@ def learner(config: Path, overrides: tuple[str, ...], replay: Path | None, check
     the run.dir that --set names. With learner.ranks above 1 it runs under torchrun: docs/scaling.md.
     """
     from protocol.config_file import load_config
-    from protocol.process import start_role
+    from protocol.role_startup import start_role
 
     start_role("learner")
     if check_drift:
@@ -39,7 +39,7 @@ def learner(config: Path, overrides: tuple[str, ...], replay: Path | None, check
     if loaded.learner.ranks > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         _run_ranks(loaded.learner.ranks)
 
-    from learner.start import run_learner, run_replay  # torch comes with it: a bad config is told before
+    from learner.build import run_learner, run_replay  # torch comes with it: a bad config is told before
 
     if replay is None:
         run_learner(loaded)

@@ -23,45 +23,47 @@ from pathlib import Path
 import torch
 from safetensors.torch import save as save_safetensors
 
-from learner.checkpoint import TrainingState, save_checkpoint
-from learner.drift import Drift
-from learner.front import Front
-from learner.journal import Journal
-from learner.step_metrics import StepMetrics
-from learner.store import finished_path, metrics_path
-from learner.trainer import Trainer
-from learner.weights import canary, published_weights
+from learner.batch_source import BatchSource
+from learner.metrics.drift import Drift
+from learner.metrics.metrics_writer import MetricsWriter
+from learner.metrics.step_metrics import StepMetrics
+from learner.model.export import canary, published_weights
+from learner.store.store import finished_path, metrics_path
+from learner.training.checkpoint import TrainingState, save_checkpoint
+from learner.training.trainer import Trainer
 from protocol.codec import pack_groups
 from protocol.config import Config
 from protocol.errors import DivergenceError, DriftError
-from protocol.faults import fault_point
+from protocol.fault_injection import fault_point
 from protocol.types import TrajectoryGroup
 
 log = logging.getLogger(__name__)
 
 
 class Loop:
-    """Holds the step; `run` is the whole of it. `journal` is None on ranks other than 0."""
+    """Holds the step; `run` is the whole of it. `metrics` is None on ranks other than 0."""
 
-    def __init__(self, *, config: Config, trainer: Trainer, front: Front, journal: Journal | None, step: int) -> None:
+    def __init__(
+        self, *, config: Config, trainer: Trainer, source: BatchSource, metrics: MetricsWriter | None, step: int
+    ) -> None:
         self._config = config
         self._trainer = trainer
-        self._front = front
-        self._journal = journal
+        self._source = source
+        self._metrics = metrics
         self._step = step
         self._dtype = getattr(torch, config.learner.dtype)
 
     def run(self, *, num_steps: int) -> None:
         """From the checkpoint's step over the recorded batches to `num_steps`. Raises: DivergenceError, DriftError."""
-        while self._step < self._front.num_recorded:
-            self._train(self._front.batch(self._step))
-            log.info("trained step %d of %d recorded again", self._step, self._front.num_recorded)
+        while self._step < self._source.num_recorded:
+            self._train(self._source.batch(self._step))
+            log.info("trained step %d of %d recorded again", self._step, self._source.num_recorded)
         publish_s = self._publish()
-        if self._journal is not None and self._front.publishes:
+        if self._metrics is not None and self._source.publishes:
             print(f"learner: ready at {self._config.network.control_address} (step {self._step})", flush=True)
         while self._step < num_steps:
             started = time.perf_counter()
-            groups = self._front.batch(self._step)
+            groups = self._source.batch(self._step)
             wait_s = time.perf_counter() - started
             stepped = self._train(groups)
             self._record(groups, stepped, wait_s=wait_s, publish_s=publish_s)
@@ -89,12 +91,12 @@ class Loop:
     def _publish(self) -> float:
         """Offers the current weights; the seconds that it took."""
         started = time.perf_counter()
-        if self._front.publishes:
+        if self._source.publishes:
             trainer = self._trainer
             weights = published_weights(trainer.policy.model, world=trainer.world, dtype=self._dtype)
             proof = canary(trainer.scorer, device=trainer.policy.device)
             if weights:
-                self._front.publish(save_safetensors(weights), version=self._step, canary=proof)
+                self._source.publish(save_safetensors(weights), version=self._step, canary=proof)
         return time.perf_counter() - started
 
     def _save(self) -> None:
@@ -114,7 +116,7 @@ class Loop:
             world=trainer.world,
             dtype=self._dtype,
         )
-        self._front.checkpointed(self._step)
+        self._source.checkpointed(self._step)
 
     def _record(
         self, groups: Sequence[TrajectoryGroup], stepped: StepMetrics, *, wait_s: float, publish_s: float
@@ -123,10 +125,10 @@ class Loop:
 
         `publish_s` is that of the version that the step started from.
         """
-        if self._journal is not None:
-            gauges = self._front.gauges()
-            self._journal.record(stepped, groups, wait_s=wait_s, publish_s=publish_s, gauges=gauges)
-        self._front.log(groups)
+        if self._metrics is not None:
+            gauges = self._source.gauges()
+            self._metrics.record(stepped, groups, wait_s=wait_s, publish_s=publish_s, gauges=gauges)
+        self._source.log(groups)
 
     def _report_drift(self) -> None:
         """Leaves it in RUN/drift.txt. Raises: DriftError."""
@@ -138,9 +140,9 @@ class Loop:
 
     def _finish(self) -> None:
         """Raises: DriftError; the run is then not finished: running it again judges it again."""
-        if not self._front.finish(version=self._step):
+        if not self._source.finish(version=self._step):
             log.warning("not every engine has committed version %d", self._step)
-        if self._journal is not None:
+        if self._metrics is not None:
             if self._config.learner.check_drift:
                 self._report_drift()
             summary = {"step": self._step, "num_skipped_updates": self._trainer.guard.num_skipped}

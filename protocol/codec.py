@@ -1,6 +1,6 @@
 """A trajectory group as one header and one frame a column (many small frames cost three times as much).
 
-TrajectoryGroup ── encode_group ──► frames ── decode_group, which checks ──► PackedGroup ── unpack ──► TrajectoryGroup
+TrajectoryGroup ── encode_group ──► frames ── decode_group, which checks ──► GroupView ── unpack ──► TrajectoryGroup
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol.errors import MalformedMessage
+from protocol.framing import Buffer, check_sizes, decode, encode_fields, expect
+from protocol.group_view import GroupView
 from protocol.messages import SubmitGroup
-from protocol.packed import PackedGroup
 from protocol.types import Context, Trajectory, TrajectoryGroup, VersionSpan
-from protocol.wire import Buffer, check_sizes, decode, encode_fields, expect
 
 _DTYPES = {
     "token_ids": np.dtype("<i4"),
@@ -65,7 +65,7 @@ def encode_group(group: TrajectoryGroup, *, lease_id: int) -> list[Buffer]:
     return frames
 
 
-def decode_group(header: SubmitGroup, payload: Sequence[Buffer]) -> PackedGroup:
+def decode_group(header: SubmitGroup, payload: Sequence[Buffer]) -> GroupView:
     """The group, checked as a whole; its columns are read-only views of `payload`.
 
     Raises: MalformedMessage where columns disagree in length, or a span is out of its context or of order.
@@ -83,10 +83,10 @@ def decode_group(header: SubmitGroup, payload: Sequence[Buffer]) -> PackedGroup:
     # NaN fails the comparisons too. A small positive value is float noise around log 1.
     if len(logprobs) and not (logprobs.max() <= 1e-3 and logprobs.min() > -np.inf):
         raise MalformedMessage("group: behavior_logprobs must be finite and <= 0")
-    return PackedGroup(header, ids, spans, logprobs)
+    return GroupView(header, ids, spans, logprobs)
 
 
-def decode_frames(frames: Sequence[Buffer]) -> PackedGroup:
+def decode_frames(frames: Sequence[Buffer]) -> GroupView:
     """Of the frames that `encode_group` made. Raises: ProtocolError."""
     message, payload = decode(frames)
     return decode_group(expect(message, SubmitGroup), payload)

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from protocol.algorithms import AdvantageConfig, LossConfig
+from protocol.algorithm_config import AdvantageConfig, LossConfig
+from protocol.config_base import Fraction, NonNegative, Port, Positive, Seconds, Section
 from protocol.errors import DataError
-from protocol.section import Fraction, NonNegative, Port, Positive, Seconds, Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
-from protocol.wire import Message
+from protocol.framing import Message
 
 MAX_QUESTION_CHARS = 65_536
 MAX_ANSWER_CHARS = 4_096

@@ -23,10 +23,10 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 
 from protocol.addresses import require_loopback
 from protocol.errors import DataError, UnreachableError
+from protocol.framing import MAX_FRAME_BYTES, Buffer
 from protocol.keys import AllowList, Keys
-from protocol.limits import RateLimit
-from protocol.readiness import Readiness
-from protocol.wire import MAX_FRAME_BYTES, Buffer
+from protocol.rate_limit import RateLimit
+from protocol.socket_wait import Readiness
 
 # Messages queued towards one peer before sending waits (DEALER) or drops (ROUTER, PUB).
 _SEND_LIMIT = 1_000

@@ -132,7 +132,7 @@ def retriever(
     """
     from functools import partial
 
-    from protocol.process import run_async, start_role
+    from protocol.role_startup import run_async, start_role
     from retriever.encoders.base import Compute
     from retriever.open import open_collections
     from retriever.service import ServiceLimits
@@ -165,8 +165,8 @@ async def _serve(
     import asyncio
     import signal
 
+    from protocol.framing import MAX_HEADER_BYTES
     from protocol.transport import Transport
-    from protocol.wire import MAX_HEADER_BYTES
     from retriever.search import Searcher
     from retriever.service import RetrieverService
 

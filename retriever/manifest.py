@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from protocol.errors import DataError
-from protocol.wire import describe
+from protocol.framing import describe
 from retriever.encoders.base import EncoderSpec
 
 FORMAT_VERSION = 1

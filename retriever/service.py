@@ -21,9 +21,9 @@ import msgpack
 import numpy as np
 
 from protocol.errors import MalformedMessage, ProtocolError, RemoteError
+from protocol.framing import MAX_HEADER_BYTES, Buffer, decode, encode, expect
 from protocol.messages import ErrorReply, SearchReply, SearchRequest
 from protocol.transport import Router
-from protocol.wire import MAX_HEADER_BYTES, Buffer, decode, encode, expect
 from retriever.search import Query, Searcher
 
 _MAX_REQUEST_ID = 1 << 62

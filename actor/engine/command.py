@@ -10,7 +10,7 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from actor.sglang_client import UpdateMode
+    from actor.engines.sglang_client import UpdateMode
     from protocol.config import Config
 
 
@@ -36,9 +36,9 @@ def engine(
     CONFIG is the run's TOML or saved config.json. The engine serves leases once it has committed a first publication.
     Weight files are written under the run's folder; with --attach, the server must be able to read them there.
     """
-    from actor.joining import role_name
+    from actor.engine.joining import role_name
     from protocol.config_file import load_config
-    from protocol.process import run_async, start_role
+    from protocol.role_startup import run_async, start_role
 
     name = role_name("engine", name)
     start_role(name)
@@ -50,8 +50,8 @@ def engine(
 
 
 async def _serve(config: Config, *, name: str, host: str, port: int, advertise: str | None) -> None:
+    from actor.engine.joining import fresh_seed
     from actor.engine.server import EngineServer
-    from actor.joining import fresh_seed
 
     server = EngineServer(
         model_path=config.model.path,
@@ -85,12 +85,12 @@ async def _keep_current(
     """
     import shutil
 
-    from actor.joining import check_advertised
-    from actor.sglang_client import SGLangClient, check_url, update_mode
-    from actor.weight_agent import WeightAgent
+    from actor.engine.joining import check_advertised
+    from actor.engines.sglang_client import SGLangClient, check_url, update_mode
+    from actor.weights.agent import WeightAgent
     from protocol.config_file import require_ports
     from protocol.errors import EngineError, UnreachableError
-    from protocol.rpc import RequestClient
+    from protocol.request_client import RequestClient
     from protocol.transport import Transport
 
     api_key = config.network.api_key()

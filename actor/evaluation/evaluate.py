@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from actor.engine_pool import EngineInfo
-from actor.process import open_parts
-from actor.sampling import SamplingParams
-from actor.sglang_client import SGLangClient
+from actor.build import open_parts
+from actor.engines.pool import EngineInfo
+from actor.engines.sampling import SamplingParams
+from actor.engines.sglang_client import SGLangClient
 from actor.tasks.build import evaluation_task
 from actor.tasks.task import Task
 from actor.workflows.workflow import Episode

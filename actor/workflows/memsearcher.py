@@ -33,11 +33,11 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
-from actor.search import Searcher, SearchFailed
+from actor.chat.fit_observation import fit_observation
+from actor.chat.rendering import Answer, BadCall, Malformed, Rendering, Result, Search, Searches
+from actor.chat.tokenizer import Tokenizer
 from actor.session import BudgetExceeded, Generation, Session
-from actor.tokenizer import Tokenizer
-from actor.workflows.observation import fit_observation
-from actor.workflows.rendering import Answer, BadCall, Malformed, Rendering, Result, Search, Searches
+from actor.tools.search_client import Searcher, SearchFailed
 from actor.workflows.workflow import Episode
 from protocol.config import WorkflowConfig
 from protocol.errors import EngineError

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from aiohttp import web
 
+from protocol.framing import decode, encode, expect
 from protocol.messages import Announcement, EngineFields, EngineReply, EngineReport
 from protocol.transport import Transport
 from protocol.types import PolicyTag
-from protocol.wire import decode, encode, expect
 
 NUM_SLOTS, VOCABULARY = 64, 100
 

@@ -15,10 +15,10 @@ import zmq
 from actor.runner import Runner
 from benchmarks.common.synthetic import make_group
 from protocol.codec import encode_group
+from protocol.framing import Buffer
 from protocol.messages import Lease
 from protocol.transport import Transport
 from protocol.types import TrajectoryGroup
-from protocol.wire import Buffer
 
 # Groups sent and not acknowledged, as an actor's credits bound them; all but the durable ways acknowledge every 16th.
 IN_FLIGHT = 32

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from actor.sampling import SamplingParams
-from actor.sglang_client import SGLangClient
+from actor.engines.sampling import SamplingParams
+from actor.engines.sglang_client import SGLangClient
 from actor.tasks.toy.tokenizer import VOCABULARY_SIZE, write_tokenizer
-from learner.engines import Engines
-from learner.publications import Series
-from learner.publisher import Publisher
-from learner.scorer import Scorer
-from learner.weights import canary
+from learner.leases.engines import Engines
+from learner.model.export import canary
+from learner.model.scorer import Scorer
+from learner.network.publisher import Publisher
+from learner.network.weight_deltas import Series
 from protocol.config import Config, EngineConfig, ModelConfig, NetworkConfig, RunConfig, TaskConfig, WorkflowConfig
 from protocol.config_file import save_config
 from protocol.errors import EngineError
@@ -94,7 +94,7 @@ async def busy(url: str, *, num_requests: int) -> None:
             tasks.create_task(ask(client, number))
 
 
-class Plane:
+class WeightPlane:
     """A publisher of one model's versions. Use `open`."""
 
     def __init__(self, transport: Transport, model: Path) -> None:
@@ -115,7 +115,7 @@ class Plane:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, model: Path) -> AsyncIterator[Plane]:
+    async def open(cls, model: Path) -> AsyncIterator[WeightPlane]:
         transport = Transport()
         plane = cls(transport, model)
         serving = asyncio.create_task(plane.publisher.serve())
@@ -179,7 +179,7 @@ async def publish_to_busy_engines(
     """Version 0 to engines that start, then updates at 1e-6 while each has 16 requests in flight."""
     model = save_model(folder / "model", width=width, layers=layers)
     times: dict[str, list[float]] = {"offer_s": [], "serving_s": [], "pause_s": []}
-    async with Plane.open(model) as plane, engine_processes(plane.config(folder, model), folder, num_engines):
+    async with WeightPlane.open(model) as plane, engine_processes(plane.config(folder, model), folder, num_engines):
         weights = versions(model, rate=1e-6)
         num_bytes, _ = await plane.publish(next(weights), 0, num_engines=num_engines)
         load = [asyncio.create_task(busy(url, num_requests=16)) for url in plane.urls()]

@@ -9,8 +9,8 @@ from pathlib import Path
 from script import ENOUGH, FREE_ANSWERS, NOTHING_YET
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from actor.workflows.chat import ChatRendering
-from actor.workflows.rendering import Result, Search
+from actor.chat.chatml import ChatRendering
+from actor.chat.rendering import Result, Search
 from protocol.types import Passage
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

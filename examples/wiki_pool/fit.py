@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from learner.induction import wire_induction
-from learner.sft import Demonstrations, NextTokenFit, OnProgress, padded
+from learner.warmstart.induction_init import wire_induction
+from learner.warmstart.sft import Demonstrations, NextTokenFit, OnProgress, padded
 from protocol.config import OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actor.engine.server import EngineServer
+from actor.engines.sampling import SamplingParams
 from actor.evaluation.evaluate import EvaluationPlan, play, run_evaluation
-from actor.sampling import SamplingParams
 from actor.tasks.build import training_task
 from learner.launch.plan import plan, with_ports
 from learner.launch.supervisor import Supervisor

@@ -159,7 +159,7 @@ def make_tokenizer(options: Options) -> None:
     from bpe import train_tokenizer, write_tokenizer
     from traces import read_examples
 
-    from actor.workflows.chat import plain
+    from actor.chat.chatml import plain
     from protocol.config_file import load_config
 
     tokenizer = train_tokenizer(
@@ -177,8 +177,8 @@ def record_traces(options: Options) -> None:
     from pace import Pace
     from traces import LocalSearch, read_examples, record
 
-    from actor.demonstrations import save_demonstrations
-    from actor.tokenizer import Tokenizer
+    from actor.chat.tokenizer import Tokenizer
+    from actor.evaluation.demonstrations import save_demonstrations
     from protocol.config_file import load_config
     from retriever.encoders.base import Compute
     from retriever.open import open_collections
@@ -240,7 +240,7 @@ def train_policy(options: Options) -> None:
 
 def _passages(corpus: Path) -> list[str]:
     """`title: text`, as an observation shows it. Raises: DataError."""
-    from actor.workflows.chat import plain
+    from actor.chat.chatml import plain
     from protocol.errors import DataError
 
     try:

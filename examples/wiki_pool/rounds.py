@@ -19,7 +19,7 @@ from measure import measure, read_measured, well_formed_contexts
 from pace import Pace
 from tokenizers import Tokenizer
 
-from actor.demonstrations import save_demonstrations
+from actor.evaluation.demonstrations import save_demonstrations
 from protocol.config import Config
 from protocol.config_file import load_config
 from protocol.errors import DataError

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from actor.workflows.rendering import Rendering
+from actor.chat.rendering import Rendering
 from protocol.errors import PalimpsestError
 
 MAX_QUERY_WORDS = 5

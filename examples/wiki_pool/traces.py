@@ -10,12 +10,12 @@ from pathlib import Path
 
 from script import Example, GoldScript, OffScript
 
-from actor.demonstrations import ScriptedGenerator
-from actor.sampling import SamplingParams
-from actor.search import Searcher
+from actor.chat.chatml import ChatRendering
+from actor.chat.tokenizer import Tokenizer
+from actor.engines.sampling import SamplingParams
+from actor.evaluation.demonstrations import ScriptedGenerator
 from actor.session import Session
-from actor.tokenizer import Tokenizer
-from actor.workflows.chat import ChatRendering
+from actor.tools.search_client import Searcher
 from actor.workflows.memsearcher import MemSearcher
 from actor.workflows.workflow import Episode
 from protocol.config import WorkflowConfig

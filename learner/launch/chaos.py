@@ -23,17 +23,17 @@ from pathlib import Path
 
 import click
 
-from learner.audit import audit_run
 from learner.launch.inflict import Kind, can_cut, inflict
 from learner.launch.recovery import full_rate_s, second_step_s
 from learner.launch.supervisor import MAX_RESTARTS, lock_path
 from learner.launch.up import is_finished
 from learner.launch.view import Steps
-from learner.lock import is_locked
-from learner.store import metrics_path
+from learner.store.audit import audit_run
+from learner.store.folder_lock import is_locked
+from learner.store.store import metrics_path
 from protocol.config_file import load_config
 from protocol.errors import DataError, SecurityError
-from protocol.process import run_async
+from protocol.role_startup import run_async
 
 KINDS: tuple[Kind, ...] = ("kill", "stop", "slow", "cut")
 ROLES = ("learner", "actor", "engine", "retriever")

@@ -18,7 +18,7 @@ _COMMANDS = {
     "retriever": ("retriever.command:retriever", "One role: serve indexes."),
     "index": ("retriever.command:index", "Corpus -> index folder."),
     "eval": ("actor.command:evaluate", "Accuracy and token cost of the policy that an engine serves."),
-    "audit": ("learner.audit:audit", "Recompute from the store what was leased, trained, skipped, and how old."),
+    "audit": ("learner.store.audit:audit", "Recompute from the store what was leased, trained, skipped, and how old."),
     "chaos": (
         "learner.launch.chaos:chaos",
         "Kill, stop, slow and cut off processes of a run that goes on; then audit.",

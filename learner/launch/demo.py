@@ -94,7 +94,7 @@ def demo(
     """
     import logging
 
-    from protocol.process import run_async
+    from protocol.role_startup import run_async
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     wanted = Wanted(seed, steps, actors, eval_questions, staleness, ablation or "none")
@@ -174,7 +174,7 @@ async def _index(options: Options, supervisor: Supervisor) -> None:
 async def _warm_start(options: Options, supervisor: Supervisor) -> None:
     _say("demo: warm start (about a minute): copying, then scripted demonstrations that err on purpose …")
     arguments = ["--data", str(options.data), "--out", str(options.model), "--seed", str(options.wanted.seed)]
-    await _step(supervisor, "warm-start", "learner.launch.warm_start", *arguments)
+    await _step(supervisor, "warm-start", "learner.warmstart", *arguments)
 
 
 async def _evaluate(options: Options, supervisor: Supervisor, config: Path, out: Path, *, version: int) -> None:

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from learner.audit import audit_run
 from learner.launch.view import Steps, sparkline
-from learner.store import metrics_path
+from learner.store.audit import audit_run
+from learner.store.store import metrics_path
 from protocol.config import Config
 
 

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from learner.launch.plan import ProcessSpec
-from learner.lock import locked
-from learner.metrics_lines import last_step
-from learner.store import metrics_path
+from learner.metrics.jsonl import last_step
+from learner.store.folder_lock import locked
+from learner.store.store import metrics_path
 from protocol.errors import PalimpsestError, TrainingStopped, UserError
-from protocol.faults import VARIABLE as FAULT_VARIABLE
+from protocol.fault_injection import VARIABLE as FAULT_VARIABLE
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ def up(run: Path, overrides: tuple[str, ...], dry_run: bool, quiet: bool, check_
 
     from learner.launch.plan import plan, with_ports
     from protocol.config_file import load_config, save_config
-    from protocol.process import run_async
+    from protocol.role_startup import run_async
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if check_drift:
@@ -62,7 +62,7 @@ def is_finished(config: Config) -> bool:
     """Whether a learner has already trained this run to `learner.num_steps`."""
     import json
 
-    from learner.store import finished_path
+    from learner.store.store import finished_path
 
     path = finished_path(config.run.dir)
     return path.is_file() and json.loads(path.read_text())["step"] >= config.learner.num_steps

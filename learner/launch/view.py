@@ -13,8 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from learner.metrics_lines import read_line
-from learner.store import metrics_path
+from learner.metrics.jsonl import read_line
+from learner.store.store import metrics_path
 from protocol.config import Config
 
 _BARS = "▁▂▃▄▅▆▇█"

@@ -13,12 +13,12 @@ from aiohttp import web
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
 
-from actor.search import SearchClient
+from actor.chat.tokenizer import Tokenizer
 from actor.tasks.toy.tokenizer import write_tokenizer
-from actor.tokenizer import Tokenizer
+from actor.tools.search_client import SearchClient
+from protocol.framing import decode, encode, expect
 from protocol.messages import ErrorReply, PassageFields, SearchReply, SearchRequest
 from protocol.transport import Transport
-from protocol.wire import decode, encode, expect
 
 
 class ScriptedEngine:

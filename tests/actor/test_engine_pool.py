@@ -2,9 +2,9 @@ import asyncio
 
 import pytest
 
-from actor.engine_pool import EngineInfo, EnginePool
-from actor.sampling import SamplingParams
-from actor.sglang_client import Retry
+from actor.engines.pool import EngineInfo, EnginePool
+from actor.engines.sampling import SamplingParams
+from actor.engines.sglang_client import Retry
 from protocol.errors import EngineRefused, EngineUnavailable, UnknownVersion
 
 SAMPLING = SamplingParams(max_new_tokens=8, stop_token_ids=(1,))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from actor.joining import check_advertised, default_name, fresh_seed, role_name
+from actor.engine.joining import check_advertised, default_name, fresh_seed, role_name
 from protocol.config import Config, ModelConfig, NetworkConfig, RetrieverConfig, TaskConfig
 from protocol.config_file import require_ports
 from protocol.errors import ConfigError

@@ -4,16 +4,16 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from actor.engine_pool import EngineInfo, EnginePool
+from actor.chat.chatml import ChatRendering
+from actor.chat.fit_observation import longest_that_fits
+from actor.chat.rendering import Fidelity
+from actor.chat.toy import ToyRendering
+from actor.engines.pool import EngineInfo, EnginePool
+from actor.engines.sampling import SamplingParams
+from actor.engines.sglang_client import Retry
 from actor.rewards.format import check_chat
-from actor.sampling import SamplingParams
 from actor.session import Session
-from actor.sglang_client import Retry
-from actor.workflows.chat import ChatRendering
 from actor.workflows.memsearcher import MAX_SEARCHES, MAX_TOP_N, MemSearcher, frame_tokens
-from actor.workflows.observation import longest_that_fits
-from actor.workflows.rendering import Fidelity
-from actor.workflows.toy import ToyRendering
 from protocol.config import WorkflowConfig
 from protocol.types import Edge, Question, Status
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from actor.model_config import ModelLimits, check_model, read_limits
-from actor.process import open_parts
-from actor.sampling import SamplingParams
+from actor.build import open_parts
+from actor.chat.chatml import ChatRendering
+from actor.chat.check_model import ModelLimits, check_model, read_limits
+from actor.chat.tokenizer import Tokenizer
+from actor.chat.toy import ToyRendering
+from actor.engines.sampling import SamplingParams
 from actor.tasks.build import training_task
 from actor.tasks.toy.tokenizer import write_tokenizer
-from actor.tokenizer import Tokenizer
-from actor.workflows.chat import ChatRendering
-from actor.workflows.toy import ToyRendering
 from protocol.config import Config, ModelConfig, TaskConfig, WorkflowConfig
 from protocol.errors import ConfigError, DataError
 

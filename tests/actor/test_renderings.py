@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actor.workflows.chat import ChatRendering, parse_call
-from actor.workflows.rendering import Answer, BadCall, Malformed, Result, Search, Searches
-from actor.workflows.toy import ToyRendering, shuffled
+from actor.chat.chatml import ChatRendering, parse_call
+from actor.chat.rendering import Answer, BadCall, Malformed, Result, Search, Searches
+from actor.chat.toy import ToyRendering, shuffled
 from protocol.types import Passage
 
 WORDS = st.lists(st.text(string.ascii_lowercase, min_size=1, max_size=6), min_size=1, max_size=5).map(" ".join)

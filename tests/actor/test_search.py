@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from actor.search import SearchFailed
+from actor.tools.search_client import SearchFailed
 
 
 async def test_passages_come_per_query_in_order(search, retriever) -> None:

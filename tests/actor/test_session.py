@@ -3,11 +3,11 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from actor.engine_pool import EngineInfo, EnginePool
-from actor.sampling import SamplingParams
+from actor.chat.tokenizer import Tokenizer
+from actor.engines.pool import EngineInfo, EnginePool
+from actor.engines.sampling import SamplingParams
+from actor.engines.sglang_client import Retry
 from actor.session import BudgetExceeded, Session
-from actor.sglang_client import Retry
-from actor.tokenizer import Tokenizer
 from protocol.errors import ConfigError, EngineUnavailable, UnknownVersion
 from protocol.types import Edge, VersionSpan
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from actor.chat.tokenizer import Tokenizer
+from actor.chat.toy import ToyRendering
 from actor.engine.server import EngineServer
-from actor.engine_pool import EngineInfo, EnginePool
-from actor.sampling import SamplingParams
+from actor.engines.pool import EngineInfo, EnginePool
+from actor.engines.sampling import SamplingParams
+from actor.engines.sglang_client import SGLangClient
 from actor.session import Session
-from actor.sglang_client import SGLangClient
 from actor.tasks.toy.tokenizer import write_tokenizer
-from actor.tokenizer import Tokenizer
 from actor.workflows.memsearcher import MemSearcher
-from actor.workflows.toy import ToyRendering
 from protocol.config import WorkflowConfig
 from protocol.types import Context, Passage, Question, Status
 

@@ -3,9 +3,9 @@ import asyncio
 import numpy as np
 import pytest
 
-from actor.completion import Span
-from actor.sampling import SamplingParams
-from actor.sglang_client import SGLangClient, Timeouts, update_mode
+from actor.engines.completion import Span
+from actor.engines.sampling import SamplingParams
+from actor.engines.sglang_client import SGLangClient, Timeouts, update_mode
 from protocol.errors import ConfigError, EngineError, EngineRefused, EngineUnavailable, SecurityError, UnknownVersion
 
 SAMPLING = SamplingParams(max_new_tokens=8, stop_token_ids=(1,))

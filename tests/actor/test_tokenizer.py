@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from actor.tokenizer import Tokenizer
+from actor.chat.tokenizer import Tokenizer
 from protocol.errors import DataError
 
 

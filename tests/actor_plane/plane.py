@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from learner.engines import Engines
-from learner.publications import Series
-from learner.publisher import Publisher
+from learner.leases.engines import Engines
+from learner.network.publisher import Publisher
+from learner.network.weight_deltas import Series
 from protocol.messages import CanaryFields, EngineFields
 from protocol.transport import Transport
 
@@ -20,7 +20,7 @@ CHUNK_BYTES = 4_096
 
 
 @dataclass
-class Plane:
+class WeightPlane:
     """A publisher, and what it knows of engines."""
 
     transport: Transport = field(default_factory=Transport)

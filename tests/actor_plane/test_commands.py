@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from actor.build import run_actor
 from actor.engine import command as engine_command
 from actor.engine.server import EngineServer
-from actor.process import run_actor
 from protocol.config import (
     Config,
     EngineConfig,

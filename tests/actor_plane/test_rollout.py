@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from actor.chat.tokenizer import Tokenizer
+from actor.engines.sampling import SamplingParams
 from actor.rewards.reward import reward_named
 from actor.rollout import Episodes, GroupRollout
-from actor.sampling import SamplingParams
 from actor.session import Session
 from actor.tasks.qa import QuestionAnswering
 from actor.tasks.toy.tokenizer import write_tokenizer
-from actor.tokenizer import Tokenizer
 from actor.workflows.workflow import Episode
 from protocol.messages import Lease
 from protocol.types import Question, Status

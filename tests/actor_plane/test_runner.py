@@ -13,10 +13,10 @@ from actor import runner as runner_module
 from actor.runner import Runner
 from protocol.codec import decode_group
 from protocol.errors import MalformedMessage
+from protocol.framing import Message, decode, encode
 from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, Lease, RunStatus, SubmitGroup, SubmitReply
 from protocol.transport import Transport
 from protocol.types import Context, Question, Trajectory, TrajectoryGroup, VersionSpan
-from protocol.wire import Message, decode, encode
 
 WAIT_S = 20.0
 STATUS = RunStatus(run_id="run", step=0, num_steps=1, engines=[])

@@ -15,17 +15,20 @@ import torch
 from safetensors.torch import load_file, save
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from actor import weight_agent, weight_fetch
-from actor.completion import Completion, Span
 from actor.engine.server import EngineServer
-from actor.sampling import SamplingParams
-from actor.sglang_client import PauseMode, SGLangClient
+from actor.engines.completion import Completion, Span
+from actor.engines.sampling import SamplingParams
+from actor.engines.sglang_client import PauseMode, SGLangClient
 from actor.tasks.toy.tokenizer import VOCABULARY_SIZE, write_tokenizer
-from actor.weight_agent import WeightAgent
-from actor.weight_fetch import Prepared, WeightFetcher, check_manifest, check_tensors
-from learner.publications import Series
+from actor.weights import agent as weight_agent
+from actor.weights import fetch as weight_fetch
+from actor.weights.agent import WeightAgent
+from actor.weights.fetch import Prepared, WeightFetcher, check_manifest, check_tensors
+from learner.network.weight_deltas import Series
 from protocol.deltas import decode
 from protocol.errors import EngineUnavailable, ProtocolError, RemoteError, WeightsError
+from protocol.framing import Message
+from protocol.framing import decode as decode_message
 from protocol.messages import (
     Announcement,
     CanaryFields,
@@ -35,11 +38,9 @@ from protocol.messages import (
     ManifestRequest,
     PartFields,
 )
-from protocol.rpc import RequestClient
+from protocol.request_client import RequestClient
 from protocol.types import PolicyTag
-from protocol.wire import Message
-from protocol.wire import decode as decode_message
-from tests.actor_plane.plane import CHUNK_BYTES, RUN, WAIT_S, Plane
+from tests.actor_plane.plane import CHUNK_BYTES, RUN, WAIT_S, WeightPlane
 
 
 def save_model(folder: Path) -> Path:
@@ -72,14 +73,14 @@ def weights(model: Path, *, scale: float) -> bytes:
 
 
 @pytest.fixture
-async def plane() -> AsyncIterator[Plane]:
-    plane = Plane()
+async def plane() -> AsyncIterator[WeightPlane]:
+    plane = WeightPlane()
     yield plane
     await plane.close()
 
 
 @pytest.fixture
-async def requests(plane: Plane) -> AsyncIterator[RequestClient]:
+async def requests(plane: WeightPlane) -> AsyncIterator[RequestClient]:
     async with RequestClient(plane.transport.dealer(plane.router.address)) as client:
         yield client
 
@@ -92,7 +93,7 @@ async def manifest_of(requests: RequestClient, publication: int, *, held: int = 
 # --- the publisher ---
 
 
-async def test_manifest_and_chunks_add_up(plane: Plane, requests: RequestClient, model: Path) -> None:
+async def test_manifest_and_chunks_add_up(plane: WeightPlane, requests: RequestClient, model: Path) -> None:
     data = weights(model, scale=1.0)
     await plane.publish(data, publication=7, version=3)
     manifest = await manifest_of(requests, 7)
@@ -115,7 +116,7 @@ async def test_manifest_and_chunks_add_up(plane: Plane, requests: RequestClient,
     }
 
 
-async def test_old_publications_go(plane: Plane, requests: RequestClient, model: Path) -> None:
+async def test_old_publications_go(plane: WeightPlane, requests: RequestClient, model: Path) -> None:
     for publication in (1, 2, 3):
         data = weights(model, scale=0.3 + 0.37 * publication)
         await plane.publish(data, publication=publication, version=publication)
@@ -127,7 +128,7 @@ async def test_old_publications_go(plane: Plane, requests: RequestClient, model:
         await requests.request(request, Chunk, timeout_s=WAIT_S)
 
 
-async def test_announcements_name_the_newest(plane: Plane, model: Path) -> None:
+async def test_announcements_name_the_newest(plane: WeightPlane, model: Path) -> None:
     subscriber = plane.transport.subscriber(plane.announcements.address)
     data = weights(model, scale=1.0)
     receiving = asyncio.create_task(subscriber.recv())
@@ -142,7 +143,7 @@ async def test_announcements_name_the_newest(plane: Plane, model: Path) -> None:
     assert (message.run_id, message.version) == (RUN, 5)
 
 
-async def test_malformed_requests_cost_nothing(plane: Plane, requests: RequestClient, model: Path) -> None:
+async def test_malformed_requests_cost_nothing(plane: WeightPlane, requests: RequestClient, model: Path) -> None:
     await plane.publish(weights(model, scale=1.0), publication=1, version=0)
     foe = plane.transport.dealer(plane.router.address)
     for frames in ([b""], [b"\xff" * 10], [b"x"] * 20):
@@ -168,7 +169,7 @@ def nudged(data: bytes, *, seed: int) -> bytes:
 
 
 async def test_who_holds_a_publication_gets_deltas_and_who_was_away_catches_up(
-    plane: Plane, fetcher: WeightFetcher, model: Path
+    plane: WeightPlane, fetcher: WeightFetcher, model: Path
 ) -> None:
     data = weights(model, scale=1.0)
     versions = {1: data}
@@ -190,7 +191,7 @@ async def test_who_holds_a_publication_gets_deltas_and_who_was_away_catches_up(
 
 
 async def test_a_chunk_that_is_damaged_or_lost_is_asked_for_again(
-    plane: Plane, fetcher: WeightFetcher, model: Path, monkeypatch: pytest.MonkeyPatch
+    plane: WeightPlane, fetcher: WeightFetcher, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weight_fetch, "_CHUNK_TIMEOUT_S", 0.2)
     data = weights(model, scale=1.0)
@@ -214,7 +215,9 @@ async def test_a_chunk_that_is_damaged_or_lost_is_asked_for_again(
     assert fetcher.num_repeated_chunks == 2
 
 
-async def test_what_has_been_fetched_is_not_fetched_again(plane: Plane, fetcher: WeightFetcher, model: Path) -> None:
+async def test_what_has_been_fetched_is_not_fetched_again(
+    plane: WeightPlane, fetcher: WeightFetcher, model: Path
+) -> None:
     await plane.publish(weights(model, scale=1.0), publication=1, version=0)
     repair = plane.damage(base=-1, publication=1, position=-1)
     with pytest.raises(WeightsError, match="does not match its checksum"):
@@ -232,7 +235,7 @@ async def test_what_has_been_fetched_is_not_fetched_again(plane: Plane, fetcher:
 
 @pytest.mark.parametrize("position", [0, 9, 1_000, -1])
 async def test_a_bit_flipped_in_what_is_held_is_found_and_a_snapshot_heals_it(
-    plane: Plane, fetcher: WeightFetcher, model: Path, position: int
+    plane: WeightPlane, fetcher: WeightFetcher, model: Path, position: int
 ) -> None:
     data = weights(model, scale=1.0)
     await plane.publish(data, publication=1, version=0)
@@ -312,7 +315,7 @@ class Engine:
 
 @pytest.fixture
 async def engine(
-    plane: Plane, requests: RequestClient, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plane: WeightPlane, requests: RequestClient, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Engine]:
     monkeypatch.setattr(weight_agent, "_RETRY_S", 0.05)
     monkeypatch.setattr(weight_agent, "_REPORT_EVERY_S", 0.05)
@@ -338,11 +341,13 @@ async def engine(
     await server.stop()
 
 
-def serves(plane: Plane, publication: int) -> Callable[[], bool]:
+def serves(plane: WeightPlane, publication: int) -> Callable[[], bool]:
     return lambda: [engine.publication for engine in plane.known()] == [publication]
 
 
-async def test_the_engine_is_brought_to_each_version(plane: Plane, engine: Engine, model: Path, tmp_path: Path) -> None:
+async def test_the_engine_is_brought_to_each_version(
+    plane: WeightPlane, engine: Engine, model: Path, tmp_path: Path
+) -> None:
     await plane.until(lambda: plane.state() == "joining")
     assert plane.known() == []
     for version in range(3):
@@ -358,7 +363,9 @@ async def test_the_engine_is_brought_to_each_version(plane: Plane, engine: Engin
     assert plane.num_changes > 3
 
 
-async def test_a_damaged_chunk_is_quarantined_and_fetched_again(plane: Plane, engine: Engine, model: Path) -> None:
+async def test_a_damaged_chunk_is_quarantined_and_fetched_again(
+    plane: WeightPlane, engine: Engine, model: Path
+) -> None:
     await plane.publish(weights(model, scale=1.0), publication=1, version=0)
     await plane.until(serves(plane, 1))
     await plane.publish(weights(model, scale=1.7), publication=2, version=1)
@@ -373,7 +380,9 @@ async def test_a_damaged_chunk_is_quarantined_and_fetched_again(plane: Plane, en
     assert plane.error() == ""
 
 
-async def test_an_update_that_the_engine_refuses_is_tried_again(plane: Plane, engine: Engine, model: Path) -> None:
+async def test_an_update_that_the_engine_refuses_is_tried_again(
+    plane: WeightPlane, engine: Engine, model: Path
+) -> None:
     """Weights that lack a tensor verify as bytes, and fail in the engine; the next publication heals it."""
     lacking = dict(list(load_file(model / "model.safetensors").items())[1:])
     await plane.publish(save(lacking), publication=1, version=0)
@@ -385,7 +394,9 @@ async def test_an_update_that_the_engine_refuses_is_tried_again(plane: Plane, en
     assert await engine.tag() == PolicyTag(RUN, 2, 0)
 
 
-async def test_weights_of_another_shape_never_reach_the_engine(plane: Plane, engine: Engine, model: Path) -> None:
+async def test_weights_of_another_shape_never_reach_the_engine(
+    plane: WeightPlane, engine: Engine, model: Path
+) -> None:
     await plane.publish(weights(model, scale=1.0), publication=1, version=0)
     await plane.until(serves(plane, 1))
     tensors = load_file(model / "model.safetensors")
@@ -398,7 +409,9 @@ async def test_weights_of_another_shape_never_reach_the_engine(plane: Plane, eng
     await plane.until(serves(plane, 3))
 
 
-async def test_a_publication_that_is_gone_gives_way_to_the_newest(plane: Plane, engine: Engine, model: Path) -> None:
+async def test_a_publication_that_is_gone_gives_way_to_the_newest(
+    plane: WeightPlane, engine: Engine, model: Path
+) -> None:
     data = weights(model, scale=1.0)
     await plane.publish(data, publication=1, version=0)
     await plane.until(serves(plane, 1))
@@ -413,7 +426,7 @@ async def test_a_publication_that_is_gone_gives_way_to_the_newest(plane: Plane, 
 
 
 async def test_an_engine_whose_continue_was_lost_is_brought_again(
-    plane: Plane, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch
+    plane: WeightPlane, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It states the new version and is paused: nobody may take it for serving before it runs again."""
     continue_ = engine.client.continue_
@@ -438,7 +451,7 @@ async def test_an_engine_whose_continue_was_lost_is_brought_again(
 
 @pytest.mark.parametrize("mode", ["abort", "retract"])
 async def test_what_an_update_does_to_requests_in_flight(
-    plane: Plane, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch, mode: PauseMode
+    plane: WeightPlane, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch, mode: PauseMode
 ) -> None:
     monkeypatch.setattr(engine.agent, "_pause_mode", mode)
     await plane.publish(weights(model, scale=1.0), publication=1, version=0)
@@ -459,7 +472,7 @@ async def test_what_an_update_does_to_requests_in_flight(
 
 
 async def test_reports_go_on_while_a_publication_is_fetched(
-    plane: Plane, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch
+    plane: WeightPlane, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await plane.publish(weights(model, scale=1.0), publication=1, version=0)
     await plane.until(serves(plane, 1))
@@ -481,7 +494,7 @@ async def test_reports_go_on_while_a_publication_is_fetched(
     await plane.until(serves(plane, 2))
 
 
-async def test_an_engine_that_was_restarted_joins_anew(plane: Plane, engine: Engine, model: Path) -> None:
+async def test_an_engine_that_was_restarted_joins_anew(plane: WeightPlane, engine: Engine, model: Path) -> None:
     await plane.publish(weights(model, scale=2.0), publication=1, version=0)
     await plane.until(serves(plane, 1))
     await engine.server.stop()
@@ -510,7 +523,7 @@ def canary_of(model: Path, *, scale: float) -> CanaryFields:
 
 
 async def test_an_engine_that_computes_with_the_published_weights_commits(
-    plane: Plane, engine: Engine, model: Path
+    plane: WeightPlane, engine: Engine, model: Path
 ) -> None:
     for publication, scale in ((1, 1.0), (2, 1.7)):
         canary = canary_of(model, scale=scale)
@@ -522,7 +535,7 @@ async def test_an_engine_that_computes_with_the_published_weights_commits(
 
 
 async def test_an_engine_that_computes_otherwise_gives_no_tokens_until_it_is_healed(
-    plane: Plane, engine: Engine, model: Path
+    plane: WeightPlane, engine: Engine, model: Path
 ) -> None:
     await plane.publish(weights(model, scale=1.0), publication=1, version=0, canary=canary_of(model, scale=1.0))
     await plane.until(serves(plane, 1))
@@ -551,7 +564,7 @@ async def test_an_engine_that_computes_otherwise_gives_no_tokens_until_it_is_hea
     ],
 )
 async def test_a_canary_from_the_cache_or_of_other_weights_is_refused(
-    plane: Plane,
+    plane: WeightPlane,
     engine: Engine,
     model: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -572,7 +585,7 @@ async def test_a_canary_from_the_cache_or_of_other_weights_is_refused(
 
 
 async def test_a_canary_may_begin_as_a_request_that_goes_on(
-    plane: Plane, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch
+    plane: WeightPlane, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Retracted requests are computed anew before the canary's: a first token in common comes from the cache."""
     generate = engine.client.generate
@@ -587,7 +600,7 @@ async def test_a_canary_may_begin_as_a_request_that_goes_on(
 
 
 async def test_an_engine_that_does_not_answer_the_canary_is_quarantined(
-    plane: Plane, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch
+    plane: WeightPlane, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weight_agent, "_CANARY_TIMEOUT_S", 0.05)
 

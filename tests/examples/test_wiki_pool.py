@@ -22,11 +22,11 @@ from bpe import CONTROL, END, TAGS, train_tokenizer, word_ids, write_tokenizer  
 from script import NOTHING_YET, Example, GoldScript, OffScript, spelling  # noqa: E402
 from traces import Traces, read_examples, record  # noqa: E402
 
-from actor.demonstrations import save_demonstrations  # noqa: E402
-from actor.tokenizer import Tokenizer  # noqa: E402
-from actor.workflows.chat import ChatRendering, plain  # noqa: E402
-from actor.workflows.rendering import Answer, Result, Search, Searches  # noqa: E402
-from learner.sft import Demonstrations  # noqa: E402
+from actor.chat.chatml import ChatRendering, plain  # noqa: E402
+from actor.chat.rendering import Answer, Result, Search, Searches  # noqa: E402
+from actor.chat.tokenizer import Tokenizer  # noqa: E402
+from actor.evaluation.demonstrations import save_demonstrations  # noqa: E402
+from learner.warmstart.sft import Demonstrations  # noqa: E402
 from protocol.config import Config, WorkflowConfig  # noqa: E402
 from protocol.config_file import load_config  # noqa: E402
 from protocol.types import Passage  # noqa: E402

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from protocol.framing import Message, encode
 from protocol.types import Context, Question, Status, Trajectory, TrajectoryGroup, VersionSpan
-from protocol.wire import Message, encode
 from tests.fuzz.mutate import Frames
 
 

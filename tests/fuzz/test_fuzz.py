@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from actor.completion import parse_completion
 from actor.engine.api import AbortBody, ContinueBody, GenerateBody, PauseBody, UpdateBody, parse
-from actor.weight_fetch import check_manifest, check_tensors
+from actor.engines.completion import parse_completion
+from actor.weights.fetch import check_manifest, check_tensors
 from protocol import deltas
 from protocol.codec import decode_group, encode_group, pack_groups, unpack_groups
 from protocol.errors import EngineError, EngineRefused, ProtocolError, UnknownVersion, WeightsError
-from protocol.memory import resident_mb
+from protocol.framing import decode, encode
 from protocol.messages import Manifest, SubmitGroup
+from protocol.resident_memory import resident_mb
 from protocol.types import PolicyTag
-from protocol.wire import decode, encode
 from retriever.service import _request_id
 from tests.fuzz.mutate import Frames, mutated
 from tests.fuzz.samples import sample_group, sample_messages

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from learner.audit import audit_run
 from learner.launch.chaos import KINDS, Chaos, draw
 from learner.launch.inflict import can_cut, inflict
 from learner.launch.recovery import full_rate_s, second_step_s
 from learner.launch.supervisor import MAX_RESTARTS, lock_path
-from learner.lock import locked
-from learner.store import metrics_path
+from learner.store.audit import audit_run
+from learner.store.folder_lock import locked
+from learner.store.store import metrics_path
 from tests.launch.running import RUN_TIMEOUT_S, launched, steps, until
 from tests.launch.tiny_run import make_tiny_run
 

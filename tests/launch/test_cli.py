@@ -188,8 +188,8 @@ def test_chaos_needs_a_run_that_goes_on(tmp_path: Path) -> None:
 
 
 def test_audit(tmp_path: Path) -> None:
-    from learner.records import Trained
-    from learner.store import Store, store_path
+    from learner.leases.decisions import Trained
+    from learner.store.store import Store, store_path
 
     assert "no run in" in refused("audit", tmp_path)
     store = Store(store_path(tmp_path))

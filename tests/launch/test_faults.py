@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from learner.audit import audit_run
-from protocol import faults
+from learner.store.audit import audit_run
+from protocol import fault_injection as faults
 from tests.launch.running import RUN_TIMEOUT_S, launched, pids, steps, until
 from tests.launch.tiny_run import make_tiny_run
 
@@ -49,7 +49,7 @@ def test_a_process_dies_here_and_nothing_is_lost(tmp_path: Path, name: str) -> N
 
 def dies(fault: str, *points: str) -> tuple[int, str]:
     """(status, stderr) of a process that comes to `points`, one after another."""
-    code = f"from protocol.faults import fault_point\nfor name in {points!r}: fault_point(name)"
+    code = f"from protocol.fault_injection import fault_point\nfor name in {points!r}: fault_point(name)"
     environment = {**os.environ, faults.VARIABLE: fault}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     return done.returncode, done.stderr

@@ -12,7 +12,7 @@ from rich.console import Console
 from learner.launch.plan import plan, with_ports
 from learner.launch.stopwatch import Stopwatch
 from learner.launch.view import Steps, View, rows, sparkline
-from learner.metrics_lines import format_line, last_step, open_lines
+from learner.metrics.jsonl import format_line, last_step, open_lines
 from protocol.config import Config
 from protocol.config_file import parse_config
 from protocol.errors import ConfigError

@@ -16,7 +16,7 @@ import pytest
 from learner.launch import supervisor as supervisor_module
 from learner.launch.plan import ProcessSpec
 from learner.launch.supervisor import RunFailed, Supervisor
-from learner.store import metrics_path
+from learner.store.store import metrics_path
 from protocol.errors import TrainingStopped, UserError
 
 WAIT_S = 30.0
@@ -224,7 +224,7 @@ from learner.launch.plan import ProcessSpec
 from learner.launch.supervisor import Supervisor
 
 async def main():
-    role = "from protocol.process import start_role; start_role('role'); print('up', flush=True); " + sys.argv[2]
+    role = "from protocol.role_startup import start_role; start_role('role'); print('up', flush=True); " + sys.argv[2]
     async with Supervisor(Path(sys.argv[1])) as supervisor:
         await supervisor.start([ProcessSpec("role", "step", (sys.executable, "-c", role))])
         await asyncio.sleep(600)
@@ -247,7 +247,7 @@ async def test_roles_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_role_whose_launcher_is_gone_ends_at_once() -> None:
-    code = "from protocol.process import start_role; start_role('role'); print('never')"
+    code = "from protocol.role_startup import start_role; start_role('role'); print('never')"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PALIMPSEST_LAUNCHER_PID": "1"},

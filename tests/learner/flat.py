@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner.loss import LossTokens
+from learner.algorithms.losses import LossTokens
 from tests.learner.reference import Token
 from tests.learner.tiny import context as tiny_context
 

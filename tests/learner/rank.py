@@ -12,19 +12,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from learner.attention import to_device
-from learner.checkpoint import TrainingState, restore_training, save_checkpoint
-from learner.diagnostics import Diagnostics
-from learner.lora import add_adapters
-from learner.optimizer import apply_update, build_optimizer
-from learner.packing import pack, split
-from learner.parallel import World, checkpoint_activations, clip_gradients, full, join, shard
-from learner.policy import Policy
-from learner.scorer import Scorer
-from learner.step_metrics import StepMetrics
-from learner.trainer import Trainer
-from learner.weights import published_weights
-from protocol.algorithms import AdvantageConfig, LossConfig, TruncateConfig
+from learner.algorithms.diagnostics import Diagnostics
+from learner.batch.packing import pack, split
+from learner.metrics.step_metrics import StepMetrics
+from learner.model.attention import to_device
+from learner.model.export import published_weights
+from learner.model.loading import Policy
+from learner.model.lora import add_adapters
+from learner.model.parallel import World, checkpoint_activations, clip_gradients, full, join, shard
+from learner.model.scorer import Scorer
+from learner.training.checkpoint import TrainingState, restore_training, save_checkpoint
+from learner.training.optimizer import apply_update, build_optimizer
+from learner.training.trainer import Trainer
+from protocol.algorithm_config import AdvantageConfig, LossConfig, TruncateConfig
 from protocol.config import LearnerConfig, LoraConfig, OptimizerConfig
 from tests.learner.tiny import VOCAB_SIZE, group, tiny_model
 

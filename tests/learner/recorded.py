@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
-from learner.ledger import Entry, LeaseRecord, State
-from learner.records import Ended, Granted, Placed, Trained
-from learner.store import Store, store_path
+from learner.leases.decisions import Ended, Granted, Placed, Trained
+from learner.leases.lease_table import Entry, LeaseRecord, State
+from learner.store.store import Store, store_path
 from protocol.config import Config
 from protocol.config_file import load_config
 from protocol.types import TrajectoryGroup

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from learner.advantage import Credit
-from protocol.algorithms import AdvantageConfig, Correction, LossConfig
+from learner.algorithms.advantages import Credit
+from protocol.algorithm_config import AdvantageConfig, Correction, LossConfig
 from protocol.config import LearnerConfig
 from protocol.types import Context, Status, Trajectory, TrajectoryGroup
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.advantage import (
+from learner.algorithms.advantages import (
     Credit,
     grpo_advantages,
     has_signal,
@@ -17,8 +17,8 @@ from learner.advantage import (
     rloo_advantages,
     token_advantages,
 )
-from learner.returns import discounted_sums, generalized_advantages, whitened
-from protocol.algorithms import AdvantageConfig
+from learner.algorithms.returns import discounted_sums, generalized_advantages, whitened
+from protocol.algorithm_config import AdvantageConfig
 from protocol.errors import ConfigError
 from tests.learner.reference import reference_token_advantages
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from learner.attention import choose, install, to_device
-from learner.attention_flex import block_mask, compiled, flex_inputs
-from learner.packing import Pack, pack
+from learner.batch.packing import Pack, pack
+from learner.model.attention import choose, install, to_device
+from learner.model.attention_flex import block_mask, compiled, flex_inputs
 from protocol.errors import DataError
 from tests.learner.forests import Ids, forests, grown, model_of, plain_attention
 

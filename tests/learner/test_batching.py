@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from learner.batching import aggregation_weights, flatten
+from learner.batch.flatten import aggregation_weights, flatten
 from protocol.errors import MalformedMessage
 from protocol.types import Status
 from tests.learner.reference import Token, tokens_of

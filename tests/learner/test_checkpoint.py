@@ -11,10 +11,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from learner import checkpoint, weights
-from learner.checkpoint import TrainingState, latest_checkpoint, list_checkpoints, restore_training, save_checkpoint
-from learner.policy import load_policy
-from learner.trainer import Trainer
+from learner.model import export as weights
+from learner.model.loading import load_policy
+from learner.training import checkpoint
+from learner.training.checkpoint import (
+    TrainingState,
+    latest_checkpoint,
+    list_checkpoints,
+    restore_training,
+    save_checkpoint,
+)
+from learner.training.trainer import Trainer
 from protocol.config import LearnerConfig, LossConfig, OptimizerConfig
 from protocol.errors import DataError
 from protocol.types import TrajectoryGroup

@@ -8,14 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.corrections import (
+from learner.algorithms.importance_weights import (
     correction_weights,
     masked_weights,
     needs_prepass,
     second_moment_mask,
     truncated_weights,
 )
-from protocol.algorithms import (
+from protocol.algorithm_config import (
     Correction,
     MaskConfig,
     RejectConfig,

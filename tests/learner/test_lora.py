@@ -8,12 +8,12 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from learner.checkpoint import TrainingState, restore_training, save_checkpoint
-from learner.lora import add_adapters
-from learner.optimizer import apply_update, build_optimizer
-from learner.parallel import World
-from learner.policy import Policy
-from learner.weights import published_weights
+from learner.model.export import published_weights
+from learner.model.loading import Policy
+from learner.model.lora import add_adapters
+from learner.model.parallel import World
+from learner.training.checkpoint import TrainingState, restore_training, save_checkpoint
+from learner.training.optimizer import apply_update, build_optimizer
 from protocol.config import LoraConfig, OptimizerConfig
 from protocol.errors import ConfigError
 from tests.learner.tiny import VOCAB_SIZE, tiny_model

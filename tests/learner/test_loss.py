@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.diagnostics import NUM_BUCKETS, Diagnostics
-from learner.loss import (
+from learner.algorithms.diagnostics import NUM_BUCKETS, Diagnostics
+from learner.algorithms.losses import (
     LossTokens,
     approx_kl,
     cispo,
@@ -20,7 +20,7 @@ from learner.loss import (
     total_loss,
     value_loss,
 )
-from protocol.algorithms import LossConfig, ValueConfig
+from protocol.algorithm_config import LossConfig, ValueConfig
 from tests.learner.flat import flat_tokens
 from tests.learner.reference import reference_objective
 

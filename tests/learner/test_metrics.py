@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from learner.metrics import MetricsWriter, render_trajectory, summarise_rollouts
-from learner.policy import Policy
-from learner.trainer import Trainer
+from learner.metrics.tensorboard import TensorBoardWriter, render_trajectory, summarise_rollouts
+from learner.model.loading import Policy
+from learner.training.trainer import Trainer
 from protocol.config import LearnerConfig
 from protocol.types import Status
 from tests.learner.tiny import group, tiny_model
@@ -40,7 +40,7 @@ def events(tmp_path: Path) -> EventAccumulator:
     metrics = Trainer(policy=Policy(model=tiny_model(), tokenizer_files=()), config=LearnerConfig()).train_step(
         groups, step=5
     )
-    writer = MetricsWriter(tmp_path)
+    writer = TensorBoardWriter(tmp_path)
     writer.step(metrics)
     writer.rollouts(summarise_rollouts(groups), step=5)
     writer.scalars({"rollout/tokens_per_s": 1.0, "learner/wait_s": 2.0, "queue/buffered_groups": 3.0}, step=5)

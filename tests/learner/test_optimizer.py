@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from learner.optimizer import SkipGuard, apply_update, build_optimizer, learning_rate
+from learner.training.optimizer import SkipGuard, apply_update, build_optimizer, learning_rate
 from protocol.config import OptimizerConfig
 from protocol.errors import DivergenceError
 

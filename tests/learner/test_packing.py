@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.packing import Pack, Share, pack, split
+from learner.batch.packing import Pack, Share, pack, split
 from protocol.errors import ConfigError
 from tests.learner.forests import Ids, every_token, forests, grown
 

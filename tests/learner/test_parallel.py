@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from learner.parallel import World, checkpoint_activations, clip_gradients, decoder_layers, join, shard
-from learner.weights import published_weights
+from learner.model.export import published_weights
+from learner.model.parallel import World, checkpoint_activations, clip_gradients, decoder_layers, join, shard
 from protocol.errors import ConfigError
 from tests.learner.rank import TRAINERS, Learner, train_groups
 from tests.learner.tiny import tiny_model

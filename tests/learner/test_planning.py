@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.batching import Batch, flatten
-from learner.planning import MicroBatch, Plan, make_micro_batches, make_plan
+from learner.batch.flatten import Batch, flatten
+from learner.batch.microbatches import MicroBatch, Plan, make_micro_batches, make_plan
 from protocol.types import TrajectoryGroup
 from tests.learner.tiny import group
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner.policy import load_policy
+from learner.model.loading import load_policy
 from protocol.errors import DataError
 from tests.learner.tiny import save_tiny_model, tiny_model
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from learner.drift import Drift, Mean
-from learner.start import run_replay
-from learner.store import metrics_path
+from learner.build import run_replay
+from learner.metrics.drift import Drift, Mean
+from learner.store.store import metrics_path
 from protocol.codec import pack_groups, unpack_groups
 from protocol.config_file import load_config
 from protocol.errors import DataError, DivergenceError, DriftError, MalformedMessage
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KILL_AFTER_5 = """
 import os, signal, sys
 from pathlib import Path
-from learner import loop, start
+from learner import build as start, loop
 from protocol.config_file import load_config
 train = loop.Loop._train
 def killed(self, groups):

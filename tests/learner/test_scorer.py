@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 
-from learner.attention import to_device
-from learner.packing import pack, split
-from learner.scorer import Scorer
+from learner.batch.packing import pack, split
+from learner.model.attention import to_device
+from learner.model.scorer import Scorer
 from tests.learner.forests import (
     FAMILIES,
     Ids,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.scoring import _tile_shape, token_scores
+from learner.model.tiled_logprobs import _tile_shape, token_scores
 
 M, H, V = 11, 6, 17
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from learner.batching import flatten
-from learner.planning import make_micro_batches
-from learner.policy import Policy
-from learner.trainer import Trainer
-from protocol.algorithms import Correction, LossConfig, MaskConfig, Scope, TruncateConfig
+from learner.batch.flatten import flatten
+from learner.batch.microbatches import make_micro_batches
+from learner.model.loading import Policy
+from learner.training.trainer import Trainer
+from protocol.algorithm_config import Correction, LossConfig, MaskConfig, Scope, TruncateConfig
 from protocol.config import LearnerConfig, OptimizerConfig
 from protocol.errors import MalformedMessage
 from protocol.types import Status, TrajectoryGroup

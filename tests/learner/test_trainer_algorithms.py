@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.batching import flatten
-from learner.corrections import needs_prepass
-from learner.policy import Policy
-from learner.trainer import Trainer
-from protocol.algorithms import (
+from learner.algorithms.importance_weights import needs_prepass
+from learner.batch.flatten import flatten
+from learner.model.loading import Policy
+from learner.training.trainer import Trainer
+from protocol.algorithm_config import (
     AdvantageConfig,
     LossConfig,
     MaskConfig,

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.advantage import Credit, grpo_advantages, maxrl_advantages, token_advantages
-from learner.batching import aggregation_weights
-from learner.corrections import (
+from learner.algorithms.advantages import Credit, grpo_advantages, maxrl_advantages, token_advantages
+from learner.algorithms.importance_weights import (
     inside,
     masked_weights,
     negative_on_policy,
@@ -22,9 +21,10 @@ from learner.corrections import (
     truncated_weights,
     without_outliers,
 )
-from learner.loss import approx_kl, cispo, clipped_surrogate, sequence_log_ratio
-from learner.returns import discounted_sums, generalized_advantages, whitened
-from protocol.algorithms import AdvantageConfig
+from learner.algorithms.losses import approx_kl, cispo, clipped_surrogate, sequence_log_ratio
+from learner.algorithms.returns import discounted_sums, generalized_advantages, whitened
+from learner.batch.flatten import aggregation_weights
+from protocol.algorithm_config import AdvantageConfig
 
 DATA = Path(os.environ.get("PALIMPSEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 VECTORS = DATA / "vectors" / "rl_vectors.jsonl"

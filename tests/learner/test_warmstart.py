@@ -10,9 +10,9 @@ import torch
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from learner.induction import distinct_batch, induction_pretrain, repeated_batch, wire_induction
-from learner.sft import Demonstrations, padded, permuted, supervised_finetune
-from learner.warmstart import OPTIMIZER, build_toy_model, warm_start
+from learner.warmstart.induction_init import distinct_batch, induction_pretrain, repeated_batch, wire_induction
+from learner.warmstart.recipe import OPTIMIZER, build_toy_model, warm_start
+from learner.warmstart.sft import Demonstrations, padded, permuted, supervised_finetune
 from protocol.errors import ConfigError, DataError
 
 

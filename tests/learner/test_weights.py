@@ -7,9 +7,9 @@ from typing import Literal
 import pytest
 import torch
 
-from learner.parallel import join
-from learner.scorer import Scorer
-from learner.weights import canary
+from learner.model.export import canary
+from learner.model.parallel import join
+from learner.model.scorer import Scorer
 from protocol.messages import CanaryFields
 from tests.learner.rank import Learner
 from tests.learner.tiny import VOCAB_SIZE, tiny_model

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from learner.admission import Rules
-from learner.plane import Plane
-from learner.records import Arrived
-from learner.store import Store, store_path
+from learner.leases.admission import Rules
+from learner.leases.decisions import Arrived
+from learner.network.network_thread import NetworkThread
+from learner.store.store import Store, store_path
 from protocol.codec import decode_frames, encode_group
 from protocol.config import NetworkConfig
+from protocol.framing import Message, decode, encode
 from protocol.messages import (
     Drain,
     EngineFields,
@@ -30,7 +31,6 @@ from protocol.messages import (
 )
 from protocol.transport import Transport
 from protocol.types import Context, Question, Trajectory, TrajectoryGroup, VersionSpan
-from protocol.wire import Message, decode, encode
 
 RUN = "test"
 GROUP_SIZE = 2
@@ -52,20 +52,20 @@ class Setting:
 
 
 @contextmanager
-def open_plane(setting: Setting, *, on_death: Callable[[], None] | None = None) -> Iterator[Plane]:
+def open_plane(setting: Setting, *, on_death: Callable[[], None] | None = None) -> Iterator[NetworkThread]:
     """A plane as `run_learner` makes it, resumed from the store where there is one. It must not die, or say so."""
     store = Store(store_path(setting.folder))
-    ledger = store.restore_ledger(
+    lease_table = store.restore_lease_table(
         groups_per_batch=setting.groups_per_batch,
         staleness_bound=setting.staleness_bound,
         num_steps=setting.num_steps,
     )
     deaths: list[str] = []
     rules = Rules(RUN, GROUP_SIZE, VOCABULARY, setting.skip_zero_variance)
-    plane = Plane(
+    plane = NetworkThread(
         network=NetworkConfig(),
         store=store,
-        ledger=ledger,
+        lease_table=lease_table,
         rules=rules,
         lease_timeout_s=setting.lease_timeout_s,
         straggler_timeout_s=setting.straggler_timeout_s,
@@ -79,15 +79,15 @@ def open_plane(setting: Setting, *, on_death: Callable[[], None] | None = None) 
     assert deaths == []
 
 
-def control_address(plane: Plane) -> str:
+def control_address(plane: NetworkThread) -> str:
     return plane.coordinator._router.address
 
 
-def weights_address(plane: Plane) -> str:
+def weights_address(plane: NetworkThread) -> str:
     return plane.publisher._router.address
 
 
-def announce_address(plane: Plane) -> str:
+def announce_address(plane: NetworkThread) -> str:
     return plane.publisher._announcements.address
 
 
@@ -199,7 +199,9 @@ class Actor:
 _request_ids = count(1)
 
 
-async def report_engine(plane: Plane, *, version: int, publication: int = 1, state: str = "serving") -> EngineReply:
+async def report_engine(
+    plane: NetworkThread, *, version: int, publication: int = 1, state: str = "serving"
+) -> EngineReply:
     """What an engine's agent says, over the wire."""
     transport = Transport()
     try:

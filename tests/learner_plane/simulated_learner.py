@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from learner.admission import Limits, Rules
-from learner.engines import Engines
-from learner.ledger import Ledger
-from learner.records import Decision
-from learner.retention import drop_tokens, expired_steps
-from learner.scheduler import Scheduler
-from learner.store import Store, store_path
+from learner.leases.admission import Limits, Rules
+from learner.leases.decisions import Decision
+from learner.leases.engines import Engines
+from learner.leases.lease_table import LeaseTable
+from learner.leases.scheduler import Scheduler
+from learner.store.retention import drop_tokens, expired_steps
+from learner.store.store import Store, store_path
 from protocol.errors import StoreFullError
+from protocol.framing import Buffer, Message, decode
 from protocol.messages import EngineReport, Goodbye, Heartbeat, Lease, SubmitGroup, SubmitReply
-from protocol.wire import Buffer, Message, decode
 
 if TYPE_CHECKING:
     from tests.learner_plane.simulation import World
@@ -55,8 +55,8 @@ class SimulatedLearner:
     def describe(self) -> str:
         if self.scheduler is None:
             return "the learner is down"
-        ledger = self.scheduler.ledger
-        return f"{ledger.counts()}, serving {self.scheduler.serving}, actors {dict(self.scheduler.actors)}"
+        lease_table = self.scheduler.lease_table
+        return f"{lease_table.counts()}, serving {self.scheduler.serving}, actors {dict(self.scheduler.actors)}"
 
     # --- life and death ---
 
@@ -178,7 +178,7 @@ class SimulatedLearner:
             self.world.seen["lease undelivered"] += len(undelivered)
             self._carry_out(self.scheduler.undelivered(undelivered, now_s=self.world.now_s))
         shape = self.world.shape
-        in_flight = len(self.scheduler.ledger.entries)
+        in_flight = len(self.scheduler.lease_table.entries)
         assert in_flight <= (shape.staleness_bound + 1) * shape.groups_per_batch, f"{in_flight} groups are in flight"
         return True
 
@@ -192,9 +192,9 @@ class SimulatedLearner:
             self._soon(2.0, self.scheduler.resume)
             return None
 
-    def _stored_ledger(self) -> Ledger:
+    def _stored_ledger(self) -> LeaseTable:
         shape = self.world.shape
-        return self.store.restore_ledger(
+        return self.store.restore_lease_table(
             groups_per_batch=shape.groups_per_batch, staleness_bound=shape.staleness_bound, num_steps=shape.num_steps
         )
 
@@ -204,7 +204,7 @@ class SimulatedLearner:
         assert self.scheduler is not None
         now_s = self.world.now_s
         self._carry_out(self.scheduler.tick(self.engines.serving(now_s=now_s), now_s=now_s))
-        if not self._is_training and self.scheduler.ledger.ready_batch() is not None:
+        if not self._is_training and self.scheduler.lease_table.ready_batch() is not None:
             self._is_training = True
             self._soon(self.world.random.uniform(0.1, 1.0), self._train)
         self._soon(TICK_S, self._tick)
@@ -212,8 +212,8 @@ class SimulatedLearner:
     def _train(self) -> None:
         """One step: log, now and then a checkpoint, publish."""
         assert self.scheduler is not None
-        ledger = self.scheduler.ledger
-        cursors, step = ledger.ready_batch(), ledger.step
+        lease_table = self.scheduler.lease_table
+        cursors, step = lease_table.ready_batch(), lease_table.step
         assert cursors is not None
         assert step == self.step
         for cursor in cursors:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from protocol.codec import encode_group
+from protocol.framing import Buffer, Message
 from protocol.messages import Drain, EngineFields, EngineReport, Goodbye, Heartbeat, Lease, RunStatus, SubmitReply
 from protocol.types import Context, Question, Status, Trajectory, TrajectoryGroup, VersionSpan
-from protocol.wire import Buffer, Message
 
 if TYPE_CHECKING:
     from tests.learner_plane.simulation import World

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from learner.audit import audit_run
-from learner.store import Store, store_path
+from learner.store.audit import audit_run
+from learner.store.store import Store, store_path
 from tests.learner_plane.simulated_learner import Crash, SimulatedLearner
 from tests.learner_plane.simulated_peers import SimulatedActor, SimulatedEngine
 

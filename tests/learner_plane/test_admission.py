@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from learner.admission import Rules, Verdict, judge
+from learner.leases.admission import Rules, Verdict, judge
 from protocol.codec import decode_frames, encode_group
 from protocol.types import Context, Question, Status, Trajectory, TrajectoryGroup, VersionSpan
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from learner.audit import audit_run
-from learner.ledger import Entry, LeaseRecord, State
-from learner.records import Ended, Granted, Placed, Trained
-from learner.store import Store, store_path
+from learner.leases.decisions import Ended, Granted, Placed, Trained
+from learner.leases.lease_table import Entry, LeaseRecord, State
+from learner.store.audit import audit_run
+from learner.store.store import Store, store_path
 from tests.learner_plane.peers import arrived
 from tests.learner_plane.test_admission import group
 

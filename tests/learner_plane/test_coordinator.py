@@ -12,19 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from learner import scheduler
-from learner.admission import Rules
-from learner.audit import audit_run
-from learner.ledger import Ledger, State
-from learner.plane import Plane
-from learner.records import Trained
-from learner.store import Store, store_path
+from learner.leases import scheduler
+from learner.leases.admission import Rules
+from learner.leases.decisions import Trained
+from learner.leases.lease_table import LeaseTable, State
+from learner.network.network_thread import NetworkThread
+from learner.store.audit import audit_run
+from learner.store.store import Store, store_path
 from protocol.codec import encode_group
 from protocol.config import NetworkConfig
 from protocol.errors import DataError, PalimpsestError, SecurityError, StoreError, UnreachableError
+from protocol.framing import encode
 from protocol.messages import EngineReply, Lease
 from protocol.types import Status, TrajectoryGroup
-from protocol.wire import encode
 from tests.learner_plane.peers import (
     GROUP_SIZE,
     RUN,
@@ -40,7 +40,7 @@ from tests.learner_plane.peers import (
 IDENTITY = {"run_id": RUN, "groups_per_batch": "2", "group_size": str(GROUP_SIZE), "staleness_bound": "1"}
 
 
-async def serve_version(plane: Plane, version: int) -> None:
+async def serve_version(plane: NetworkThread, version: int) -> None:
     """The learner publishes `version`, and the only engine commits it."""
     publication = await asyncio.to_thread(lambda: plane.publish(_tiny_safetensors(), version=version))
     await report_engine(plane, version=version, publication=publication)
@@ -59,12 +59,12 @@ def count(setting: Setting, state: State) -> int:
         store.close()
 
 
-async def next_batch(plane: Plane) -> list[TrajectoryGroup]:
+async def next_batch(plane: NetworkThread) -> list[TrajectoryGroup]:
     async with asyncio.timeout(WAIT_S):
         return await asyncio.to_thread(plane.run, plane.coordinator.next_batch())
 
 
-async def finish(plane: Plane, batch: list[TrajectoryGroup]) -> None:
+async def finish(plane: NetworkThread, batch: list[TrajectoryGroup]) -> None:
     await asyncio.to_thread(plane.run, plane.coordinator.finish_batch([group.cursor for group in batch]))
 
 
@@ -410,10 +410,10 @@ def test_a_plane_that_cannot_listen_says_so(tmp_path: Path) -> None:
             (NetworkConfig(control_port=port), UnreachableError, f"cannot listen on tcp://127.0.0.1:{port}: .* in use"),
             (NetworkConfig(host="0.0.0.0"), SecurityError, "beyond loopback and needs CURVE keys"),
         ):
-            second = Plane(
+            second = NetworkThread(
                 network=network,
                 store=store,
-                ledger=coordinator_._scheduler.ledger,
+                lease_table=coordinator_._scheduler.lease_table,
                 rules=coordinator_._scheduler._rules,
                 lease_timeout_s=1.0,
                 on_death=lambda: None,
@@ -456,10 +456,10 @@ def _broken(*_: object, **__: object) -> None:
 def test_a_plane_that_cannot_start_has_let_go_of_the_store(tmp_path: Path) -> None:
     """Its thread would go on with a database that the caller closes: that ends the process with SIGSEGV."""
     with socket.create_server(("127.0.0.1", 0)) as taken, closing(Store(store_path(tmp_path))) as store:
-        plane = Plane(
+        plane = NetworkThread(
             network=NetworkConfig(control_port=taken.getsockname()[1]),
             store=store,
-            ledger=Ledger(groups_per_batch=1, staleness_bound=0, num_steps=1),
+            lease_table=LeaseTable(groups_per_batch=1, staleness_bound=0, num_steps=1),
             rules=Rules("run", 1, 1, False),
             lease_timeout_s=1.0,
             on_death=lambda: None,

@@ -6,8 +6,8 @@ import asyncio
 import random
 from pathlib import Path
 
-from learner.audit import audit_run
-from learner.store import Store, store_path
+from learner.store.audit import audit_run
+from learner.store.store import Store, store_path
 from protocol.codec import encode_group
 from protocol.transport import Dealer, Transport
 from tests.fuzz.mutate import mutated

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from learner.identity import identity_of
+from learner.store.resume_key import resume_key
 from protocol.config import Config
 
 
@@ -15,7 +15,7 @@ def config(**learner: object) -> Config:
 
 @pytest.mark.parametrize("change", [{"torch_threads": 4}, {"tokens_per_micro_batch": 5}, {"lease_timeout_s": 3.0}])
 def test_where_and_how_fast_may_change(change: dict[str, object]) -> None:
-    assert identity_of(config(**change)) == identity_of(config())
+    assert resume_key(config(**change)) == resume_key(config())
 
 
 @pytest.mark.parametrize(
@@ -32,11 +32,11 @@ def test_where_and_how_fast_may_change(change: dict[str, object]) -> None:
     ],
 )
 def test_what_is_trained_may_not(change: dict[str, object], key: str) -> None:
-    before, after = identity_of(config()), identity_of(config(**change))
+    before, after = resume_key(config()), resume_key(config(**change))
     assert [name for name in before if before[name] != after[name]] == [key]
 
 
 def test_more_steps_may_follow_unless_the_schedule_depends_on_them() -> None:
-    assert identity_of(config(num_steps=5)) == identity_of(config(num_steps=9))
+    assert resume_key(config(num_steps=5)) == resume_key(config(num_steps=9))
     linear = {"schedule": "linear"}
-    assert identity_of(config(num_steps=5, optimizer=linear)) != identity_of(config(num_steps=9, optimizer=linear))
+    assert resume_key(config(num_steps=5, optimizer=linear)) != resume_key(config(num_steps=9, optimizer=linear))

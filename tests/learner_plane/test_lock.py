@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.lock import is_locked, locked
+from learner.store.folder_lock import is_locked, locked
 from protocol.errors import DataError
 
 

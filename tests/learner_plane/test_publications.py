@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from learner.publications import NOTHING, Offer, Publications, Series
+from learner.network.weight_deltas import NOTHING, Offer, Publications, Series
 from protocol.deltas import decode
 from protocol.messages import Manifest
 

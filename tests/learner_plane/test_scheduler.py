@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 
-from learner.admission import Limits, Rules
-from learner.ledger import Ledger, State
-from learner.records import Arrived, Decision, Ended, Granted, Moved, Placed, Trained
-from learner.scheduler import LOST_AFTER_S, Scheduler
+from learner.leases.admission import Limits, Rules
+from learner.leases.decisions import Arrived, Decision, Ended, Granted, Moved, Placed, Trained
+from learner.leases.lease_table import LeaseTable, State
+from learner.leases.scheduler import LOST_AFTER_S, Scheduler
 from protocol.codec import encode_group
+from protocol.framing import decode
 from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, Lease, RunStatus, SubmitGroup, SubmitReply
-from protocol.wire import decode
 from tests.learner_plane.peers import GROUP_SIZE, RUN, VOCABULARY, make_group
 
 LEASE_TIMEOUT_S = 60.0
@@ -21,7 +21,7 @@ STRAGGLER_S = 10.0
 
 def make(*, groups_per_batch: int = 2, staleness_bound: int = 1, straggler_timeout_s: float | None = None) -> Scheduler:
     return Scheduler(
-        Ledger(groups_per_batch=groups_per_batch, staleness_bound=staleness_bound, num_steps=100),
+        LeaseTable(groups_per_batch=groups_per_batch, staleness_bound=staleness_bound, num_steps=100),
         rules=Rules(RUN, GROUP_SIZE, VOCABULARY, skip_zero_variance=True),
         limits=Limits(lease_timeout_s=LEASE_TIMEOUT_S, straggler_timeout_s=straggler_timeout_s),
         publications={version + 1: version for version in range(100)},
@@ -36,7 +36,7 @@ def engine(name: str, version: int) -> EngineFields:
 
 def beat(scheduler: Scheduler, name: str = "a", *, capacity: int = 8, held: list[int] | None = None, **to: float):
     """A heartbeat, and the leases that it brings. All outstanding leases are held unless told otherwise."""
-    held = [lease.lease_id for lease in scheduler.ledger.outstanding(name)] if held is None else held
+    held = [lease.lease_id for lease in scheduler.lease_table.outstanding(name)] if held is None else held
     message = Heartbeat(actor=name, incarnation="1", capacity=capacity, held=held, counters={})
     return leases(scheduler.heartbeat(name.encode(), message, now_s=to.get("now_s", 0.0)))
 
@@ -58,9 +58,9 @@ def outcome(decision: Decision) -> str:
 
 
 def train(scheduler: Scheduler) -> list[int]:
-    batch = scheduler.ledger.ready_batch()
+    batch = scheduler.lease_table.ready_batch()
     assert batch is not None
-    assert scheduler.trained(batch) == Decision([Trained(scheduler.ledger.step - 1, tuple(batch))])
+    assert scheduler.trained(batch) == Decision([Trained(scheduler.lease_table.step - 1, tuple(batch))])
     return batch
 
 
@@ -125,13 +125,13 @@ def test_leases_that_could_not_be_sent_go_to_another() -> None:
     scheduler.engines([engine("e", 0)], now_s=0.0)
     beat(scheduler, "a", capacity=2)
     beat(scheduler, "b", capacity=0)
-    held = [lease.lease_id for lease in scheduler.ledger.outstanding("a")]
+    held = [lease.lease_id for lease in scheduler.lease_table.outstanding("a")]
     decision = scheduler.undelivered(held[:1], now_s=1.0)
     assert Ended(held[0], "lost") in decision.records
     assert leases(decision) == [], "a gets nothing before it is heard of"
     (again,) = beat(scheduler, "b", capacity=1, now_s=1.0)
     assert (again.cursor, again.attempt) == (0, 1)
-    assert [lease.lease_id for lease in scheduler.ledger.outstanding("a")] == held[1:], "it may work on"
+    assert [lease.lease_id for lease in scheduler.lease_table.outstanding("a")] == held[1:], "it may work on"
 
 
 def test_a_lease_that_no_heartbeat_names_is_lost_after_a_while() -> None:
@@ -175,10 +175,10 @@ def test_a_straggler_is_overtaken_and_comes_in_later() -> None:
             submit(scheduler, lease, version=version)
         scheduler.tick(serving, now_s=100.0)
         train(scheduler)
-    assert scheduler.ledger.entries[slow.cursor].slot == 6
-    assert scheduler.ledger.min_version(6) == 2
+    assert scheduler.lease_table.entries[slow.cursor].slot == 6
+    assert scheduler.lease_table.min_version(6) == 2
     assert outcome(submit(scheduler, slow, version=0)) == "accepted", "the rest is masked where tokens are trained"
-    assert scheduler.ledger.num_overtaken == 3
+    assert scheduler.lease_table.num_overtaken == 3
 
 
 @pytest.mark.parametrize("why", ["another is missing too", "no group has come for a later batch", "switched off"])
@@ -192,7 +192,7 @@ def test_nobody_is_overtaken_in_vain(why: str) -> None:
     if why != "another is missing too":
         submit(scheduler, second)
     assert scheduler.tick(serving, now_s=STRAGGLER_S + 1) == Decision()
-    assert scheduler.ledger.entries[first.cursor].slot == 0
+    assert scheduler.lease_table.entries[first.cursor].slot == 0
 
 
 def test_tokens_older_than_the_lease_are_refused_from_who_was_not_overtaken() -> None:
@@ -213,7 +213,7 @@ def test_nothing_is_decided_while_the_disk_is_full() -> None:
     scheduler.engines(serving, now_s=0.0)
     (lease,) = beat(scheduler, capacity=1)
     assert outcome(submit(scheduler, lease)) == "accepted"  # ... and this could not be written:
-    stored = make().ledger
+    stored = make().lease_table
     stored.grant(actor="a", now_s=0.0, engine_version=0)
     scheduler.pause(stored, num_failures={})
     events: list[Callable[[], Decision]] = [

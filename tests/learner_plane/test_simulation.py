@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner import store
+from learner.store import store
 from tests.learner_plane.simulation import Shape, World
 
 FAULTS = (

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from learner import coordinator
-from learner.audit import audit_run
-from learner.ledger import Entry, LeaseRecord, State
-from learner.plane import Plane
-from learner.records import Ended, Granted, Moved, Placed, Trained
-from learner.retention import drop_tokens, expired_steps
-from learner.store import Store, store_path
+from learner.leases.decisions import Ended, Granted, Moved, Placed, Trained
+from learner.leases.lease_table import Entry, LeaseRecord, State
+from learner.network import coordinator
+from learner.network.network_thread import NetworkThread
+from learner.store.audit import audit_run
+from learner.store.retention import drop_tokens, expired_steps
+from learner.store.store import Store, store_path
 from protocol.codec import encode_group
 from protocol.errors import StoreError, StoreFullError
 from protocol.messages import Lease
@@ -203,7 +203,7 @@ def actor_unanswered(actor: Actor, sent: int) -> bool:
     return len({reply.lease_id for reply in actor.replies}) < sent
 
 
-async def on_plane(plane: Plane, action) -> None:
+async def on_plane(plane: NetworkThread, action) -> None:
     """Runs where the store is used."""
 
     async def act() -> None:
@@ -213,9 +213,9 @@ async def on_plane(plane: Plane, action) -> None:
 
 
 def test_commits_reach_the_database_file_beside_them(tmp_path: Path) -> None:
-    """Without its log, the copied file holds what was committed: nobody but the backfill has put it there."""
+    """Without its log, the copied file holds what was committed: nobody but the wal_checkpointer has put it there."""
     path, copied = store_path(tmp_path), tmp_path / "copied.sqlite"
-    with closing(Store(path)) as store, store.backfilled():
+    with closing(Store(path)) as store, store.wal_checkpointing():
         store.claim(IDENTITY)
         put(store, 0, slot=0, version=0)
         deadline_s = time.monotonic() + WAIT_S

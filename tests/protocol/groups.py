@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
+from protocol.framing import Message
 from protocol.messages import SubmitGroup
 from protocol.types import Context, Edge, Question, Status, Trajectory, TrajectoryGroup, VersionSpan
-from protocol.wire import Message
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 _NAME = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from protocol import wire
+from protocol import framing as wire
 from protocol.codec import decode_frames, decode_group, encode_group
 from protocol.errors import IncompatibleVersion, MalformedMessage, MessageTooLarge, ProtocolError
+from protocol.framing import Buffer, Message, decode, encode, expect
 from protocol.messages import Heartbeat, SubmitGroup
 from protocol.types import Context, Question, Trajectory, TrajectoryGroup, VersionSpan
-from protocol.wire import Buffer, Message, decode, encode, expect
 from tests.protocol.groups import KINDS, groups
 from tests.protocol.groups import messages as any_message
 

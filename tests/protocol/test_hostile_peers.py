@@ -15,7 +15,7 @@ import zmq.asyncio
 
 from protocol.errors import DataError
 from protocol.keys import AllowList
-from protocol.limits import BURST, RATE_PER_S, REFUSAL_COST, RateLimit
+from protocol.rate_limit import BURST, RATE_PER_S, REFUSAL_COST, RateLimit
 from protocol.transport import Dealer, Router, Transport, create_client, create_keys
 
 WAIT_S = 20.0

@@ -12,10 +12,10 @@ import pytest
 
 from protocol.addresses import is_loopback
 from protocol.errors import DataError, ProtocolError, RemoteError, SecurityError, UnreachableError
+from protocol.framing import decode, encode
 from protocol.messages import Drain, ErrorReply, SearchReply, SearchRequest
-from protocol.rpc import RequestClient
+from protocol.request_client import RequestClient
 from protocol.transport import Transport, create_keys
-from protocol.wire import decode, encode
 
 WAIT_S = 20.0
 # Time that a peer without the right keys is given to get something through. Nothing waits for it where it does not.

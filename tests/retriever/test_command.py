@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from protocol.errors import ConfigError, DataError, SecurityError, UnreachableError, UserError
 from protocol.messages import SearchReply, SearchRequest
-from protocol.rpc import RequestClient
+from protocol.request_client import RequestClient
 from protocol.transport import Transport
 from retriever.command import index, retriever
 

@@ -10,10 +10,10 @@ import msgpack
 import pytest
 
 from protocol.errors import RemoteError
+from protocol.framing import decode, encode
 from protocol.messages import ErrorReply, Heartbeat, SearchReply, SearchRequest
-from protocol.rpc import RequestClient
+from protocol.request_client import RequestClient
 from protocol.transport import Dealer, Transport
-from protocol.wire import decode, encode
 from retriever.service import RetrieverService, ServiceLimits
 
 TIMEOUT_S = 20.0

@@ -11,12 +11,12 @@ import aiohttp
 import pytest
 import torch
 
-from actor import weight_agent
-from actor.engine_pool import EngineInfo, EnginePool
-from actor.sglang_client import Retry, SGLangClient, update_mode
-from actor.weight_agent import WeightAgent
-from protocol.rpc import RequestClient
-from tests.actor_plane.plane import RUN, WAIT_S, Plane
+from actor.engines.pool import EngineInfo, EnginePool
+from actor.engines.sglang_client import Retry, SGLangClient, update_mode
+from actor.weights import agent as weight_agent
+from actor.weights.agent import WeightAgent
+from protocol.request_client import RequestClient
+from tests.actor_plane.plane import RUN, WAIT_S, WeightPlane
 from tests.sglang.learner import published
 from tests.sglang.server import API_KEY, Server, python, save_model
 
@@ -41,8 +41,8 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 
 @pytest.fixture
-async def plane() -> AsyncIterator[Plane]:
-    plane = Plane()
+async def plane() -> AsyncIterator[WeightPlane]:
+    plane = WeightPlane()
     yield plane
     await plane.close()
 
@@ -55,7 +55,7 @@ class Attached:
     client: SGLangClient
     agent: WeightAgent
     pool: EnginePool
-    plane: Plane
+    plane: WeightPlane
     model: Path
 
     async def publish(self, *, publication: int, version: int, scale: float, canary_off_by: float = 0.0) -> None:
@@ -89,7 +89,7 @@ async def until_running(server: Server, num: int) -> None:
 
 @pytest.fixture
 async def attached(
-    plane: Plane, server: Server, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plane: WeightPlane, server: Server, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Attached]:
     """As `palimpsest engine --attach` puts it together."""
     monkeypatch.setattr(weight_agent, "_RETRY_S", 0.2)

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
-from learner.attention import to_device
-from learner.packing import pack
-from learner.parallel import World
-from learner.policy import load_policy
-from learner.scorer import Scorer
-from learner.weights import canary, published_weights
+from learner.batch.packing import pack
+from learner.model.attention import to_device
+from learner.model.export import canary, published_weights
+from learner.model.loading import load_policy
+from learner.model.parallel import World
+from learner.model.scorer import Scorer
 from protocol.messages import CanaryFields
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.audit import audit_run
+from learner.store.audit import audit_run
 from tests.launch.running import RUN_TIMEOUT_S, launched, steps
 from tests.launch.tiny_run import make_tiny_run
 from tests.sglang.server import API_KEY, Server

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from actor.completion import Completion
-from actor.sampling import SamplingParams
-from actor.sglang_client import SGLangClient, UpdateMode
-from actor.weight_fetch import Prepared
-from learner.scorer import Scorer
+from actor.engines.completion import Completion
+from actor.engines.sampling import SamplingParams
+from actor.engines.sglang_client import SGLangClient, UpdateMode
+from actor.weights.fetch import Prepared
+from learner.model.scorer import Scorer
 from protocol.errors import EngineRefused, UnknownVersion
 from protocol.types import PolicyTag
 from tests.actor_plane.plane import RUN

@@ -9,12 +9,12 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from actor.chat.tokenizer import Tokenizer
+from actor.chat.toy import ToyRendering
 from actor.tasks.toy.command import main
 from actor.tasks.toy.demonstrations import Demonstration, Noise, demonstrate, write_demonstrations
 from actor.tasks.toy.tokenizer import syllable_ids, write_tokenizer
 from actor.tasks.toy.world import make_world
-from actor.tokenizer import Tokenizer
-from actor.workflows.toy import ToyRendering
 from protocol.types import Context, Status
 
 RENDERING = ToyRendering()

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actor.chat.chatml import ChatRendering
 from actor.rewards.format import check_chat, last_boxed
 from actor.rewards.reward import REWARDS, reward_named
 from actor.rewards.text import exact_match, f1, normalise
-from actor.workflows.chat import ChatRendering
 from protocol.errors import ConfigError
 from protocol.types import Question, Status
 

@@ -20,12 +20,12 @@ def main(out: Path, worlds: tuple[int, ...], eval_worlds: tuple[int, ...], episo
 
     Demonstrations are played in the training worlds only.
     """
+    from actor.chat.tokenizer import Tokenizer
+    from actor.chat.toy import ToyRendering
     from actor.tasks.toy.demonstrations import write_demonstrations
     from actor.tasks.toy.task import write_corpus
     from actor.tasks.toy.tokenizer import write_tokenizer
     from actor.tasks.toy.world import make_world
-    from actor.tokenizer import Tokenizer
-    from actor.workflows.toy import ToyRendering
 
     training = [make_world(world) for world in worlds]
     for world in [*training, *map(make_world, eval_worlds)]:

@@ -1,7 +1,7 @@
 """Scripted episodes of the toy: a demonstrator that knows the way, and errs on purpose.
 
-It stands where the policy would, in the MemSearcher workflow itself (actor/demonstrations.py). The errors are what
-reinforcement learning has to remove: a demonstrator that never errs would leave it nothing to do.
+It takes the policy's place in the MemSearcher workflow (actor/evaluation/demonstrations.py). Its errors are what
+reinforcement learning removes: a demonstrator that never errs would leave nothing to improve.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
-from actor.demonstrations import ScriptedGenerator, save_demonstrations
+from actor.chat.rendering import Rendering
+from actor.chat.tokenizer import Tokenizer
+from actor.engines.sampling import SamplingParams
+from actor.evaluation.demonstrations import ScriptedGenerator, save_demonstrations
 from actor.rewards.reward import ExactMatchReward
-from actor.sampling import SamplingParams
 from actor.session import Session
 from actor.tasks.toy.search import ExactSearch
 from actor.tasks.toy.task import ToyQuestions, documents
 from actor.tasks.toy.tokenizer import syllable_ids, symbol_ids
 from actor.tasks.toy.world import RELATIONS, Fact, Walk, World
-from actor.tokenizer import Tokenizer
 from actor.workflows.memsearcher import MemSearcher
-from actor.workflows.rendering import Rendering
 from actor.workflows.workflow import Episode
 from protocol.config import WorkflowConfig
 from protocol.types import Context, Passage

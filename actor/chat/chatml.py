@@ -1,0 +1,170 @@
+r"""The real texts: Qwen2's chat tokens, a JSON tool, passages with titles, an answer in `\boxed{}`.
+
+    prompt        <|im_start|>system … <|im_end|> <|im_start|>user question, memory … <|im_start|>assistant <think>
+    policy        … </think> <tool_call>{"name": …, "arguments": {"query": …}}</tool_call><|im_end|>
+    observation   \n<|im_start|>user <tool_response>…</tool_response> … <|im_end|> <|im_start|>assistant
+    policy        <memory>…</memory><|im_end|>
+    … and in the last turn
+    policy        … </think> \boxed{answer}<|im_end|>
+
+Format facts from MemSearcher (arXiv 2511.02805) and its public code; the sentences are ours.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+
+from jinja2 import DictLoader, Environment, StrictUndefined
+
+from actor.chat.rendering import (
+    Action,
+    Answer,
+    BadCall,
+    Fidelity,
+    Malformed,
+    Result,
+    Search,
+    Searches,
+)
+from actor.rewards.format import check_chat, last_boxed
+from protocol.types import Passage
+
+TOOL_NAME = "wikipedia_search"
+MAX_QUERY_CHARS = 2_000
+_START, _END = "<|im_start|>", "<|im_end|>"
+_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_CALL_TAG = re.compile(r"</?tool_call>")
+_MEMORY = re.compile(r"<memory>(.*?)</memory>", re.DOTALL)
+_CONTROL = re.compile(r"<(?=\||/?(?:think|tools|tool_call|tool_response|memory|question)>)")
+_TEMPLATES = ("system", "user", "observation")
+
+
+class ChatRendering:
+    """Implements `Rendering`. `paper` joins passages with a literal backslash-n, as the original does."""
+
+    end_token = _END
+
+    def __init__(self, *, fidelity: Fidelity = "mended", top_n: int = 5) -> None:
+        folder = files("actor.chat") / "templates"
+        sources = {name: (folder / f"{name}.jinja").read_text(encoding="utf-8") for name in _TEMPLATES}
+        # Not HTML: autoescape would change the text. `plain` is what keeps foreign text from being read as control.
+        self._templates = Environment(loader=DictLoader(sources), undefined=StrictUndefined, autoescape=False)
+        self._separator = r"\n" if fidelity == "paper" else "\n"
+        self._system = self._render("system", tool=_tool_schema(top_n), tool_name=TOOL_NAME)
+
+    def prompt(self, question: str, memory: str) -> str:
+        user = self._render("user", question=plain(question), memory=plain(memory))
+        return f"{_turn('system', self._system)}\n{_turn('user', user)}\n{_START}assistant\n<think>"
+
+    def parse_action(self, text: str) -> Action:
+        text = text.removesuffix(_END)
+        opened, closed = text.count("<tool_call>"), text.count("</tool_call>")
+        if opened != closed:
+            return Malformed(f"{opened} <tool_call> but {closed} </tool_call>")
+        thoughts, ended = text.count("<think>") + 1, text.count("</think>")  # the prompt opens the first one
+        fault = "" if thoughts == ended else f"{thoughts} <think> but {ended} </think>"
+        if _CALL_TAG.findall(text) != ["<tool_call>", "</tool_call>"] * opened:
+            fault = fault or "<tool_call> and </tool_call> do not alternate"
+        if bodies := _CALL.findall(text):
+            calls = tuple(parse_call(body) for body in bodies)
+            broken = next((c.error for c in calls if isinstance(c, BadCall) and c.breaks_format), "")
+            return Searches(calls, fault or broken)
+        answer = last_boxed(text)
+        return Malformed(r"neither a tool call nor \boxed{}") if answer is None else Answer(answer.strip(), fault)
+
+    def observation(self, results: Sequence[Result]) -> str:
+        responses = [self._response(result) for result in results]
+        user = self._render("observation", responses=responses)
+        return f"\n{_turn('user', user)}\n{_START}assistant\n"
+
+    def parse_memory(self, text: str, *, truncated: bool = False) -> str | None:
+        text = text.removesuffix(_END)
+        if match := _MEMORY.search(text):
+            return match[1].strip() or None
+        _, opened, rest = text.partition("<memory>")
+        return (rest.strip() or None) if truncated and opened else None
+
+    def format_fault(self, transcript: str) -> str:
+        return check_chat(transcript).reason or ""
+
+    def write_action_search(self, thought: str, queries: Sequence[str]) -> str:
+        calls = (
+            json.dumps({"name": TOOL_NAME, "arguments": {"query": query}}, ensure_ascii=False) for query in queries
+        )
+        tagged = "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
+        return f"\n{thought}\n</think>\n{tagged}{_END}"
+
+    def write_answer(self, thought: str, answer: str) -> str:
+        return f"\n{thought}\n</think>\nThe answer is \\boxed{{{answer}}}{_END}"
+
+    def write_memory(self, memory: str) -> str:
+        return f"<memory>\n{memory}\n</memory>{_END}"
+
+    def _render(self, name: str, **values: str | list[str]) -> str:
+        return self._templates.get_template(name).render(values)
+
+    def _response(self, result: Result) -> str:
+        if isinstance(result.call, BadCall):
+            return plain(f"Error: {result.call.error}")
+        if not result.passages:
+            return "Nothing was found."
+        return self._separator.join(
+            _passage(number, passage) for number, passage in enumerate(result.passages, start=1)
+        )
+
+
+def parse_call(body: str) -> Search | BadCall:
+    """What stands between a pair of tool-call tags, validated."""
+    try:
+        call = json.loads(body)
+    except (json.JSONDecodeError, RecursionError) as error:
+        return BadCall(f"the tool call is not valid JSON: {error}", breaks_format=True)
+    if not isinstance(call, dict) or not {"name", "arguments"} <= call.keys():
+        return BadCall("a tool call is a JSON object with `name` and `arguments`", breaks_format=True)
+    if call["name"] != TOOL_NAME:
+        return BadCall(f"there is no tool {call['name']!r:.80}; the only one is {TOOL_NAME}")
+    arguments = call["arguments"]
+    query = arguments.get("query") if isinstance(arguments, dict) else None
+    if not isinstance(query, str) or not query.strip():
+        return BadCall("`arguments` needs `query`, a text that is not empty")
+    if len(query) > MAX_QUERY_CHARS or not _is_unicode(query):
+        return BadCall(f"`query` must be a text of at most {MAX_QUERY_CHARS} characters")
+    top_n = arguments.get("top_n")
+    if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1):
+        return BadCall(f"`top_n` must be an integer >= 1, got {top_n!r:.80}")
+    return Search(query.strip(), top_n)
+
+
+def _is_unicode(text: str) -> bool:
+    r"""False where JSON escapes left half of a character (`\ud800`), which cannot be sent."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def plain(text: str) -> str:
+    """`text` from outside (a question, a passage, a memory) in which no chat token and no tag can be read as one."""
+    return _CONTROL.sub("< ", text)
+
+
+def _turn(role: str, text: str) -> str:
+    return f"{_START}{role}\n{text}{_END}"
+
+
+def _passage(number: int, passage: Passage) -> str:
+    title = f"{plain(passage.title)}: " if passage.title else ""
+    return f"[{number}] {title}{plain(passage.text)}"
+
+
+def _tool_schema(top_n: int) -> str:
+    properties = {
+        "query": {"type": "string", "description": "What to look up."},
+        "top_n": {"type": "integer", "description": "How many passages to return.", "default": top_n},
+    }
+    function = {
+        "name": TOOL_NAME,
+        "description": "Finds the passages of Wikipedia that are closest to the query.",
+        "parameters": {"type": "object", "properties": properties, "required": ["query"]},
+    }
+    return json.dumps({"type": "function", "function": function})

@@ -1,0 +1,54 @@
+"""Making an observation fit into what a context has room for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from actor.chat.rendering import Rendering, Result
+from actor.chat.tokenizer import Tokenizer
+
+# Cutting text at a token border can change how its neighbours are encoded, so a first fit may be a few tokens off.
+_MAX_ROUNDS = 4
+
+
+def fit_observation(
+    rendering: Rendering, tokenizer: Tokenizer, results: Sequence[Result], num_tokens: int
+) -> tuple[list[int], bool] | None:
+    """The observation's ids [<= num_tokens], and whether passages were shortened to get there.
+
+    The longest passages are cut first, all to the same length. None where it does not fit even without their texts.
+    """
+    ids = tokenizer.encode(rendering.observation(results))
+    if len(ids) <= num_tokens:
+        return ids, False
+    lengths = [len(tokenizer.encode(p.text)) for result in results for p in result.passages]
+    bare = len(tokenizer.encode(rendering.observation(_shortened(tokenizer, results, 0))))
+    available = num_tokens - bare
+    for _ in range(_MAX_ROUNDS):
+        if available < 0:
+            return None
+        cut = _shortened(tokenizer, results, longest_that_fits(lengths, available))
+        ids = tokenizer.encode(rendering.observation(cut))
+        if len(ids) <= num_tokens:
+            return ids, True
+        available -= len(ids) - num_tokens
+    return None
+
+
+def longest_that_fits(lengths: Sequence[int], available: int) -> int:
+    """The largest m with sum(min(length, m)) <= available; the longest length where all of them fit."""
+    remaining, count = available, len(lengths)
+    for length in sorted(lengths):
+        if length * count > remaining:
+            return remaining // count
+        remaining -= length
+        count -= 1
+    return max(lengths, default=0)
+
+
+def _shortened(tokenizer: Tokenizer, results: Sequence[Result], num_tokens: int) -> list[Result]:
+    return [
+        replace(r, passages=tuple(replace(p, text=tokenizer.truncate(p.text, num_tokens)) for p in r.passages))
+        for r in results
+    ]

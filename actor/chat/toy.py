@@ -1,0 +1,73 @@
+"""The toy world's terse texts for a word-level vocabulary: one token a word, no filler.
+
+prompt        <question> what is zuka founder birthplace country ? <memory> none <think>
+policy        zuka founder <search> zuka founder <end>
+observation   <information> zuka founder kami . … <memory>
+policy        zuka founder kami <end>
+… and in the last turn
+policy        country ? <answer> peru <end>
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from actor.chat.rendering import Action, Answer, Malformed, Result, Search, Searches
+from protocol.types import Passage
+
+_EMPTY = "none"
+
+
+class ToyRendering:
+    """Implements `Rendering`. Words are separated by one space; a tag is a word."""
+
+    end_token = "<end>"
+
+    def prompt(self, question: str, memory: str) -> str:
+        return f"<question> {question} <memory> {memory or _EMPTY} <think>"
+
+    def parse_action(self, text: str) -> Action:
+        words = self._words(text)
+        tags = [word for word in words if word.startswith("<")]
+        if tags not in (["<search>"], ["<answer>"]):
+            return Malformed(f"an action has one of <search> and <answer>, got {' '.join(tags) or 'no tag'}")
+        argument = " ".join(words[words.index(tags[0]) + 1 :])
+        if not argument:
+            return Malformed(f"nothing follows {tags[0]}")
+        return Answer(argument) if tags[0] == "<answer>" else Searches((Search(argument),))
+
+    def observation(self, results: Sequence[Result]) -> str:
+        passages = [p.text for result in results for p in shuffled(result)]
+        return " ".join(["<information>", *(passages or [f"{_EMPTY} ."]), "<memory>"])
+
+    def parse_memory(self, text: str, *, truncated: bool = False) -> str | None:
+        words = self._words(text)
+        if not words or any(word.startswith("<") for word in words):
+            return None
+        return " ".join(words)
+
+    def format_fault(self, transcript: str) -> str:
+        """Nothing: the paper has no rules for these texts, and an answer that can be read has its format."""
+        return ""
+
+    def write_action_search(self, thought: str, queries: Sequence[str]) -> str:
+        """Raises: ValueError where there is not exactly one query: the toy has one search a turn."""
+        (query,) = queries
+        return f"{thought} <search> {query} <end>"
+
+    def write_answer(self, thought: str, answer: str) -> str:
+        return f"{thought} <answer> {answer} <end>"
+
+    def write_memory(self, memory: str) -> str:
+        return f"{memory} <end>"
+
+    def _words(self, text: str) -> list[str]:
+        words = text.split()
+        return words[:-1] if words and words[-1] == self.end_token else words
+
+
+def shuffled(result: Result) -> list[Passage]:
+    """The passages in an order that depends on the query and their ids only, so that position is no shortcut."""
+    query = result.call.query if isinstance(result.call, Search) else ""
+    return sorted(result.passages, key=lambda p: blake2b(f"{query}\0{p.id}".encode(), digest_size=8).digest())

@@ -1,0 +1,156 @@
+"""What an engine answers to /generate, validated: ids, log-probs and weight versions cover the same tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from protocol.errors import EngineError, EngineRefused, EngineUnavailable, UnknownVersion
+from protocol.framing import describe
+from protocol.types import PolicyTag
+
+
+class Span(NamedTuple):
+    """Completion tokens [start, end) were sampled by the weights that the engine calls `weight_version`."""
+
+    start: int
+    end: int
+    weight_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Why a generation ended. `matched`: the stop token, which is the last of the completion's ids."""
+
+    type: Literal["stop", "length"]
+    matched: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Completion:
+    """n >= 1 sampled tokens.
+
+    token_ids  int32   [n]  the stop token included
+    logprobs   float32 [n]  under the sampling temperature
+    spans      ascending and disjoint, they cover [0, n)
+    """
+
+    token_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    finish_reason: Finish
+    spans: tuple[Span, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    engine: str = ""
+
+
+_TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
+class _Wire(BaseModel):
+    """SGLang adds fields from release to release: those that are not read here are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class _FinishFields(_Wire):
+    type: str
+    matched: int | str | None = None
+    message: str | None = None
+    status_code: int | None = None
+
+
+class _SpanFields(_Wire):
+    version: str
+    start: int
+    end: int
+
+
+class _MetaInfo(_Wire):
+    """What is 0 or empty where it is absent is absent in SGLang's answer to a request aborted while it was queued."""
+
+    finish_reason: _FinishFields
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    weight_version: str | None = None
+    weight_versions: list[_SpanFields] | None = None
+    output_token_logprobs: list[tuple[float, _TokenId, str | None]] = []
+
+
+class _GenerateAnswer(_Wire):
+    output_ids: list[_TokenId] = []
+    meta_info: _MetaInfo
+
+
+def parse_completion(body: bytes, *, seen_version: str | None, engine: str) -> tuple[Completion, str]:
+    """The completion in an answer of /generate, and the weight version that the engine serves at its end.
+
+    Where the spans are absent (SGLang 0.5.17) only the version at the end is stated. `seen_version` is the one that was
+    known to be served before the request was sent. Publications only rise, so the whole completion is ascribed to it:
+    exact where the two are equal, the older of the two otherwise. An engine whose version went back (it was restarted)
+    cannot state it.
+
+    Raises: EngineError (an answer that cannot be used), EngineUnavailable (aborted: the partial tokens are dropped),
+    EngineRefused, UnknownVersion.
+    """
+    try:
+        answer = _GenerateAnswer.model_validate_json(body)
+    except ValidationError as error:
+        raise EngineError(f"{engine} /generate: unreadable answer: {describe(error)}") from error
+    meta, num_tokens = answer.meta_info, len(answer.output_ids)
+    finish = _finish(meta.finish_reason, engine)
+    ids = np.asarray(answer.output_ids, dtype=np.int32)
+    logprobs = np.asarray([entry[0] for entry in meta.output_token_logprobs], dtype=np.float32)
+    logged_ids = np.asarray([entry[1] for entry in meta.output_token_logprobs], dtype=np.int32)
+    if not num_tokens == len(logprobs) == meta.completion_tokens or num_tokens == 0:
+        raise EngineError(
+            f"{engine} /generate: output_ids, output_token_logprobs and completion_tokens must agree and be >= 1, got "
+            f"{num_tokens}, {len(logprobs)} and {meta.completion_tokens}"
+        )
+    if meta.prompt_tokens < 1:
+        raise EngineError(f"{engine} /generate: prompt_tokens must be >= 1, got {meta.prompt_tokens}")
+    if not np.array_equal(ids, logged_ids):
+        raise EngineError(f"{engine} /generate: output_ids differ from the ids of output_token_logprobs")
+    if not np.isfinite(logprobs).all():
+        raise EngineError(f"{engine} /generate: log-probs must be finite, got {logprobs[~np.isfinite(logprobs)][:3]}")
+    if finish.matched is not None and finish.matched != ids[-1]:
+        raise EngineError(f"{engine} /generate: stopped at token {finish.matched}, but the last id is {ids[-1]}")
+    spans = _spans(meta, num_tokens, seen_version, engine)
+    completion = Completion(ids, logprobs, finish, spans, meta.prompt_tokens, meta.cached_tokens, engine)
+    return completion, meta.weight_version or spans[-1].weight_version
+
+
+def _finish(fields: _FinishFields, engine: str) -> Finish:
+    match fields.type:
+        case "length":
+            return Finish("length")
+        case "stop":
+            return Finish("stop", fields.matched if isinstance(fields.matched, int) else None)
+        case "abort" if fields.status_code is not None and 400 <= fields.status_code < 500:
+            raise EngineRefused(f"{engine} /generate: {fields.message}")
+        case "abort":
+            raise EngineUnavailable(f"{engine} /generate: aborted: {fields.message or 'no reason given'}")
+        case other:
+            raise EngineError(f"{engine} /generate: unknown finish_reason {other!r:.40}")
+
+
+def _spans(meta: _MetaInfo, num_tokens: int, seen_version: str | None, engine: str) -> tuple[Span, ...]:
+    if meta.weight_versions is None:
+        if meta.weight_version is None or seen_version is None:
+            raise UnknownVersion(f"{engine} /generate states no weight_versions, and none was seen before the request")
+        if meta.weight_version != seen_version:
+            before, after = PolicyTag.parse(seen_version), PolicyTag.parse(meta.weight_version)
+            if before.run_id != after.run_id or before.publication > after.publication:
+                raise UnknownVersion(f"{engine} went back from {before} to {after} during the request")
+        return (Span(0, num_tokens, seen_version),)
+    spans = tuple(Span(s.start, s.end, s.version) for s in meta.weight_versions)
+    starts = [span.start for span in spans]
+    ends = [span.end for span in spans]
+    if not spans or starts != [0, *ends[:-1]] or ends[-1] != num_tokens or any(s >= e for s, e, _ in spans):
+        raise EngineError(f"{engine} /generate: weight_versions must cover [0, {num_tokens}), got {spans}")
+    return spans

@@ -1,0 +1,131 @@
+"""From a batch to micro-batches: which tokens a step trains, with what weight, which contexts are computed together.
+
+    Batch ──► minibatches, split by trajectory in lease order (one optimiser step each)
+                │  weights over *all* sampled tokens of the minibatch, on all ranks; then the age mask
+                ▼
+              micro-batches of contexts with common prefixes, as many on every rank (packing.py)
+
+Every rank plans the same whole and keeps its own micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learner.batch.flatten import Aggregation, Batch, Index, aggregation_weights
+from learner.batch.packing import Pack, Placement, Share, pack, split
+from protocol.errors import MalformedMessage
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MicroBatch:
+    """Contexts that go through the model as one packed row.
+
+    tokens  int64 [n]  the trained tokens, as indices into the batch's sampled ones; `placement` is of these
+    """
+
+    pack: Pack
+    placement: Placement
+    tokens: Index
+    num_contexts: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """What a step does with a batch of N sampled tokens.
+
+    weight       float32 [N]  what multiplies a token's loss; the loss is the plain sum over all micro-batches
+    trained      bool    [N]  false where a token is too old: it keeps its part of the denominator
+    minibatches               this rank's micro-batches of each optimiser step
+    """
+
+    weight: NDArray[np.float32]
+    trained: NDArray[np.bool_]
+    minibatches: tuple[tuple[MicroBatch, ...], ...]
+
+    @property
+    def num_over_age(self) -> int:
+        return int(np.count_nonzero(~self.trained))
+
+
+def make_plan(
+    batch: Batch,
+    *,
+    num_minibatches: int,
+    tokens_per_micro_batch: int,
+    aggregation: Aggregation,
+    constant: float,
+    oldest_version: int,
+    newest_version: int,
+    share: Share = "auto",
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> Plan:
+    """Splits a batch by trajectory into `num_minibatches` (fewer where trajectories are fewer), in lease order.
+
+    Tokens of a version below `oldest_version` (the learner's step minus the staleness bound) are not trained, but keep
+    their part of the denominator, which is that of the optimiser step: a minibatch, over all ranks.
+    Raises: MalformedMessage where a version is above `newest_version`, the learner's step.
+    """
+    sampled = batch.sampled
+    newest = int(sampled.version.max(initial=newest_version))
+    if newest > newest_version:
+        raise MalformedMessage(f"batch: policy versions must be <= the learner's step {newest_version}, got {newest}")
+    weight = np.zeros(len(sampled), dtype=np.float32)
+    trained = sampled.version >= oldest_version
+    minibatches = []
+    for part in np.array_split(np.arange(batch.num_trajectories), max(1, min(num_minibatches, batch.num_trajectories))):
+        inside = np.isin(sampled.trajectory, part)
+        weight[inside] = aggregation_weights(
+            sampled.trajectory[inside], sampled.context[inside], aggregation=aggregation, constant=constant
+        )
+        micro_batches = make_micro_batches(
+            batch,
+            tokens=np.flatnonzero(inside & trained),
+            tokens_per_micro_batch=tokens_per_micro_batch,
+            share=share,
+            rank=rank,
+            num_ranks=num_ranks,
+        )
+        minibatches.append(tuple(micro_batches))
+    return Plan(weight=weight, trained=trained, minibatches=tuple(minibatches))
+
+
+def make_micro_batches(
+    batch: Batch,
+    *,
+    tokens: Index,
+    tokens_per_micro_batch: int,
+    share: Share = "auto",
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> list[MicroBatch]:
+    """The micro-batches with which a rank trains its part of `tokens`, ascending indices into the batch's sampled ones.
+
+    A micro-batch computes at most `tokens_per_micro_batch` tokens (one context at least). A context is cut before its
+    last trained token, which is never an input; those without a trained token are not computed at all.
+    """
+    owner = batch.sampled.context[tokens]
+    contexts, first = np.unique(owner, return_index=True)
+    ends = np.append(first[1:], len(tokens)).astype(np.int64)
+    last = batch.sampled.position[tokens[ends - 1]] if len(contexts) else ends[:0]
+    inputs = [batch.token_ids[start : start + size] for start, size in zip(batch.starts[contexts], last, strict=True)]
+    parts = split(inputs, budget=tokens_per_micro_batch, num_ranks=num_ranks, share=share)[rank]
+    return [
+        _micro_batch(batch, [inputs[c] for c in chosen], [tokens[first[c] : ends[c]] for c in chosen], share)
+        for chosen in parts
+    ]
+
+
+def _micro_batch(
+    batch: Batch, inputs: Sequence[NDArray[np.int32]], tokens: Sequence[Index], share: Share
+) -> MicroBatch:
+    packed = pack(inputs, share=share)
+    flat = np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.int64)
+    local = np.repeat(np.arange(len(tokens)), np.array([len(each) for each in tokens], dtype=np.int64))
+    placement = packed.place(local, batch.sampled.position[flat], batch.sampled.token_id[flat])
+    return MicroBatch(pack=packed, placement=placement, tokens=flat, num_contexts=len(inputs))

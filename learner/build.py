@@ -1,0 +1,166 @@
+"""Puts a learner together from a config, on every rank, and runs its loop: live, or over recorded batches."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import torch
+
+from learner.batch_source import BatchSource, FollowerSource, LiveSource, ReplaySource
+from learner.leases.admission import Rules
+from learner.loop import Loop
+from learner.metrics.metrics_writer import MetricsWriter
+from learner.model.loading import load_policy
+from learner.model.lora import add_adapters
+from learner.model.parallel import World, checkpoint_activations, join
+from learner.network.network_thread import NetworkThread
+from learner.store.folder_lock import locked
+from learner.store.resume_key import resume_key
+from learner.store.store import Store, store_path
+from learner.training.checkpoint import latest_checkpoint, restore_training
+from learner.training.trainer import Trainer
+from protocol.config import Config
+from protocol.config_file import require_ports
+from protocol.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+def run_learner(config: Config) -> None:
+    """Trains until `learner.num_steps`; resumes where an earlier process of the same run stopped.
+
+    Under torchrun, every rank calls it. Raises: UserError (bad model folder, port in use, keys, a folder that belongs
+    to another run or to a learner that is running), StoreError, DivergenceError, DriftError.
+    """
+    with join(config.learner.device) as world, ExitStack() as stack:
+        if world.rank == 0:
+            stack.enter_context(locked(config.run.dir / "learner.lock", what="a learner"))
+        trainer, step = load_trainer(config, world)
+        if world.rank == 0:
+            source, metrics = _lead(config, trainer, stack, step=step)
+        else:
+            source, metrics = FollowerSource(world, num_recorded=int(world.broadcast(None))), None
+        Loop(config=config, trainer=trainer, source=source, metrics=metrics, step=step).run(
+            num_steps=config.learner.num_steps
+        )
+
+
+def run_replay(config: Config, source: Path) -> None:
+    """Trains the batches that the run in `source` has recorded, in their order, without any server; resumes.
+
+    Metrics and checkpoints go to `run.dir`. Raises: UserError, DivergenceError.
+    """
+    with join(config.learner.device) as world, ExitStack() as stack:
+        if world.rank == 0:
+            stack.enter_context(locked(config.run.dir / "learner.lock", what="a learner"))
+            _claim_replay(config, source)
+        store = stack.enter_context(closing(Store(store_path(source), read_only=True)))
+        num_steps = min(config.learner.num_steps, store.num_batches())
+        trainer, step = load_trainer(config, world)
+        metrics = _metrics(config, stack, step=step) if world.rank == 0 else None
+        if world.rank == 0:
+            print(f"learner: trains the {num_steps} recorded steps of {source} from step {step} on", flush=True)
+        Loop(config=config, trainer=trainer, source=ReplaySource(store), metrics=metrics, step=step).run(
+            num_steps=num_steps
+        )
+
+
+def load_trainer(config: Config, world: World) -> tuple[Trainer, int]:
+    """(trainer, the step that its weights are): model.path, with the newest checkpoint's weights. Raises: UserError."""
+    learner = config.learner
+    torch.set_num_threads(learner.torch_threads)
+    torch.manual_seed(config.run.seed)
+    newest = latest_checkpoint(config.run.dir / "checkpoints") if world.rank == 0 else None
+    checkpoint = world.broadcast(str(newest or "").encode()).decode()
+    policy = load_policy(config.model.path, device=str(world.device))
+    if learner.lora is not None:
+        add_adapters(policy.model, learner.lora)
+    if learner.activation_checkpointing:
+        checkpoint_activations(policy.model)
+    reference = None
+    if learner.loss.kl_coefficient:
+        reference = load_policy(learner.reference or config.model.path, device=str(world.device))
+    trainer = Trainer(
+        policy=policy, config=learner, temperature=config.sampling.temperature, reference=reference, world=world
+    )
+    if not checkpoint:
+        return trainer, 0
+    state = restore_training(
+        Path(checkpoint),
+        policy=policy,
+        optimizer=trainer.optimizer,
+        value_head=trainer.scorer.value_head,
+        world=world,
+    )
+    trainer.guard.num_skipped, trainer.guard.num_consecutive = state.num_skipped_updates, state.num_consecutive_skips
+    log.info("resumed from %s", checkpoint)
+    return trainer, state.step
+
+
+def _lead(config: Config, trainer: Trainer, stack: ExitStack, *, step: int) -> tuple[BatchSource, MetricsWriter]:
+    store = stack.enter_context(closing(Store(store_path(config.run.dir))))
+    store.claim(resume_key(config))
+    num_recorded = store.num_batches()
+    if step > num_recorded:
+        raise DataError(
+            f"the newest checkpoint in {config.run.dir} is of step {step}, but its store has {num_recorded} batches: "
+            "they are not of one run; choose another run.dir"
+        )
+    require_ports(config, "network.control_port", "network.weights_port", "network.announce_port")
+    trainer.world.broadcast(str(num_recorded).encode())
+    plane = stack.enter_context(_plane(config, store, vocab_size=trainer.policy.model.config.vocab_size))
+    metrics = _metrics(config, stack, step=num_recorded)
+    return LiveSource(
+        plane, num_recorded=num_recorded, world=trainer.world, retention=config.learner.retention
+    ), metrics
+
+
+def _plane(config: Config, store: Store, *, vocab_size: int) -> NetworkThread:
+    learner = config.learner
+    lease_table = store.restore_lease_table(
+        groups_per_batch=learner.groups_per_batch,
+        staleness_bound=learner.staleness_bound,
+        num_steps=learner.num_steps,
+    )
+    rules = Rules(
+        run_id=config.run.name,
+        group_size=learner.group_size,
+        vocab_size=vocab_size,
+        skip_zero_variance=learner.skip_zero_variance,
+    )
+    return NetworkThread(
+        network=config.network,
+        store=store,
+        lease_table=lease_table,
+        rules=rules,
+        lease_timeout_s=learner.lease_timeout_s,
+        straggler_timeout_s=learner.straggler_timeout_s,
+        on_death=lambda: os.kill(os.getpid(), signal.SIGTERM),
+    )
+
+
+def _metrics(config: Config, stack: ExitStack, *, step: int) -> MetricsWriter:
+    return stack.enter_context(MetricsWriter(config.run.dir, step=step, tokenizer_folder=config.model.path))
+
+
+def _claim_replay(config: Config, source: Path) -> None:
+    """Raises: DataError where run.dir holds a run, or a replay of another one or under another config."""
+    if store_path(config.run.dir).exists():
+        raise DataError(f"run.dir {config.run.dir} holds a run of its own: choose another folder for the replay")
+    path = config.run.dir / "replay.json"
+    identity = {"source": str(source.resolve()), **resume_key(config)}
+    if not path.exists():
+        path.write_text(json.dumps(identity, indent=2) + "\n")
+        return
+    found = json.loads(path.read_text())
+    for key, value in identity.items():
+        if found.get(key) != value:
+            raise DataError(
+                f"{config.run.dir} holds a replay with {key} = {found.get(key)}, not {value}: choose another run.dir, "
+                "or set it back to resume"
+            )

@@ -1,0 +1,295 @@
+"""Who works on what, and which batch it will train in: the staleness bound by construction. Pure: no clock, no IO.
+
+Batches are made of slots. Slot n trains in batch n // B, which takes the learner from step n // B to the next. A lease
+takes the lowest open slot, and only while
+
+    slot < (eta + 1 + s) * B        s: the lowest step committed on the engines that serve
+
+so its tokens have a version >= s >= batch - eta, whatever the timing. Batches are trained in slot order. A group that
+is skipped gives its slot back and a later question takes it; a lease that expires is issued again for the same question
+and slot.
+
+    open slot --grant--> running --accept--> buffered --finish--> trained
+        ^                 |   ^
+        |                 |   +--grant-- waiting <--expire, reissue-- running       (the next attempt)
+        +--skip-----------+              (zero variance, or failed too often: another question takes the slot)
+
+A straggler that alone holds up the current batch may be overtaken: it changes slots with a group that has come for a
+later batch. That group is only younger for it; the straggler's own tokens may pass the bound, and are then masked.
+
+Only questions that are not decided yet are held: a run of any length needs the same memory.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class State(StrEnum):
+    RUNNING = "running"
+    WAITING = "waiting"
+    """Expired, failed or refused; waits to be issued again."""
+    BUFFERED = "buffered"
+    TRAINED = "trained"
+    SKIPPED = "skipped"
+
+
+@dataclass(slots=True)
+class Entry:
+    """A question on its way: `slot` is where it will be trained (-1 once skipped), `first_slot` what it was leased for.
+
+    They differ only where it has been overtaken, or has overtaken another.
+    """
+
+    cursor: int
+    slot: int
+    attempt: int
+    state: State
+    first_slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRecord:
+    """One attempt given to one actor."""
+
+    lease_id: int
+    cursor: int
+    slot: int
+    attempt: int
+    actor: str
+    granted_s: float
+
+
+class LeaseTable:
+    """The lease rule as a state machine. Every method is one event; what it returns is what happened."""
+
+    def __init__(self, *, groups_per_batch: int, staleness_bound: int, num_steps: int) -> None:
+        self.groups_per_batch = groups_per_batch
+        self.staleness_bound = staleness_bound
+        self.num_steps = num_steps
+        self.step = 0
+        self.entries: dict[int, Entry] = {}
+        """The questions that are running, waiting or buffered."""
+        self.leases: dict[int, LeaseRecord] = {}
+        self.next_lease_id = 1
+        self.next_cursor = 0
+        self.num_expired = 0
+        self.num_overtaken = 0
+        self._next_slot = 0
+        self._open_slots: list[int] = []
+        self._waiting: list[tuple[int, int]] = []
+        self._buffered: dict[int, int] = {}
+        self._leases_of: defaultdict[str, dict[int, LeaseRecord]] = defaultdict(dict)
+
+    @classmethod
+    def restore(
+        cls,
+        *,
+        groups_per_batch: int,
+        staleness_bound: int,
+        num_steps: int,
+        step: int,
+        entries: Iterable[Entry],
+        leases: Iterable[LeaseRecord],
+        next_lease_id: int,
+        next_cursor: int,
+    ) -> LeaseTable:
+        """The lease table as stored: its open entries. Running leases stay with their actors until they expire."""
+        lease_table = cls(groups_per_batch=groups_per_batch, staleness_bound=staleness_bound, num_steps=num_steps)
+        lease_table.step = step
+        lease_table.next_lease_id = next_lease_id
+        lease_table.next_cursor = next_cursor
+        lease_table.entries = {entry.cursor: entry for entry in entries}
+        for lease in leases:
+            lease_table._hold(lease)
+        taken = {entry.slot for entry in lease_table.entries.values()}
+        first = step * groups_per_batch
+        lease_table._next_slot = max(max(taken, default=-1) + 1, first)
+        lease_table._open_slots = sorted(set(range(first, lease_table._next_slot)) - taken)
+        leased = {lease.cursor for lease in lease_table.leases.values()}
+        for entry in lease_table.entries.values():
+            if entry.state is State.RUNNING and entry.cursor not in leased:
+                entry.state = State.WAITING
+            if entry.state is State.WAITING:
+                heapq.heappush(lease_table._waiting, (entry.slot, entry.cursor))
+            elif entry.state is State.BUFFERED:
+                lease_table._buffered[entry.slot] = entry.cursor
+        return lease_table
+
+    def limit(self, engine_version: int) -> int:
+        """Slots below this may be leased while the slowest serving engine has committed `engine_version`."""
+        return self.groups_per_batch * min(self.staleness_bound + 1 + engine_version, self.num_steps)
+
+    def min_version(self, slot: int) -> int:
+        """The oldest version that a group of this slot may hold."""
+        return max(0, slot // self.groups_per_batch - self.staleness_bound)
+
+    def can_grant(self, *, engine_version: int) -> bool:
+        """Whether the bound (and the end of the run) allow another lease."""
+        return self._next_place()[0] < self.limit(engine_version)
+
+    def grant(self, *, actor: str, now_s: float, engine_version: int) -> LeaseRecord | None:
+        """The next lease, or None where `can_grant` is false."""
+        if not self.can_grant(engine_version=engine_version):
+            return None
+        slot, cursor = self._next_place()
+        if cursor is not None:
+            heapq.heappop(self._waiting)
+            entry = self.entries[cursor]
+            entry.attempt += 1
+            entry.state = State.RUNNING
+        else:
+            if self._open_slots and slot == self._open_slots[0]:
+                heapq.heappop(self._open_slots)
+            else:
+                self._next_slot += 1
+            entry = Entry(cursor=self.next_cursor, slot=slot, attempt=0, state=State.RUNNING, first_slot=slot)
+            self.next_cursor += 1
+            self.entries[entry.cursor] = entry
+        lease = LeaseRecord(self.next_lease_id, entry.cursor, slot, entry.attempt, actor, now_s)
+        self.next_lease_id += 1
+        self._hold(lease)
+        return lease
+
+    def expire(self, lease_id: int) -> LeaseRecord | None:
+        """The actor is gone or has lost it: its question is issued again, unless another attempt has won."""
+        lease = self.drop(lease_id)
+        if lease is not None:
+            self.num_expired += 1
+            self._wait_again(lease)
+        return lease
+
+    def accept(self, *, lease_id: int, cursor: int) -> bool:
+        """A valid group has come. False where another attempt was first, or the question was skipped.
+
+        An attempt whose lease had expired is as good as any: its slot is the same, and so is its bound.
+        """
+        self.drop(lease_id)
+        entry = self.undecided(cursor)
+        if entry is None:
+            return False
+        self._leave_waiting(entry)
+        entry.state = State.BUFFERED
+        self._buffered[entry.slot] = cursor
+        return True
+
+    def reissue(self, *, lease_id: int, cursor: int) -> None:
+        """The attempt failed or was refused: the question is issued again."""
+        lease = self.drop(lease_id)
+        if lease is not None and lease.cursor == cursor:
+            self._wait_again(lease)
+
+    def skip(self, *, lease_id: int, cursor: int) -> bool:
+        """The group will not be trained: its slot is open again. False where it was decided before."""
+        self.drop(lease_id)
+        entry = self.undecided(cursor)
+        if entry is None:
+            return False
+        self._leave_waiting(entry)
+        entry.state = State.SKIPPED
+        heapq.heappush(self._open_slots, entry.slot)
+        entry.slot = -1
+        del self.entries[cursor]
+        return True
+
+    def drop(self, lease_id: int) -> LeaseRecord | None:
+        """The lease has ended; what becomes of its question is another event's."""
+        lease = self.leases.pop(lease_id, None)
+        if lease is not None:
+            of_actor = self._leases_of[lease.actor]
+            del of_actor[lease_id]
+            if not of_actor:
+                del self._leases_of[lease.actor]
+        return lease
+
+    def overtake(self, *, granted_before_s: float) -> list[tuple[Entry, Entry]]:
+        """(straggler, group) pairs that have changed slots, so that the current batch is complete.
+
+        A straggler runs under a lease that was granted before `granted_before_s`. Nothing happens while the batch would
+        still wait for another, or too few groups of later batches have come.
+        """
+        slots = self._current_slots()
+        missing = [slot for slot in slots if slot not in self._buffered]
+        later = sorted(slot for slot in self._buffered if slot >= slots.stop)
+        if not missing or len(later) < len(missing):
+            return []
+        late = {(lease.cursor, lease.attempt) for lease in self.leases.values() if lease.granted_s < granted_before_s}
+        stragglers = {
+            entry.slot: entry
+            for entry in self.entries.values()
+            if entry.state is State.RUNNING and (entry.cursor, entry.attempt) in late
+        }
+        if any(slot not in stragglers for slot in missing):
+            return []
+        pairs = []
+        for slot, later_slot in zip(missing, later, strict=False):
+            straggler, group = stragglers[slot], self.entries[self._buffered.pop(later_slot)]
+            straggler.slot, group.slot = later_slot, slot
+            self._buffered[slot] = group.cursor
+            pairs.append((straggler, group))
+        self.num_overtaken += len(pairs)
+        return pairs
+
+    def ready_batch(self) -> list[int] | None:
+        """The cursors of the current step's batch in slot order, or None while a slot of it is still empty."""
+        slots = self._current_slots()
+        if any(slot not in self._buffered for slot in slots):
+            return None
+        return [self._buffered[slot] for slot in slots]
+
+    def finish(self, cursors: Iterable[int]) -> None:
+        """The current step is trained."""
+        for cursor in cursors:
+            entry = self.entries.pop(cursor)
+            entry.state = State.TRAINED
+            del self._buffered[entry.slot]
+        self.step += 1
+
+    def undecided(self, cursor: int) -> Entry | None:
+        """The entry of a question that still wants a group."""
+        entry = self.entries.get(cursor)
+        return entry if entry is not None and entry.state is not State.BUFFERED else None
+
+    def outstanding(self, actor: str) -> list[LeaseRecord]:
+        return list(self._leases_of[actor].values()) if actor in self._leases_of else []
+
+    def num_outstanding(self, actor: str) -> int:
+        return len(self._leases_of[actor]) if actor in self._leases_of else 0
+
+    def counts(self) -> dict[State, int]:
+        counts = dict.fromkeys(State, 0)
+        for entry in self.entries.values():
+            counts[entry.state] += 1
+        counts[State.TRAINED] = self.step * self.groups_per_batch
+        counts[State.SKIPPED] = self.next_cursor - sum(counts.values())
+        return counts
+
+    def _current_slots(self) -> range:
+        first = self.step * self.groups_per_batch
+        return range(first, first + self.groups_per_batch)
+
+    def _next_place(self) -> tuple[int, int | None]:
+        """(slot, cursor to issue again or None for a new question): the lowest slot that nobody works on."""
+        fresh = self._open_slots[0] if self._open_slots else self._next_slot
+        if self._waiting and self._waiting[0][0] < fresh:
+            return self._waiting[0]
+        return fresh, None
+
+    def _hold(self, lease: LeaseRecord) -> None:
+        self.leases[lease.lease_id] = lease
+        self._leases_of[lease.actor][lease.lease_id] = lease
+
+    def _wait_again(self, lease: LeaseRecord) -> None:
+        entry = self.entries.get(lease.cursor)
+        if entry is not None and entry.state is State.RUNNING and entry.attempt == lease.attempt:
+            entry.state = State.WAITING
+            heapq.heappush(self._waiting, (entry.slot, entry.cursor))
+
+    def _leave_waiting(self, entry: Entry) -> None:
+        if entry.state is State.WAITING:
+            self._waiting.remove((entry.slot, entry.cursor))
+            heapq.heapify(self._waiting)

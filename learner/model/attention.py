@@ -1,0 +1,114 @@
+"""Attention over a packed forest, as an attention implementation of transformers: exact, with no dense mask.
+
+Scorer ── packing_plan=plan ──► decoder ──► each layer's attention ──► plan.attend(query, key, value)
+                                                                        blocks (CPU): learner/model/attention_cpu.py
+                                                                        flex (CUDA):  learner/model/attention_flex.py
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from learner.batch.packing import Pack
+from protocol.errors import DataError
+
+NAME = "palimpsest"
+"""Of the attention implementation, in transformers."""
+
+Implementation = Literal["blocks", "flex"]
+
+_logger = logging.getLogger(__name__)
+
+
+class Plan(Protocol):
+    """How one pack attends; planned once, used by all layers."""
+
+    @property
+    def num_depths(self) -> int:
+        """The longest context's number of tokens."""
+        ...
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+        """[1, U, H, D] from query [1, H, U, D] and key, value [1, K, U, D], H a multiple of K."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedInputs:
+    """A pack on a device, of U tokens; a plan may add some that nothing sees and that see nothing else.
+
+    token_ids, position_ids  int64 [1, U]
+    plan                     what the decoder's forward takes as `packing_plan=`
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    plan: Plan
+
+
+@functools.cache
+def choose(device_type: str) -> Implementation:
+    """`flex` (FlexAttention) on CUDA, `blocks` on a CPU; logged once each. Raises: DataError for another device."""
+    if device_type not in ("cpu", "cuda"):
+        raise DataError(f"packed attention runs on a device of type cpu or cuda, got {device_type}")
+    chosen: Implementation = "flex" if device_type == "cuda" else "blocks"
+    _logger.info("attention over packs on %s: %s", device_type, chosen)
+    return chosen
+
+
+def to_device(pack: Pack, device: torch.device | str, *, implementation: Implementation | None = None) -> PackedInputs:
+    """Plans the attention of a pack and brings it to `device`; `implementation` is that of `choose` if not given."""
+    device = torch.device(device)
+    if (implementation or choose(device.type)) == "flex":
+        from learner.model.attention_flex import flex_inputs  # imports torch's compiler
+
+        token_ids, position_ids, plan = flex_inputs(pack, device)
+    else:
+        from learner.model.attention_cpu import BlockPlan
+
+        token_ids, position_ids = torch.from_numpy(pack.token_ids), torch.from_numpy(pack.depth)
+        plan = BlockPlan.of(pack)
+    return PackedInputs(token_ids.to(device)[None], position_ids.to(device)[None], plan)
+
+
+def install(model: PreTrainedModel) -> None:
+    """Makes `model` attend by the plan that its decoder's forward is given as `packing_plan=`.
+
+    Without a plan it attends causally and takes no mask: rows may be padded on the right, never on the left.
+    """
+    AttentionInterface.register(NAME, _attention_forward)
+    model.set_attn_implementation(NAME)
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    packing_plan: Plan | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """What transformers calls in each layer: query [B, H, U, D], key and value [B, K, U, D] -> [B, U, H, D]."""
+    if packing_plan is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout)
+    if sliding_window is not None and sliding_window < packing_plan.num_depths:
+        raise DataError(
+            f"packed attention has no sliding window: contexts must be <= {sliding_window} tokens, "
+            f"got {packing_plan.num_depths}"
+        )
+    if dropout:
+        raise DataError(f"packed attention has no dropout: attention_dropout must be 0, got {dropout}")
+    return packing_plan.attend(query, key, value, scale=scaling or query.shape[-1] ** -0.5), None

@@ -1,0 +1,78 @@
+"""The weights as engines and other programs take them: whole, on the CPU, under the base model's names."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from learner.batch.packing import pack
+from learner.model.attention import to_device
+from learner.model.lora import merge, scalings
+from learner.model.parallel import World, full
+from learner.model.scorer import Scorer
+from protocol.messages import CanaryFields
+
+_CANARY_PROMPTS = 4
+_CANARY_TOKENS = 8
+# Any number that is prime to usual vocabularies: the prompts are no text.
+_CANARY_STRIDE = 7919
+
+
+@torch.no_grad()
+def published_weights(model: PreTrainedModel, *, world: World, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights in `dtype`, tied ones once, adapters merged, under the names that `save_pretrained` gives.
+
+    All ranks call it; rank 0 gets the weights, the others nothing. On the CPU they may be the parameters themselves:
+    write or copy them before the next update.
+    """
+    tied = set(model.all_tied_weights_keys or ())
+    scaling = scalings(model)
+    gathered: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        whole = full(tensor if scaling else _cast(tensor, dtype))
+        if world.rank == 0 and name not in tied:
+            gathered[name] = whole.detach().cpu()
+    merged = merge(gathered, scaling) if gathered else {}
+    return {name: _cast(tensor, dtype).contiguous() for name, tensor in merged.items()}
+
+
+@torch.no_grad()
+def canary(scorer: Scorer, *, device: torch.device) -> CanaryFields:
+    """What an engine that has the published weights must say: prompts that share no prefix, and log-probs after them.
+
+    All ranks call it: one forward of a few tokens, as the learner computes, in bf16 where it trains in bf16.
+    """
+    num_tokens = cast(nn.Linear, scorer.model.get_output_embeddings()).weight.shape[0]
+    places = np.arange(_CANARY_PROMPTS)[:, None]
+    prompts = (places * (num_tokens // _CANARY_PROMPTS) + _CANARY_STRIDE * np.arange(_CANARY_TOKENS)) % num_tokens
+    row = pack(list(prompts))
+    last = row.locate(places[:, 0], np.full(_CANARY_PROMPTS, _CANARY_TOKENS - 1))
+    scores = scorer(to_device(row, device), torch.from_numpy(last).to(device), None)
+    if isinstance(scorer, FSDPModule):
+        scorer.reshard()  # without a backward the root would stay whole, and in bf16
+    return CanaryFields(prompts=prompts.tolist(), logprobs=scores.logprob.tolist())
+
+
+def save_folder(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+    """Writes config and `weights` of `model` into an existing folder, as `save_pretrained` does, whose config it is.
+
+    The config names the dtype of `weights`, which is what an engine will load them as.
+    """
+    config = copy.deepcopy(model.config)
+    config.dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,0 +1,82 @@
+"""The model as the learner sees it: packed contexts in, log-probs, entropies and values of chosen tokens out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from learner.model.attention import PackedInputs, install
+from learner.model.tiled_logprobs import token_scores
+
+
+class Scores(NamedTuple):
+    """Of M scored tokens: logprob, entropy and value (None without a value head), [M], fp32 (fp64 of an fp64 model).
+
+    A tuple, because FSDP hooks its backward on tensors only in what PyTorch can flatten.
+    """
+
+    logprob: Tensor
+    entropy: Tensor
+    value: Tensor | None
+
+
+class Scorer(nn.Module):
+    """A causal language model, with a value head if asked for, whose one forward uses every parameter.
+
+    To shard it, shard its decoder layers and then this module as the root; the output embedding must not be sharded by
+    itself: its weight is read here, the module is not called.
+
+    model       its attention implementation is replaced by that of packs; its logits must be its output embedding of
+                its last hidden states, divided by nothing, capped by nothing
+    value_head  nn.Linear(hidden size, 1) that starts at 0, or None
+    """
+
+    def __init__(self, model: PreTrainedModel, *, with_value_head: bool = False) -> None:
+        super().__init__()
+        install(model)
+        self.model = model
+        self.value_head = _value_head(model) if with_value_head else None
+
+    def forward(
+        self,
+        packed: PackedInputs,
+        source: Tensor,
+        target: Tensor | None,
+        *,
+        temperature: float = 1.0,
+        entropy_grad: bool = False,
+    ) -> Scores:
+        """Scores the token ids `target` as next tokens after the packed indices `source`, int64 [M >= 0] both.
+
+        Without `target` it scores the most likely ones, all of whose logits exist at once: for a few tokens.
+        A value is that of the state before the token, of the hidden state that predicts it.
+        """
+        decoder = cast(nn.Module, self.model.get_decoder())
+        head = cast(nn.Linear, self.model.get_output_embeddings())
+        hidden = decoder(
+            input_ids=packed.token_ids, position_ids=packed.position_ids, use_cache=False, packing_plan=packed.plan
+        ).last_hidden_state[0].index_select(0, source)  # fmt: skip
+        if target is None:
+            target = nn.functional.linear(hidden, head.weight, head.bias).argmax(-1)
+        logprob, entropy = token_scores(
+            hidden, head.weight, target, bias=head.bias, temperature=temperature, entropy_grad=entropy_grad
+        )
+        return Scores(logprob, entropy, self._values(hidden, logprob.dtype))
+
+    def _values(self, hidden: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """[M] in `dtype`, fp32 at least: in bf16, values near 1 would have steps of 1/128."""
+        if self.value_head is None:
+            return None
+        weight, bias = (each.to(dtype) for each in (self.value_head.weight, self.value_head.bias))
+        return torch.mv(hidden.to(dtype), weight[0]) + bias  # no view: FSDP hooks its backward on outputs
+
+
+def _value_head(model: PreTrainedModel) -> nn.Linear:
+    embedding = cast(nn.Linear, model.get_output_embeddings()).weight
+    head = nn.Linear(embedding.shape[1], 1, device=embedding.device, dtype=embedding.dtype)
+    for parameter in head.parameters():
+        torch.nn.init.zeros_(parameter)
+    return head

@@ -1,0 +1,238 @@
+"""`palimpsest audit`: recomputes from the store alone what became of every lease, and how old what was trained was.
+
+It trusts no counter: states are counted from entries, ages from the spans in the stored groups against the batch that
+they stand in, and every batch is checked to hold B different groups, each once. Of groups whose tokens were dropped
+(`learner.retention`) it reads the tally that was left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from learner.store.store import Store
+    from learner.store.tally import Tally
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What the store says. `problems` is empty where every promise held.
+
+    leased = trained + buffered + skipped + expired + running, over questions: `expired` are those that wait to be
+    issued again. Ages are of trained tokens, in learner steps; `num_tokens_masked` came over age with stragglers that
+    had been overtaken, and were not trained.
+    """
+
+    run_id: str
+    num_steps: int
+    num_leased: int
+    num_trained: int
+    num_buffered: int
+    num_skipped: int
+    num_expired: int
+    num_running: int
+    num_lease_attempts: int
+    num_reissued: int
+    num_overtaken: int
+    num_groups_lost: int
+    num_trajectories_trained: int
+    num_contexts_trained: int
+    num_tokens_trained: int
+    num_tokens_masked: int
+    num_publications: int
+    staleness_bound: int
+    staleness_max: int
+    staleness_mean: float
+    problems: tuple[str, ...] = field(default=())
+
+
+def audit_run(run_dir: Path) -> Audit:
+    """Raises: DataError where there is no store."""
+    from learner.store.store import Store, store_path
+    from protocol.errors import DataError
+
+    path = store_path(run_dir)
+    if not path.is_file():
+        raise DataError(f"no run in {run_dir}: {path.name} is not there")
+    store = Store(path, read_only=True)
+    try:
+        with store.snapshot():
+            return _audit(store)
+    finally:
+        store.close()
+
+
+def _audit(store: Store) -> Audit:
+    meta = store.meta()
+    batch_size, bound = int(meta["groups_per_batch"]), int(meta["staleness_bound"])
+    states = dict(store.query("SELECT state, count(*) FROM entries GROUP BY state"))
+    leased = store.query("SELECT count(DISTINCT cursor) FROM leases")[0][0]
+    trained = _walk(store, bound, last_context_only=meta.get("ablation") == "last-context")
+    problems = [*_check_batches(store, batch_size), *_check_entries(store), *trained.problems(bound)]
+    if leased != sum(states.values()):
+        problems.append(f"{leased} questions were leased, but {sum(states.values())} are accounted for")
+    stored = {row[0] for row in store.query("SELECT cursor FROM groups")}
+    acknowledged = {
+        row[0] for row in store.query("SELECT DISTINCT cursor FROM leases WHERE outcome IN ('accepted', 'skipped')")
+    }
+    lost = acknowledged - stored
+    if lost:
+        problems.append(f"{len(lost)} acknowledged groups are not in the store: {sorted(lost)[:5]}")
+    attempts = store.query("SELECT count(*) FROM leases")[0][0]
+    return Audit(
+        run_id=meta["run_id"],
+        num_steps=store.num_batches(),
+        num_leased=leased,
+        num_trained=states.get("trained", 0),
+        num_buffered=states.get("buffered", 0),
+        num_skipped=states.get("skipped", 0),
+        num_expired=states.get("waiting", 0),
+        num_running=states.get("running", 0),
+        num_lease_attempts=attempts,
+        num_reissued=attempts - leased,
+        num_overtaken=store.query("SELECT count(*) FROM moves WHERE to_slot > from_slot")[0][0],
+        num_groups_lost=len(lost),
+        num_trajectories_trained=trained.num_trajectories,
+        num_contexts_trained=trained.num_contexts,
+        num_tokens_trained=sum(trained.ages.values()),
+        num_tokens_masked=trained.num_masked,
+        num_publications=len(store.publications()),
+        staleness_bound=bound,
+        staleness_max=max(trained.ages, default=0),
+        staleness_mean=trained.mean_age,
+        problems=tuple(problems),
+    )
+
+
+def _check_batches(store: Store, batch_size: int) -> list[str]:
+    problems = []
+    sizes = dict(store.query("SELECT step, count(DISTINCT cursor) FROM batches GROUP BY step"))
+    if sorted(sizes) != list(range(len(sizes))):
+        problems.append(f"the log of batches has a gap: steps {sorted(sizes)[:3]} … of {len(sizes)}")
+    problems += [f"batch {step} has {n} groups, not {batch_size}" for step, n in sizes.items() if n != batch_size]
+    absent = store.query("SELECT count(*) FROM batches WHERE cursor NOT IN (SELECT cursor FROM groups)")[0][0]
+    if absent:
+        problems.append(f"{absent} groups were trained that are not in the store")
+    early = store.query(
+        "SELECT count(*) FROM batches JOIN entries USING (cursor) WHERE entries.slot / ? != batches.step", batch_size
+    )[0][0]
+    if early:
+        problems.append(f"{early} groups were trained in another batch than their slot's")
+    return problems
+
+
+def _check_entries(store: Store) -> list[str]:
+    in_batches = "cursor IN (SELECT cursor FROM batches)"
+    in_groups = "cursor IN (SELECT cursor FROM groups)"
+    running = "SELECT cursor FROM leases WHERE outcome = 'running'"
+    leased_slot = "SELECT slot FROM leases WHERE leases.cursor = entries.cursor ORDER BY lease_id DESC LIMIT 1"
+    moved_there = "SELECT 1 FROM moves WHERE moves.cursor = entries.cursor AND to_slot = entries.slot"
+    shared = "SELECT slot FROM entries GROUP BY slot HAVING count(*) > 1"
+    checks = {
+        "questions are trained but in no batch": f"state = 'trained' AND NOT {in_batches}",
+        "questions are in a batch but not trained": f"state != 'trained' AND {in_batches}",
+        "questions have no stored group": f"state IN ('trained', 'buffered') AND NOT {in_groups}",
+        "questions share a slot": f"slot >= 0 AND slot IN ({shared})",
+        "questions run without a lease": f"state = 'running' AND cursor NOT IN ({running})",
+        "questions are in another slot than they were leased for": f"slot >= 0 AND slot != ({leased_slot}) "
+        f"AND NOT EXISTS ({moved_there})",
+    }
+    counts = {what: store.query(f"SELECT count(*) FROM entries WHERE {where}")[0][0] for what, where in checks.items()}
+    return [f"{count} {what}" for what, count in counts.items() if count]
+
+
+@dataclass(slots=True)
+class _Trained:
+    """What the stored groups of the logged batches hold; `ages`: age in steps → trained tokens."""
+
+    num_masked: int = 0
+    num_trajectories: int = 0
+    num_contexts: int = 0
+    num_unknown_spans: int = 0
+    ages: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def mean_age(self) -> float:
+        return sum(age * count for age, count in self.ages.items()) / max(1, sum(self.ages.values()))
+
+    def problems(self, bound: int) -> list[str]:
+        over = sum(count for age, count in self.ages.items() if age > bound)
+        checks = {
+            f"trained tokens are older than the bound of {bound}": over,
+            "spans name a publication that was never made": self.num_unknown_spans,
+            "tokens come from a version that did not exist yet": sum(n for age, n in self.ages.items() if age < 0),
+        }
+        return [f"{count} {what}" for what, count in checks.items() if count]
+
+
+def _walk(store: Store, bound: int, *, last_context_only: bool) -> _Trained:
+    """Every group of every batch, decoded, or by its tally."""
+    publications = store.publications()
+    overtaken = {row[0] for row in store.query("SELECT cursor FROM moves WHERE to_slot > from_slot")}
+    trained = _Trained()
+    for step in range(store.num_batches()):
+        for cursor in store.batch(step):
+            tally = _tally(store, cursor, last_context_only=last_context_only)
+            if tally is None:
+                continue
+            trained.num_trajectories += tally.num_trajectories
+            trained.num_contexts += tally.num_contexts
+            for version, publication, num_tokens in tally.tokens:
+                age = step - version
+                trained.num_unknown_spans += publications.get(publication) != version
+                if age > bound and cursor in overtaken:
+                    trained.num_masked += num_tokens
+                else:
+                    trained.ages[age] = trained.ages.get(age, 0) + num_tokens
+    return trained
+
+
+def _tally(store: Store, cursor: int, *, last_context_only: bool) -> Tally | None:
+    """None where there is no such group."""
+    import json
+
+    from learner.store.tally import Tally
+
+    rows = store.query("SELECT num_bytes, tally FROM groups WHERE cursor = ?", cursor)
+    if not rows:
+        return None
+    if rows[0][0]:
+        return Tally.of(store.group(cursor), last_context_only=last_context_only)
+    return Tally(**json.loads(rows[0][1]))
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def audit(ctx: click.Context, run: Path, as_json: bool) -> None:
+    """Check RUN (a run's folder) from its store. Exit status 1 where a promise was broken."""
+    import json
+
+    result = audit_run(run)
+    if as_json:
+        click.echo(json.dumps(asdict(result)))
+    else:
+        _print(result)
+    ctx.exit(1 if result.problems else 0)
+
+
+def _print(result: Audit) -> None:
+    click.echo(
+        f"audit of {result.run_id}: {result.num_steps} steps\n"
+        f"  leased {result.num_leased} = trained {result.num_trained} + buffered {result.num_buffered} + skipped "
+        f"{result.num_skipped} + expired {result.num_expired} + running {result.num_running}\n"
+        f"  lease attempts {result.num_lease_attempts}, of which issued again {result.num_reissued}; "
+        f"acknowledged groups lost {result.num_groups_lost}; overtaken {result.num_overtaken}\n"
+        f"  age of trained tokens: mean {result.staleness_mean:.2f}, max {result.staleness_max}, "
+        f"bound {result.staleness_bound}; {result.num_tokens_masked} tokens over age, masked\n"
+        f"  publications {result.num_publications}, trained: {result.num_trajectories_trained} trajectories, "
+        f"{result.num_contexts_trained} contexts, {result.num_tokens_trained} tokens"
+    )
+    for problem in result.problems:
+        click.echo(f"  PROBLEM: {problem}")
+    click.echo("audit: clean" if not result.problems else f"audit: {len(result.problems)} problems")

@@ -1,0 +1,300 @@
+"""The run's store: one SQLite file that holds leases, groups, publications and the batches in the order trained.
+
+A group and the decision on it are one transaction, committed before the actor is answered. Batches are a log: what
+was trained at each step can be read back and trained again, until `learner.retention` drops its tokens.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import astuple
+from pathlib import Path
+
+from learner.leases.decisions import Arrived, Ended, Granted, Moved, Placed, Record, Trained
+from learner.leases.lease_table import Entry, LeaseRecord, LeaseTable, State
+from learner.store.wal_checkpointer import MAX_LOG_PAGES, WalCheckpointer
+from protocol.codec import decode_frames
+from protocol.errors import DataError, StoreError, StoreFullError
+from protocol.fault_injection import fault_point
+from protocol.types import TrajectoryGroup
+
+SCHEMA_VERSION = 3
+
+_OPEN = "state IN ('running', 'waiting', 'buffered')"
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE leases (
+  lease_id INTEGER PRIMARY KEY, cursor INTEGER NOT NULL, slot INTEGER NOT NULL, attempt INTEGER NOT NULL,
+  actor TEXT NOT NULL, engine_version INTEGER NOT NULL, granted_at REAL NOT NULL,
+  outcome TEXT NOT NULL DEFAULT 'running', reason TEXT NOT NULL DEFAULT '');
+CREATE INDEX leases_running ON leases(outcome) WHERE outcome = 'running';
+CREATE INDEX leases_cursor ON leases(cursor);
+CREATE TABLE entries (
+  cursor INTEGER PRIMARY KEY, slot INTEGER NOT NULL, attempt INTEGER NOT NULL, state TEXT NOT NULL,
+  first_slot INTEGER NOT NULL);
+CREATE INDEX entries_open ON entries(cursor) WHERE state IN ('running', 'waiting', 'buffered');
+CREATE TABLE moves (
+  move_id INTEGER PRIMARY KEY, step INTEGER NOT NULL, cursor INTEGER NOT NULL, from_slot INTEGER NOT NULL,
+  to_slot INTEGER NOT NULL);
+CREATE TABLE groups (
+  cursor INTEGER PRIMARY KEY, lease_id INTEGER NOT NULL, attempt INTEGER NOT NULL, stored_at REAL NOT NULL,
+  num_trajectories INTEGER NOT NULL, num_contexts INTEGER NOT NULL, num_trained_tokens INTEGER NOT NULL,
+  oldest_version INTEGER, reward_mean REAL NOT NULL, num_bytes INTEGER NOT NULL, tally TEXT NOT NULL,
+  header BLOB NOT NULL, token_ids BLOB NOT NULL, spans BLOB NOT NULL, logprobs BLOB NOT NULL);
+CREATE INDEX groups_held ON groups(num_bytes) WHERE num_bytes > 0;
+CREATE TABLE batches (step INTEGER NOT NULL, position INTEGER NOT NULL, cursor INTEGER NOT NULL UNIQUE,
+  PRIMARY KEY (step, position)) WITHOUT ROWID;
+CREATE TABLE publications (
+  publication INTEGER PRIMARY KEY AUTOINCREMENT, version INTEGER NOT NULL, published_at REAL NOT NULL);
+"""
+
+
+def store_path(run_dir: Path) -> Path:
+    return run_dir / "store.sqlite"
+
+
+def metrics_path(run_dir: Path) -> Path:
+    return run_dir / "metrics.jsonl"
+
+
+def finished_path(run_dir: Path) -> Path:
+    """Written by the learner after its last step."""
+    return run_dir / "finished.json"
+
+
+class Store:
+    """Used by one thread at a time. Raises StoreError where the file cannot be read or written."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self._path = path
+        self._wal_checkpointer: WalCheckpointer | None = None
+        mode = "ro" if read_only else "rwc"
+        try:
+            self._db = sqlite3.connect(
+                f"file:{path}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=30.0
+            )
+            if not read_only:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute("PRAGMA synchronous=FULL")
+                self._create()
+            self._query("SELECT count(*) FROM meta")
+        except sqlite3.Error as error:
+            raise DataError(f"store {path} cannot be opened: {error}; give a run's folder") from error
+        except StoreError as error:
+            raise DataError(f"{error}; give a run's folder") from error
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def wal_checkpointing(self) -> Iterator[None]:
+        """Within it, no commit waits for the log to be copied into the database."""
+        with WalCheckpointer(self._path) as self._wal_checkpointer:
+            self._query(f"PRAGMA wal_autocheckpoint = {MAX_LOG_PAGES}")
+            try:
+                yield
+            finally:
+                self._query("PRAGMA wal_autocheckpoint = 1000")
+                self._wal_checkpointer = None
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """All reading within sees one state of the store, whatever others write meanwhile."""
+        self._query("BEGIN")
+        try:
+            yield
+        finally:
+            self._query("COMMIT")
+
+    @contextmanager
+    def transaction(self, *names: str) -> Iterator[None]:
+        """All or nothing, durable when it returns. `names` are those of its fault points. Raises: StoreFullError."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                for name in names:
+                    fault_point(f"store.{name}.open")
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # SQLite has rolled back by itself where the disk is full
+                    self._db.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            full = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL
+            raise (StoreFullError if full else StoreError)(f"store {self._path}: {error}") from error
+        if self._wal_checkpointer is not None:
+            self._wal_checkpointer.committed()
+        for name in names:
+            fault_point(f"store.{name}.durable")
+
+    # --- identity ---
+
+    def claim(self, identity: Mapping[str, str]) -> None:
+        """Writes the identity of a new run, or checks that of one to resume. Raises: DataError on a difference."""
+        found = self.meta()
+        with self.transaction("claim"):
+            for key, value in identity.items():
+                if key not in found:
+                    self._db.execute("INSERT INTO meta VALUES (?, ?)", (key, value))
+                elif found[key] != value:
+                    raise DataError(
+                        f"{self._path} belongs to a run with {key} = {found[key]}, not {value}: "
+                        "choose another run.dir, or set it back to resume"
+                    )
+
+    def meta(self) -> dict[str, str]:
+        return dict(self._query("SELECT key, value FROM meta"))
+
+    # --- what is decided ---
+
+    def commit(self, records: Sequence[Record]) -> None:
+        """All records of an event, or none. Raises: StoreFullError, StoreError."""
+        if not records:
+            return
+        with self.transaction(*sorted({record.kind for record in records} - {""})):
+            for record in records:
+                self._write(record)
+
+    def new_publication(self, version: int) -> int:
+        """A publication id that was never used before in this run."""
+        with self.transaction("publication"):
+            row = self._db.execute(
+                "INSERT INTO publications (version, published_at) VALUES (?, ?)", (version, time.time())
+            )
+            assert row.lastrowid is not None
+            return row.lastrowid
+
+    def drop_tokens(self, tallies: Mapping[int, str]) -> None:
+        """Question → what the audit needs of its group: the tokens themselves go. Their room is used again."""
+        with self.transaction("retention"):
+            self._db.executemany(
+                "UPDATE groups SET header = x'', token_ids = x'', spans = x'', logprobs = x'', num_bytes = 0, "
+                "tally = ? WHERE cursor = ?",
+                [(tally, cursor) for cursor, tally in tallies.items()],
+            )
+
+    # --- reading back ---
+
+    def restore_lease_table(self, *, groups_per_batch: int, staleness_bound: int, num_steps: int) -> LeaseTable:
+        """The lease table as of the last commit."""
+        entries = self._query(
+            f"SELECT cursor, slot, attempt, state, first_slot FROM entries WHERE {_OPEN} ORDER BY cursor"
+        )
+        leases = self._query(
+            "SELECT lease_id, cursor, slot, attempt, actor, granted_at FROM leases WHERE outcome = 'running'"
+        )
+        return LeaseTable.restore(
+            groups_per_batch=groups_per_batch,
+            staleness_bound=staleness_bound,
+            num_steps=num_steps,
+            step=self.num_batches(),
+            entries=[
+                Entry(cursor, slot, attempt, State(state), first) for cursor, slot, attempt, state, first in entries
+            ],
+            leases=[LeaseRecord(*row) for row in leases],
+            next_lease_id=self._query("SELECT coalesce(max(lease_id), 0) + 1 FROM leases")[0][0],
+            next_cursor=self._query("SELECT coalesce(max(cursor), -1) + 1 FROM entries")[0][0],
+        )
+
+    def num_failures(self) -> dict[int, int]:
+        """Question → its groups that failed or were refused, for those that are open."""
+        return dict(
+            self._query(
+                "SELECT cursor, count(*) FROM leases WHERE outcome IN ('failed', 'refused') "
+                f"AND cursor IN (SELECT cursor FROM entries WHERE {_OPEN}) GROUP BY cursor"
+            )
+        )
+
+    def publications(self) -> dict[int, int]:
+        """publication → version"""
+        return dict(self._query("SELECT publication, version FROM publications"))
+
+    def num_batches(self) -> int:
+        return int(self._query("SELECT coalesce(max(step), -1) + 1 FROM batches")[0][0])
+
+    def batch(self, step: int) -> list[int]:
+        return [row[0] for row in self._query("SELECT cursor FROM batches WHERE step = ? ORDER BY position", step)]
+
+    def group(self, cursor: int) -> TrajectoryGroup:
+        rows = self._query("SELECT header, token_ids, spans, logprobs FROM groups WHERE cursor = ?", cursor)
+        if not rows:
+            raise StoreError(f"store {self._path} holds no group {cursor}")
+        if not rows[0][0]:
+            raise StoreError(f"store {self._path} has dropped the tokens of group {cursor} (see learner.retention)")
+        return decode_frames(rows[0]).unpack()
+
+    def query(self, sql: str, *parameters: object) -> list[tuple]:
+        """Read-only SQL, for the audit."""
+        return self._query(sql, *parameters)
+
+    # --- inside ---
+
+    def _create(self) -> None:
+        version = self._query("PRAGMA user_version")[0][0]
+        if version == 0:
+            self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        elif version != SCHEMA_VERSION:
+            raise DataError(f"store {self._path} has schema {version}, this version reads {SCHEMA_VERSION}")
+
+    def _write(self, record: Record) -> None:
+        match record:
+            case Granted(lease, engine_version):
+                self._db.execute(
+                    "INSERT INTO leases (lease_id, cursor, slot, attempt, actor, granted_at, engine_version) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (*astuple(lease), engine_version),
+                )
+            case Ended(lease_id, outcome, reason):
+                self._db.execute(
+                    "UPDATE leases SET outcome = ?, reason = ? WHERE lease_id = ?", (outcome, reason[:1000], lease_id)
+                )
+            case Placed(entry):
+                self._db.execute(
+                    "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?)",
+                    (entry.cursor, entry.slot, entry.attempt, entry.state.value, entry.first_slot),
+                )
+            case Arrived():
+                self._insert_group(record)
+            case Moved(step, cursor, from_slot, to_slot):
+                self._db.execute(
+                    "INSERT INTO moves (step, cursor, from_slot, to_slot) VALUES (?, ?, ?, ?)",
+                    (step, cursor, from_slot, to_slot),
+                )
+            case Trained(step, cursors):
+                rows = [(step, position, cursor) for position, cursor in enumerate(cursors)]
+                self._db.executemany("INSERT INTO batches VALUES (?, ?, ?)", rows)
+                self._db.executemany(
+                    "UPDATE entries SET state = 'trained' WHERE cursor = ?", [(cursor,) for cursor in cursors]
+                )
+
+    def _insert_group(self, record: Arrived) -> None:
+        group, frames = record.group, record.frames
+        rewards = group.header.rewards
+        self._db.execute(
+            "INSERT INTO groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '', ?, ?, ?, ?)",
+            (
+                group.cursor,
+                record.lease_id,
+                group.attempt,
+                time.time(),
+                len(rewards),
+                len(group.header.context_lengths),
+                group.num_trained_tokens,
+                group.oldest_version,
+                sum(rewards) / len(rewards),
+                sum(len(frame) for frame in frames),
+                *frames,
+            ),
+        )
+
+    def _query(self, sql: str, *parameters: object) -> list[tuple]:
+        try:
+            with closing(self._db.execute(sql, parameters)) as cursor:
+                return cursor.fetchall()
+        except sqlite3.Error as error:
+            raise StoreError(f"store {self._path}: {error}") from error

@@ -1,0 +1,265 @@
+"""One training step: advantages, corrected and clipped policy gradient over micro-batches, gradient clip, AdamW.
+
+    groups ─► flatten ─► plan ─► pre-pass, where something must be known of all tokens first ─► credit, corrections
+        ─► for each minibatch: forward, loss, backward of its micro-batches ─► update
+
+The proximal policy is the policy at the start of the step. With one minibatch that is the model itself, and its
+log-probs are those of the training forward, detached. A pre-pass is paid for with several minibatches, for corrections
+that reach over micro-batches, for values (`gae`) and for a KL in the reward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from learner.algorithms.advantages import token_advantages
+from learner.algorithms.diagnostics import Diagnostics
+from learner.algorithms.importance_weights import correction_weights, needs_prepass
+from learner.algorithms.losses import LossTokens, approx_kl, total_loss
+from learner.batch.flatten import Batch, flatten
+from learner.batch.microbatches import MicroBatch, Plan, make_plan
+from learner.batch.token_data import Columns, make_columns
+from learner.metrics.step_metrics import Clock, StepMetrics, Work, summarise
+from learner.model.attention import to_device
+from learner.model.flops import peak_flops, training_flops
+from learner.model.loading import Policy
+from learner.model.parallel import World, shard
+from learner.model.scorer import Scorer, Scores
+from learner.training.optimizer import SkipGuard, apply_update, build_optimizer, learning_rate
+from protocol.config import LearnerConfig
+from protocol.types import TrajectoryGroup
+
+
+class Trainer:
+    """Owns the optimiser of a policy. `temperature` is that of sampling: learner logits are divided by it.
+
+    It shards policy and reference over the ranks of `world`. Every rank calls `train_step` with the same groups and
+    trains its own micro-batches of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: Policy,
+        config: LearnerConfig,
+        temperature: float = 1.0,
+        reference: Policy | None = None,
+        world: World | None = None,
+    ) -> None:
+        if config.loss.kl_coefficient and reference is None:
+            raise ValueError(f"learner.loss.kl_coefficient = {config.loss.kl_coefficient} needs a reference policy")
+        self.policy = policy
+        self.config = config
+        self.temperature = temperature
+        self.world = world or World()
+        self.scorer = Scorer(policy.model, with_value_head=config.advantage.estimator == "gae")
+        shard(self.scorer, self.world, dtype=config.dtype)
+        self.reference = None
+        if reference is not None:
+            self.reference = Scorer(reference.model).requires_grad_(False)
+            shard(self.reference, self.world, dtype=config.dtype)
+        self.optimizer = build_optimizer(self.scorer, config.optimizer)
+        self.guard = SkipGuard(max_consecutive=config.optimizer.max_consecutive_skips)
+
+    def train_step(self, groups: Sequence[TrajectoryGroup], *, step: int) -> StepMetrics:
+        """Trains the policy from version `step` to `step + 1` on one batch of groups.
+
+        Raises: MalformedMessage where a group cannot be scored, or holds tokens of a version above `step`;
+        DivergenceError where too many updates in a row were not finite.
+        """
+        clock = Clock(self.policy.device)
+        batch = flatten(groups, last_context_only=self.config.ablation == "last-context")
+        plan = self.plan(batch, step=step)
+        clock.lap("plan")
+        columns = self.columns(batch, plan, step=step, clock=clock)
+        rate = self._rate(step)
+        watched, norms = Diagnostics(), []
+        for minibatch in plan.minibatches:
+            seen = self.accumulate(minibatch, columns, clock=clock)
+            norms.append(self._update(seen, rate=rate))
+            watched += seen
+            clock.lap("update")
+        return summarise(
+            groups,
+            batch,
+            plan,
+            self.world.reduce(watched),
+            self._work(plan, columns),
+            norms=norms,
+            advantage_mean=float(columns.advantage.double().mean()) if len(batch.sampled) else 0.0,
+            step=step,
+            rate=rate,
+            num_skipped=sum(not math.isfinite(norm) for norm in norms),
+            clock=clock,
+        )
+
+    def plan(self, batch: Batch, *, step: int) -> Plan:
+        """Minibatches and this rank's micro-batches. Raises: MalformedMessage."""
+        config = self.config
+        return make_plan(
+            batch,
+            num_minibatches=config.loss.minibatches,
+            tokens_per_micro_batch=config.tokens_per_micro_batch,
+            aggregation=config.loss.aggregation,
+            constant=config.loss.constant,
+            oldest_version=step - config.staleness_bound,
+            newest_version=step,
+            share=config.prefix_sharing,
+            rank=self.world.rank,
+            num_ranks=self.world.size,
+        )
+
+    def columns(self, batch: Batch, plan: Plan, *, step: int, clock: Clock | None = None) -> Columns:
+        """Advantages and weights of a batch's tokens, and what the policy says of them before the step if needed."""
+        clock, loss = clock or Clock(self.policy.device), self.config.loss
+        proximal = values = reference = penalty = importance = None
+        if self._needs_prepass(plan):
+            proximal, values = self._pass(self.scorer, batch, plan)
+            clock.lap("proximal")
+        if self.reference is not None:
+            reference, _ = self._pass(self.reference, batch, plan)
+            clock.lap("reference")
+        if loss.kl_in == "reward" and reference is not None and proximal is not None:
+            kl = approx_kl(proximal, reference, estimator=loss.kl_estimator)
+            penalty = (loss.kl_coefficient * kl).double().cpu().numpy()
+        earned = token_advantages(
+            batch.credit(plan.trained),
+            self.config.advantage,
+            values=None if values is None else values.double().cpu().numpy()[plan.trained],
+            kl_penalty=None if penalty is None else penalty[plan.trained],
+        )
+        columns = make_columns(batch, plan, earned, step=step, device=self.policy.device)
+        if proximal is not None:
+            trained = self._tensor(plan.trained)
+            importance = torch.zeros_like(proximal)
+            importance[trained] = self._importance(columns.select(trained), proximal[trained])
+        clock.lap("advantage")
+        return replace(columns, proximal=proximal, importance=importance, reference=reference, old_values=values)
+
+    def accumulate(
+        self, minibatch: Sequence[MicroBatch], columns: Columns, *, clock: Clock | None = None
+    ) -> Diagnostics:
+        """Adds the gradient of this rank's part of one minibatch to the parameters' and returns what was watched."""
+        clock, watched = clock or Clock(self.policy.device), Diagnostics()
+        for micro_batch in minibatch:
+            scores, gather = self._score(self.scorer, micro_batch)
+            tokens = self._loss_tokens(columns.select(self._tensor(micro_batch.tokens)), scores, gather)
+            loss, seen = total_loss(tokens, self.config.loss)
+            clock.lap("forward")
+            loss.backward()
+            clock.lap("backward")
+            watched += seen
+        return watched
+
+    def _rate(self, step: int) -> float:
+        if self.config.check_drift:
+            return 0.0
+        return learning_rate(step, num_steps=self.config.num_steps, config=self.config.optimizer)
+
+    def _update(self, seen: Diagnostics, *, rate: float) -> float:
+        """The gradient norm before clipping. Raises: DivergenceError."""
+        norm = apply_update(
+            self.scorer,
+            self.optimizer,
+            rate=rate,
+            clip_norm=self.config.optimizer.clip_norm,
+            loss_is_finite=self.world.all(math.isfinite(seen.loss)),
+        )
+        self.guard.record(norm)
+        return norm
+
+    def _needs_prepass(self, plan: Plan) -> bool:
+        loss = self.config.loss
+        return (
+            len(plan.minibatches) > 1
+            or needs_prepass(loss.corrections)
+            or self.config.advantage.estimator == "gae"
+            or (loss.kl_in == "reward" and self.reference is not None)
+        )
+
+    @torch.no_grad()
+    def _pass(self, scorer: Scorer, batch: Batch, plan: Plan) -> tuple[Tensor, Tensor | None]:
+        """(log-probs [N], values [N] or None) of all trained tokens, on all ranks; 0 for those that are not trained."""
+        dtype = torch.promote_types(self.policy.model.dtype, torch.float32)
+        logprobs, values = torch.zeros(2, len(batch.sampled), dtype=dtype, device=self.policy.device)
+        for micro_batch in (each for minibatch in plan.minibatches for each in minibatch):
+            scores, gather = self._score(scorer, micro_batch)
+            index = self._tensor(micro_batch.tokens)
+            logprobs[index] = scores.logprob[gather]
+            if scores.value is not None:
+                values[index] = scores.value[gather]
+        return self.world.sum(logprobs), self.world.sum(values) if scorer.value_head is not None else None
+
+    def _score(self, scorer: Scorer, micro_batch: MicroBatch) -> tuple[Scores, Tensor]:
+        placement = micro_batch.placement
+        scores = scorer(
+            to_device(micro_batch.pack, self.policy.device),
+            self._tensor(placement.source),
+            self._tensor(placement.target),
+            temperature=self.temperature,
+            entropy_grad=self.config.loss.entropy_coefficient > 0,
+        )
+        return scores, self._tensor(placement.gather)
+
+    def _loss_tokens(self, columns: Columns, scores: Scores, gather: Tensor) -> LossTokens:
+        """`columns` are those of the micro-batch's tokens."""
+        logprobs = scores.logprob[gather]
+        proximal, importance = columns.proximal, columns.importance
+        if proximal is None or importance is None:
+            proximal = logprobs.detach()
+            importance = self._importance(columns, proximal)
+        return LossTokens(
+            logprobs=logprobs,
+            entropy=scores.entropy[gather],
+            values=None if scores.value is None else scores.value[gather],
+            proximal=proximal,
+            importance=importance,
+            behavior=columns.behavior,
+            advantages=columns.advantage,
+            weight=columns.weight,
+            context=columns.context,
+            age=columns.age,
+            turn=columns.turn,
+            reference=columns.reference,
+            old_values=columns.old_values,
+            returns=columns.returns,
+        )
+
+    def _importance(self, columns: Columns, proximal: Tensor) -> Tensor:
+        return correction_weights(
+            proximal,
+            columns.behavior,
+            advantages=columns.advantage,
+            context=columns.context,
+            trajectory=columns.trajectory,
+            corrections=self.config.loss.corrections,
+        )
+
+    def _work(self, plan: Plan, columns: Columns) -> Work:
+        own = [each for minibatch in plan.minibatches for each in minibatch]
+        counts = [
+            sum(each.pack.num_unique_tokens for each in own),
+            sum(each.num_contexts == 0 for each in own),
+            sum(len(each.placement.source) for each in own),
+        ]
+        num_tokens, num_padding, num_scored = self.world.sum(torch.tensor(counts, device=self.policy.device)).tolist()
+        num_forwards = (columns.proximal is not None) + (columns.reference is not None)
+        peak = peak_flops(self.policy.device)
+        return Work(
+            num_computed_tokens=num_tokens,
+            num_padding_tokens=num_padding,
+            flops=training_flops(
+                self.policy.model, num_tokens=num_tokens, num_scored=num_scored, num_forwards=num_forwards
+            ),
+            peak_flops=peak and peak * self.world.size,
+        )
+
+    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(self.policy.device)

@@ -1,0 +1,39 @@
+"""The demo's warm start as a process of its own: `python -m learner.launch.warm_start`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path, exists=True), required=True, help="What actor.tasks.toy wrote.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Model folder to write.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def main(data: Path, out: Path, seed: int) -> None:
+    """Train the toy's first policy on DATA/demonstrations.safetensors; OUT appears only when it is whole."""
+    import shutil
+
+    import torch
+
+    from learner.warmstart.recipe import warm_start
+    from protocol.role_startup import start_role
+
+    start_role("warm-start")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+    def report(phase: str, step: int, loss: float) -> None:
+        if step % 50 == 0:
+            click.echo(f"{phase} step {step} loss {loss:.3f}")
+
+    aside = out.with_name(f".writing-{out.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    demonstrations, tokenizer = data / "demonstrations.safetensors", data / "tokenizer"
+    warm_start(aside, demonstrations=demonstrations, tokenizer_dir=tokenizer, seed=seed, on_progress=report)
+    aside.rename(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The toy's policy before reinforcement learning: a tiny model that can copy, and imitates a noisy demonstrator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+
+from learner.warmstart.induction_init import induction_pretrain, wire_induction
+from learner.warmstart.sft import Demonstrations, OnProgress, supervised_finetune
+from protocol.config import OptimizerConfig
+from protocol.errors import DataError
+
+REPEATED_STEPS = 400
+IMITATION_STEPS = 800
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=50)
+
+
+def build_toy_model(
+    *, vocab_size: int, eos_token_id: int, pad_token_id: int, hidden_size: int = 64, num_layers: int = 2, seed: int
+) -> Qwen2ForCausalLM:
+    """A Qwen2 of 113,472 parameters (at 98 tokens), drawn from `seed`, float32."""
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen2ForCausalLM(config)
+
+
+def warm_start(
+    model_dir: Path,
+    *,
+    demonstrations: Path,
+    tokenizer_dir: Path,
+    seed: int,
+    repeated_steps: int = REPEATED_STEPS,
+    imitation_steps: int = IMITATION_STEPS,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Makes the toy's first policy and saves it, with its tokenizer, as a Hugging Face folder at `model_dir`.
+
+    Copying is taught on the demonstrations' `symbols`; imitation permutes their `permutable` ids in every context.
+
+    Raises: DataError where the demonstrations or the tokenizer cannot be used.
+    """
+    tokenizer, end, pad = _load_tokenizer(tokenizer_dir)
+    examples = Demonstrations.load(demonstrations)
+    if examples.symbols is None or int(examples.token_ids.max()) >= len(tokenizer):
+        raise DataError(
+            f"demonstrations {demonstrations} must name their `symbols` and use ids below the {len(tokenizer)} of the "
+            f"tokenizer in {tokenizer_dir}; write both anew"
+        )
+    model = build_toy_model(vocab_size=len(tokenizer), eos_token_id=end, pad_token_id=pad, seed=seed)
+    wire_induction(model, seed=seed)
+    induction_pretrain(
+        model,
+        symbols=examples.symbols,
+        repeated_steps=repeated_steps,
+        optimizer=OPTIMIZER,
+        seed=seed,
+        on_progress=on_progress,
+    )
+    supervised_finetune(
+        model,
+        examples,
+        steps=imitation_steps,
+        optimizer=OPTIMIZER,
+        permute=examples.permutable,
+        seed=seed,
+        on_progress=on_progress,
+    )
+    model.eval()
+    model.save_pretrained(model_dir)
+    tokenizer.save_pretrained(model_dir)
+
+
+def _load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, int, int]:
+    """The tokenizer with the ids of its end and padding tokens."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot load a tokenizer from {folder}: {error}") from None
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if not isinstance(end, int) or not isinstance(pad, int):
+        raise DataError(f"the tokenizer in {folder} must name an eos_token and a pad_token; it is no toy tokenizer")
+    return tokenizer, end, pad
