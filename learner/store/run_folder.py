@@ -1,0 +1,96 @@
+"""The paths of a run's folder. Every name of a file in it is written here, once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """`root` is `run.dir`."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config, as JSON."""
+        return self.root / "config.json"
+
+    @property
+    def store(self) -> Path:
+        """The SQLite store: leases, groups, batches, publications."""
+        return self.root / "store.sqlite"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard event files."""
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder per checkpoint."""
+        return self.root / "checkpoints"
+
+    @property
+    def finished(self) -> Path:
+        """Written by the learner after its last step."""
+        return self.root / "finished.json"
+
+    @property
+    def drift(self) -> Path:
+        """The report of a `check_drift` run."""
+        return self.root / "drift.txt"
+
+    @property
+    def replay(self) -> Path:
+        """Default folder of a replay of this run."""
+        return self.root / "replay"
+
+    @property
+    def replay_key(self) -> Path:
+        """In the folder of a replay: which run it replays, under which config."""
+        return self.root / "replay.json"
+
+    @property
+    def logs(self) -> Path:
+        """One log file per process."""
+        return self.root / "logs"
+
+    @property
+    def processes(self) -> Path:
+        """Process name → pid of the processes that the launcher runs."""
+        return self.root / "processes.json"
+
+    @property
+    def temporary(self) -> Path:
+        """Temporary files of the run's processes; the launcher removes it."""
+        return self.root / "tmp"
+
+    @property
+    def learner_lock(self) -> Path:
+        """Held by the learner that works in this folder."""
+        return self.root / "learner.lock"
+
+    @property
+    def launcher_lock(self) -> Path:
+        """Held by the launcher that works in this folder."""
+        return self.root / "launcher.lock"
+
+    @property
+    def report(self) -> Path:
+        """The demo's results."""
+        return self.root / "report.json"
+
+    def log(self, name: str) -> Path:
+        """The log of the process `name`."""
+        return self.logs / f"{name}.log"
+
+    def failed_batch(self, step: int) -> Path:
+        """The groups of a batch whose loss or gradient was not finite (`protocol.codec.unpack_groups` reads them)."""
+        return self.root / f"non-finite-step-{step}.groups"
