@@ -1,4 +1,4 @@
-"""The wheel, installed elsewhere, works without the checkout: packages, templates, the command."""
+"""The wheel, installed into another folder, works without the checkout: packages, templates, the command."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(*command: str, cwd: Path, path: Path | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What git tracks: building in the checkout would leave a build folder there."""
+    """A copy of the files that git tracks or does not ignore: a build inside the checkout would leave a build folder."""
     folder = tmp_path_factory.mktemp("source")
     tracked = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -65,5 +65,7 @@ def test_the_wheel_works_from_another_folder(source: Path, tmp_path: Path) -> No
     assert where == [str(site / name) for name in ("actor", "learner", "protocol", "retriever")]
     said = run(str(site / "bin" / "palimpsest"), "--help", cwd=elsewhere, path=site)
     assert "by asynchronous reinforcement learning" in " ".join(said.split())
-    template = "from actor.workflows.chat import ChatRendering; ChatRendering(fidelity='mended', top_n=3); print('ok')"
-    assert run(sys.executable, "-c", template, cwd=elsewhere, path=site) == "ok\n"
+    render = "from actor.chat.chatml import ChatRendering; ChatRendering(fidelity='mended', top_n=3); print('ok')"
+    assert run(sys.executable, "-c", render, cwd=elsewhere, path=site) == "ok\n", (
+        "its templates are read from the wheel"
+    )
