@@ -23,6 +23,7 @@ from actor.tasks.build import training_task
 from actor.tasks.task import Task
 from actor.tools.search_client import SearchClient
 from actor.workflows.memsearcher import MemSearcher
+from protocol.addresses import tcp_address
 from protocol.config import Config, WorkflowConfig
 from protocol.config_file import require_ports
 from protocol.messages import EngineFields
@@ -66,7 +67,7 @@ async def open_parts(
     search = await stack.enter_async_context(
         SearchClient(
             transport=transport,
-            address=f"tcp://{config.network.host}:{config.retriever.port}",
+            address=tcp_address(host=config.network.host, port=config.retriever.port),
             timeout_s=config.actor.search_timeout_s,
         )
     )

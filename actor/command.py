@@ -21,8 +21,8 @@ def actor(config: Path, name: str | None, overrides: tuple[str, ...]) -> None:
     network.host=… and the keys with --set network.keys=DIR. Actors may join and leave at any time.
     """
     from actor.build import run_actor
-    from actor.engine.joining import role_name
     from protocol.config_file import load_config
+    from protocol.role_name import role_name
     from protocol.role_startup import run_async, start_role
 
     name = role_name("actor", name)

@@ -1,4 +1,4 @@
-"""Which addresses stay on this machine."""
+"""Socket addresses: how they are written, and which of them are loopback (reachable from this machine only)."""
 
 from __future__ import annotations
 
@@ -8,19 +8,28 @@ from urllib.parse import urlsplit
 from protocol.errors import SecurityError
 
 
+def tcp_address(*, host: str, port: int) -> str:
+    """Returns the ZeroMQ address of a TCP port."""
+    return f"tcp://{host}:{port}"
+
+
 def is_loopback(address: str) -> bool:
-    """True for ipc://, inproc:// and tcp:// or http:// on a loopback host."""
+    """Returns True for ipc://, inproc://, and tcp:// or http:// on a loopback host."""
     parts = urlsplit(address)
     return parts.scheme in ("ipc", "inproc") or is_loopback_host(parts.hostname or "")
 
 
 def require_loopback(address: str, remedy: str) -> None:
-    """For who has no keys. Raises: SecurityError, with where to get some."""
+    """Refuses an address beyond loopback; for sockets without keys. `remedy` says how to get keys.
+
+    Raises: SecurityError.
+    """
     if not is_loopback(address):
         raise SecurityError(f"{address} is beyond loopback and needs CURVE keys: {remedy}")
 
 
 def is_loopback_host(host: str) -> bool:
+    """Returns True for `localhost` and for an IP address of the loopback range."""
     if host == "localhost":
         return True
     try:

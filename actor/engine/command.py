@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,8 +38,8 @@ def engine(
     CONFIG is the run's TOML or saved config.json. The engine serves leases once it has committed a first publication.
     Weight files are written under the run's folder; with --attach, the server must be able to read them there.
     """
-    from actor.engine.joining import role_name
     from protocol.config_file import load_config
+    from protocol.role_name import role_name
     from protocol.role_startup import run_async, start_role
 
     name = role_name("engine", name)
@@ -50,7 +52,6 @@ def engine(
 
 
 async def _serve(config: Config, *, name: str, host: str, port: int, advertise: str | None) -> None:
-    from actor.engine.joining import fresh_seed
     from actor.engine.server import EngineServer
 
     server = EngineServer(
@@ -62,7 +63,7 @@ async def _serve(config: Config, *, name: str, host: str, port: int, advertise: 
         max_total_tokens=config.engine.max_total_tokens,
         context_length=config.workflow.context_tokens,
         torch_threads=config.engine.torch_threads,
-        seed=fresh_seed(config.run.seed, name),
+        seed=random_engine_seed(config.run.seed, name),
     )
     await server.start()
     try:
@@ -75,6 +76,16 @@ async def _serve(config: Config, *, name: str, host: str, port: int, advertise: 
         await server.stop()
 
 
+def random_engine_seed(run_seed: int, name: str) -> int:
+    """Returns a seed of 64 bits for requests that have no `sampling_seed`.
+
+    It differs between engines and between restarts of one engine: with equal seeds, equal prompts of a group would get
+    equal completions.
+    """
+    text = f"{run_seed}/{name}/{secrets.token_hex(16)}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
 async def _keep_current(
     config: Config, *, name: str, url: str, advertise: str | None, pause_mode: UpdateMode | None
 ) -> None:
@@ -85,7 +96,7 @@ async def _keep_current(
     """
     import shutil
 
-    from actor.engine.joining import check_advertised
+    from actor.engine.advertised_address import check_advertised
     from actor.engines.sglang_client import SGLangClient, check_url, update_mode
     from actor.weights.agent import WeightAgent
     from protocol.config_file import require_ports

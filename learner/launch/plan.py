@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocol.addresses import is_loopback
+from protocol.addresses import is_loopback, tcp_address
 from protocol.config import Config
 from protocol.errors import ConfigError
 
@@ -61,13 +61,10 @@ def plan(config: Config, *, config_path: Path) -> list[ProcessSpec]:
     return processes
 
 
-def retriever_address(config: Config) -> str:
-    return f"tcp://{config.network.host}:{config.retriever.port}"
-
-
 def _retriever(config: Config) -> ProcessSpec:
     indexes = [f"{name}={folder}" for name, folder in config.retriever.indexes.items()]
-    options = ["--address", retriever_address(config), "--threads", str(config.retriever.threads)]
+    address = tcp_address(host=config.network.host, port=config.retriever.port)
+    options = ["--address", address, "--threads", str(config.retriever.threads)]
     options += ["--max-batch", str(config.retriever.max_batch), "--dtype", config.retriever.dtype]
     if config.network.keys is not None:
         options += ["--keys", str(config.network.keys)]
