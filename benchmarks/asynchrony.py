@@ -45,7 +45,8 @@ from benchmarks.common.simulated_engine import VOCABULARY, Addresses, Engine
 from learner.leases.admission import Rules
 from learner.leases.lease_table import LeaseTable
 from learner.network.network_thread import NetworkThread
-from learner.store.store import Store, store_path
+from learner.store.run_folder import RunFolder
+from learner.store.store import Store
 from protocol.config import NetworkConfig
 from protocol.messages import Lease
 from protocol.transport import Transport
@@ -82,7 +83,7 @@ def learn(connection: Connection, staleness_bound: int, num_steps: int, mean_s: 
     """The learner's process: takes batches, waits as long as a step takes, logs and publishes."""
     weights = save_safetensors({"weight": np.zeros(4, dtype=np.float32)})
     with tempfile.TemporaryDirectory() as folder:
-        store = Store(store_path(Path(folder)))
+        store = Store(RunFolder(Path(folder)).store)
         lease_table = LeaseTable(
             groups_per_batch=GROUPS_PER_BATCH,
             staleness_bound=staleness_bound,

@@ -36,7 +36,8 @@ from benchmarks.common.synthetic import NUM_TRAJECTORIES, PUBLICATION, RUN, VOCA
 from learner.leases.admission import Rules
 from learner.leases.lease_table import LeaseTable
 from learner.network.network_thread import NetworkThread
-from learner.store.store import Store, store_path
+from learner.store.run_folder import RunFolder
+from learner.store.store import Store
 from protocol.codec import encode_group
 from protocol.config import NetworkConfig
 from protocol.framing import decode, encode
@@ -67,7 +68,7 @@ class Used:
 
 def learn(connection: Connection, folder: str, num_leases: int) -> None:
     """The learner's process: says its address, and after each message received what it has used."""
-    store = Store(store_path(Path(folder)))
+    store = Store(RunFolder(Path(folder)).store)
     # Room for twice the leases in flight, so that what is measured is never the staleness bound.
     bound = 2 * num_leases // GROUPS_PER_BATCH
     lease_table = LeaseTable(groups_per_batch=GROUPS_PER_BATCH, staleness_bound=bound, num_steps=1 << 20)

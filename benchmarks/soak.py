@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from learner.metrics.jsonl import last_step
-from learner.store.store import metrics_path
+from learner.store.run_folder import RunFolder
 from protocol.resident_memory import resident_mb
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ def watch(run_dir: Path, demo: subprocess.Popen[bytes]) -> Samples:
     seen = -1
     while demo.poll() is None:
         time.sleep(POLL_S)
-        if (step := last_step(metrics_path(run_dir))) <= seen:
+        if (step := last_step(RunFolder(run_dir).metrics)) <= seen:
             continue
         seen = step
         for name, pid in json.loads((run_dir / "processes.json").read_text()).items():

@@ -48,7 +48,8 @@ from benchmarks.common.transport_sender import ACK_EVERY, send_all
 from learner.leases.admission import Rules, judge
 from learner.leases.lease_table import LeaseTable
 from learner.network.network_thread import NetworkThread
-from learner.store.store import Store, store_path
+from learner.store.run_folder import RunFolder
+from learner.store.store import Store
 from protocol.codec import decode_group
 from protocol.config import NetworkConfig
 from protocol.framing import decode, expect
@@ -146,7 +147,7 @@ def receive_ours(num: int, connection: Connection, *, judged: bool = False, view
 def receive_durable(num: int, connection: Connection) -> float:
     """Leases while the runner has credits; one batch of all groups is what is waited for."""
     with tempfile.TemporaryDirectory() as folder:
-        store = Store(store_path(Path(folder)))
+        store = Store(RunFolder(Path(folder)).store)
         lease_table = LeaseTable(groups_per_batch=num, staleness_bound=0, num_steps=1)
         plane = NetworkThread(
             network=NetworkConfig(),

@@ -21,7 +21,8 @@ from learner.model.parallel import World, checkpoint_activations, join
 from learner.network.network_thread import NetworkThread
 from learner.store.folder_lock import locked
 from learner.store.resume_key import resume_key
-from learner.store.store import Store, store_path
+from learner.store.run_folder import RunFolder
+from learner.store.store import Store
 from learner.training.checkpoint import latest_checkpoint, restore_training
 from learner.training.trainer import Trainer
 from protocol.config import Config
@@ -59,7 +60,7 @@ def run_replay(config: Config, source: Path) -> None:
         if world.rank == 0:
             stack.enter_context(locked(config.run.dir / "learner.lock", what="a learner"))
             _claim_replay(config, source)
-        store = stack.enter_context(closing(Store(store_path(source), read_only=True)))
+        store = stack.enter_context(closing(Store(RunFolder(source).store, read_only=True)))
         num_steps = min(config.learner.num_steps, store.num_batches())
         trainer, step = load_trainer(config, world)
         metrics = _metrics(config, stack, step=step) if world.rank == 0 else None
@@ -103,7 +104,7 @@ def load_trainer(config: Config, world: World) -> tuple[Trainer, int]:
 
 
 def _lead(config: Config, trainer: Trainer, stack: ExitStack, *, step: int) -> tuple[BatchSource, MetricsWriter]:
-    store = stack.enter_context(closing(Store(store_path(config.run.dir))))
+    store = stack.enter_context(closing(Store(RunFolder(config.run.dir).store)))
     store.claim(resume_key(config))
     num_recorded = store.num_batches()
     if step > num_recorded:
@@ -150,7 +151,7 @@ def _metrics(config: Config, stack: ExitStack, *, step: int) -> MetricsWriter:
 
 def _claim_replay(config: Config, source: Path) -> None:
     """Raises: DataError where run.dir holds a run, or a replay of another one or under another config."""
-    if store_path(config.run.dir).exists():
+    if RunFolder(config.run.dir).store.exists():
         raise DataError(f"run.dir {config.run.dir} holds a run of its own: choose another folder for the replay")
     path = config.run.dir / "replay.json"
     identity = {"source": str(source.resolve()), **resume_key(config)}

@@ -28,9 +28,10 @@ from learner.metrics.drift import Drift
 from learner.metrics.metrics_writer import MetricsWriter
 from learner.metrics.step_metrics import StepMetrics
 from learner.model.export import canary, published_weights
-from learner.store.store import finished_path, metrics_path
+from learner.store.run_folder import RunFolder
 from learner.training.checkpoint import TrainingState, save_checkpoint
 from learner.training.trainer import Trainer
+from protocol.atomic_write import atomic_path
 from protocol.codec import pack_groups
 from protocol.config import Config
 from protocol.errors import DivergenceError, DriftError
@@ -52,6 +53,7 @@ class Loop:
         self._metrics = metrics
         self._step = step
         self._dtype = getattr(torch, config.learner.dtype)
+        self._folder = RunFolder(config.run.dir)
 
     def run(self, *, num_steps: int) -> None:
         """From the checkpoint's step over the recorded batches to `num_steps`. Raises: DivergenceError, DriftError."""
@@ -83,7 +85,7 @@ class Loop:
 
     def _keep(self, groups: Sequence[TrajectoryGroup]) -> Path:
         """Writes the groups of a batch that could not be trained: `protocol.codec.unpack_groups` reads them."""
-        path = self._config.run.dir / f"non-finite-step-{self._step}.groups"
+        path = self._folder.failed_batch(self._step)
         if self._trainer.world.rank == 0:
             path.write_bytes(pack_groups(groups))
         return path
@@ -102,7 +104,7 @@ class Loop:
     def _save(self) -> None:
         trainer, policy = self._trainer, self._config.learner.checkpoint
         save_checkpoint(
-            self._config.run.dir / "checkpoints",
+            self._folder.checkpoints,
             policy=trainer.policy,
             optimizer=trainer.optimizer,
             state=TrainingState(
@@ -132,8 +134,8 @@ class Loop:
 
     def _report_drift(self) -> None:
         """Leaves it in RUN/drift.txt. Raises: DriftError."""
-        drift = Drift.read(metrics_path(self._config.run.dir))
-        (self._config.run.dir / "drift.txt").write_text(f"{drift}\n")
+        drift = Drift.read(self._folder.metrics)
+        self._folder.drift.write_text(f"{drift}\n")
         print(drift, flush=True)
         if not drift.is_flat:
             raise DriftError(f"engines and learner drift apart although nothing was trained: {drift}")
@@ -146,8 +148,6 @@ class Loop:
             if self._config.learner.check_drift:
                 self._report_drift()
             summary = {"step": self._step, "num_skipped_updates": self._trainer.guard.num_skipped}
-            path = finished_path(self._config.run.dir)
-            aside = path.with_suffix(".tmp")
-            aside.write_text(json.dumps(summary) + "\n")
-            fault_point("run.finished")
-            aside.replace(path)
+            with atomic_path(self._folder.finished) as temporary:
+                temporary.write_text(json.dumps(summary) + "\n")
+                fault_point("run.finished")

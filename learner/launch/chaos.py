@@ -25,12 +25,12 @@ import click
 
 from learner.launch.inflict import Kind, can_cut, inflict
 from learner.launch.recovery import full_rate_s, second_step_s
-from learner.launch.supervisor import MAX_RESTARTS, lock_path
+from learner.launch.supervisor import MAX_RESTARTS
 from learner.launch.up import is_finished
 from learner.launch.view import Steps
 from learner.store.audit import audit_run
 from learner.store.folder_lock import is_locked
-from learner.store.store import metrics_path
+from learner.store.run_folder import RunFolder
 from protocol.config_file import load_config
 from protocol.errors import DataError, SecurityError
 from protocol.role_startup import run_async
@@ -117,7 +117,7 @@ class Chaos:
         self._kinds = list(kinds)
         self._roles = roles
         self._every_s = every_s
-        self._steps = Steps(metrics_path(run_dir))
+        self._steps = Steps(RunFolder(run_dir).metrics)
         self._faults: list[Fault] = []
         self._busy: set[str] = set()
         self._killed_at: list[tuple[str, int]] = []
@@ -211,7 +211,7 @@ class Chaos:
         }
 
     def _is_running(self) -> bool:
-        return is_locked(lock_path(self._run_dir))
+        return is_locked(RunFolder(self._run_dir).launcher_lock)
 
     def _newest_step(self) -> int:
         return max(self._step_times(), default=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from learner.launch.view import Steps, sparkline
 from learner.store.audit import audit_run
-from learner.store.store import metrics_path
+from learner.store.run_folder import RunFolder
 from protocol.config import Config
 
 
@@ -24,7 +24,7 @@ def finish(
     run_dir = config.run.dir
     audit = audit_run(run_dir)
     evaluations = {name: json.loads(path.read_text()) for name, path in (("before", before), ("after", after))}
-    steps = Steps(metrics_path(run_dir))
+    steps = Steps(RunFolder(run_dir).metrics)
     steps.refresh()
     rewards = [steps.by_step[step]["reward/mean"] for step in sorted(steps.by_step)]
     report = {

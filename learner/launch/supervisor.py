@@ -25,7 +25,7 @@ from pathlib import Path
 from learner.launch.plan import ProcessSpec
 from learner.metrics.jsonl import last_step
 from learner.store.folder_lock import locked
-from learner.store.store import metrics_path
+from learner.store.run_folder import RunFolder
 from protocol.errors import PalimpsestError, TrainingStopped, UserError
 from protocol.fault_injection import VARIABLE as FAULT_VARIABLE
 
@@ -44,11 +44,6 @@ _MAX_PAUSE_S = 15.0
 _MAX_PAUSE_KILLED_S = 2.0
 _USER_ERROR_STATUS = 2
 _TRAINING_STOPPED_STATUS = 3
-
-
-def lock_path(run_dir: Path) -> Path:
-    """Held by the launcher that works in `run_dir`."""
-    return run_dir / "launcher.lock"
 
 
 class RunFailed(PalimpsestError):
@@ -82,7 +77,7 @@ class Supervisor:
 
     async def __aenter__(self) -> Supervisor:
         """Raises: DataError where another launcher works in the folder."""
-        self._lock.enter_context(locked(lock_path(self._run_dir), what="a launcher"))
+        self._lock.enter_context(locked(RunFolder(self._run_dir).launcher_lock, what="a launcher"))
         (self._run_dir / "logs").mkdir(exist_ok=True)
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir()
@@ -191,7 +186,7 @@ class Supervisor:
 
     def _count_failure(self, child: _Child) -> int:
         """How often in a row it has failed by now."""
-        step = last_step(metrics_path(self._run_dir))
+        step = last_step(RunFolder(self._run_dir).metrics)
         if step > child.failed_at_step or time.monotonic() - child.started_s > _LONG_LIFE_S:
             child.num_failures = 0
         child.num_failures += 1

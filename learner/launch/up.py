@@ -62,9 +62,9 @@ def is_finished(config: Config) -> bool:
     """Whether a learner has already trained this run to `learner.num_steps`."""
     import json
 
-    from learner.store.store import finished_path
+    from learner.store.run_folder import RunFolder
 
-    path = finished_path(config.run.dir)
+    path = RunFolder(config.run.dir).finished
     return path.is_file() and json.loads(path.read_text())["step"] >= config.learner.num_steps
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from learner.metrics.jsonl import read_line
-from learner.store.store import metrics_path
+from learner.store.run_folder import RunFolder
 from protocol.config import Config
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -119,7 +119,7 @@ class View:
 def view_of(config: Config, states: Callable[[], States], *, quiet: bool) -> View:
     return View(
         title=config.run.name,
-        metrics=metrics_path(config.run.dir),
+        metrics=RunFolder(config.run.dir).metrics,
         num_steps=config.learner.num_steps,
         staleness_bound=config.learner.staleness_bound,
         states=states,

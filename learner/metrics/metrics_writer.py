@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from learner.metrics.jsonl import format_line, open_lines
 from learner.metrics.step_metrics import StepMetrics
 from learner.metrics.tensorboard import TensorBoardWriter, render_trajectory, summarise_rollouts
-from learner.store.store import metrics_path
+from learner.store.run_folder import RunFolder
 from protocol.errors import DataError
 from protocol.resident_memory import resident_mb
 from protocol.types import TrajectoryGroup
@@ -31,7 +31,7 @@ class MetricsWriter:
             raise DataError(f"model folder {tokenizer_folder} has no tokenizer.json; save its fast tokenizer there")
         tokenizer = Tokenizer.from_file(str(path))
         self._writer = TensorBoardWriter(run_dir / "tensorboard", purge_step=step)
-        self._lines = open_lines(metrics_path(run_dir))
+        self._lines = open_lines(RunFolder(run_dir).metrics)
         self._tokenizer = tokenizer
         self._last = time.perf_counter()
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from learner.store.retention import Tally
     from learner.store.store import Store
-    from learner.store.tally import Tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +52,11 @@ class Audit:
 
 def audit_run(run_dir: Path) -> Audit:
     """Raises: DataError where there is no store."""
-    from learner.store.store import Store, store_path
+    from learner.store.run_folder import RunFolder
+    from learner.store.store import Store
     from protocol.errors import DataError
 
-    path = store_path(run_dir)
+    path = RunFolder(run_dir).store
     if not path.is_file():
         raise DataError(f"no run in {run_dir}: {path.name} is not there")
     store = Store(path, read_only=True)
@@ -195,7 +196,7 @@ def _tally(store: Store, cursor: int, *, last_context_only: bool) -> Tally | Non
     """None where there is no such group."""
     import json
 
-    from learner.store.tally import Tally
+    from learner.store.retention import Tally
 
     rows = store.query("SELECT num_bytes, tally FROM groups WHERE cursor = ?", cursor)
     if not rows:

@@ -1,28 +1,58 @@
-"""Which recorded batches still hold their tokens.
+"""Which recorded batches still hold their tokens, and the counts that replace dropped tokens.
 
-Leases, decisions and the log of batches are kept for ever. Tokens are dropped only of steps that a durable checkpoint
-covers, and leave a tally for the audit.
+Leases, decisions and the log of batches are never deleted. Tokens are dropped only for steps that a durable checkpoint
+covers; a `Tally` of each group is kept for the audit.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from learner.store.store import Store
-from learner.store.tally import Tally
+from protocol.types import Status, TrajectoryGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What the audit counts in a group. Trajectories with status FAILED are not counted.
+
+    tokens: (version, publication, number of sampled tokens), one row per version and publication
+    """
+
+    num_trajectories: int
+    num_contexts: int
+    tokens: list[tuple[int, int, int]]
+
+    @classmethod
+    def of(cls, group: TrajectoryGroup, *, last_context_only: bool) -> Tally:
+        """`last_context_only`: count only the last context of each trajectory (ablation `last-context`)."""
+        num_trajectories, num_contexts = 0, 0
+        tokens: Counter[tuple[int, int]] = Counter()
+        for trajectory in group.trajectories:
+            if trajectory.status is Status.FAILED:
+                continue
+            contexts = trajectory.contexts[-1:] if last_context_only else trajectory.contexts
+            sampled = [context for context in contexts if context.policy_versions]
+            num_trajectories += bool(sampled)
+            num_contexts += len(sampled)
+            for span in (span for context in sampled for span in context.policy_versions):
+                tokens[span.version, span.publication] += span.end - span.start
+        return cls(num_trajectories, num_contexts, [(*key, count) for key, count in tokens.items()])
 
 
 def expired_steps(
     store: Store, *, checkpoint_step: int, keep_steps: int | None, keep_bytes: int | None
 ) -> Iterator[int]:
-    """Steps whose tokens need not be kept, oldest first.
+    """Steps whose tokens may be dropped, oldest first.
 
-    checkpoint_step  of a checkpoint that is durable: batches from this step on would be trained again after a crash
-    keep_steps       so many steps before it are kept
-    keep_bytes       oldest steps go while the groups of the store hold more
-    None: no such limit; without any, nothing goes.
+    checkpoint_step  step of a durable checkpoint; batches from this step on would be trained again after a crash
+    keep_steps       number of steps before `checkpoint_step` whose tokens are kept; None: no limit by steps
+    keep_bytes       the oldest steps are dropped while the store's groups hold more bytes than this; None: no limit
+
+    With both None, no step is dropped.
     """
     held = store.query(
         "SELECT step, sum(num_bytes) FROM batches JOIN groups USING (cursor) WHERE step < ? AND num_bytes > 0 "
@@ -38,8 +68,8 @@ def expired_steps(
         yield step
 
 
-def drop_tokens(store: Store, step: int) -> bool:
-    """Drops the tokens of a trained batch, and of questions that were skipped before its last. Raises: StoreError."""
+def drop_tokens(store: Store, step: int) -> None:
+    """Drops the tokens of a trained batch and of all skipped questions with a lower cursor. Raises: StoreError."""
     cursors = store.batch(step)
     last_context_only = store.meta().get("ablation") == "last-context"
     tallies = {cursor: Tally.of(store.group(cursor), last_context_only=last_context_only) for cursor in cursors}
@@ -51,4 +81,3 @@ def drop_tokens(store: Store, step: int) -> bool:
     store.drop_tokens(
         {cursor: json.dumps(asdict(tally)) for cursor, tally in tallies.items()} | {row[0]: "" for row in skipped}
     )
-    return True

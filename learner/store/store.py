@@ -53,19 +53,6 @@ CREATE TABLE publications (
 """
 
 
-def store_path(run_dir: Path) -> Path:
-    return run_dir / "store.sqlite"
-
-
-def metrics_path(run_dir: Path) -> Path:
-    return run_dir / "metrics.jsonl"
-
-
-def finished_path(run_dir: Path) -> Path:
-    """Written by the learner after its last step."""
-    return run_dir / "finished.json"
-
-
 class Store:
     """Used by one thread at a time. Raises StoreError where the file cannot be read or written."""
 

@@ -18,10 +18,10 @@ import pytest
 from learner.launch.chaos import KINDS, Chaos, draw
 from learner.launch.inflict import can_cut, inflict
 from learner.launch.recovery import full_rate_s, second_step_s
-from learner.launch.supervisor import MAX_RESTARTS, lock_path
+from learner.launch.supervisor import MAX_RESTARTS
 from learner.store.audit import audit_run
 from learner.store.folder_lock import locked
-from learner.store.store import metrics_path
+from learner.store.run_folder import RunFolder
 from tests.launch.running import RUN_TIMEOUT_S, launched, steps, until
 from tests.launch.tiny_run import make_tiny_run
 
@@ -130,10 +130,10 @@ def test_whom_chaos_hits(tmp_path: Path) -> None:
     """Processes that are started again, of the roles wanted; never so often that the launcher gives the run up."""
     running = dict.fromkeys(("learner", "actor-0", "actor-12", "engine-0", "sglang-0", "eval-before-greedy"), 1)
     (tmp_path / "processes.json").write_text(json.dumps(running))
-    with locked(lock_path(tmp_path), what="a launcher"):
+    with locked(RunFolder(tmp_path).launcher_lock, what="a launcher"):
         chaos = Chaos(tmp_path, seed=0, kinds=KINDS, roles=("actor", "learner"), every_s=1.0)
     assert set(chaos._processes()) == {"learner", "actor-0", "actor-12"}
-    metrics_path(tmp_path).write_text('{"step": 3, "time": 1.0}\n{"step": 4, "time": 2.0}\n')
+    RunFolder(tmp_path).metrics.write_text('{"step": 3, "time": 1.0}\n{"step": 4, "time": 2.0}\n')
     chaos._killed_at = [("learner", 4)] * (MAX_RESTARTS - 1) + [("actor-0", 3)] * MAX_RESTARTS
     chaos._busy = {"actor-12"}
     assert [name for name in running if chaos._may_hit(name)] == [

@@ -189,10 +189,11 @@ def test_chaos_needs_a_run_that_goes_on(tmp_path: Path) -> None:
 
 def test_audit(tmp_path: Path) -> None:
     from learner.leases.decisions import Trained
-    from learner.store.store import Store, store_path
+    from learner.store.run_folder import RunFolder
+    from learner.store.store import Store
 
     assert "no run in" in refused("audit", tmp_path)
-    store = Store(store_path(tmp_path))
+    store = Store(RunFolder(tmp_path).store)
     store.claim({"run_id": "run", "groups_per_batch": "1", "group_size": "1", "staleness_bound": "1"})
     clean = palimpsest("audit", tmp_path)
     assert (clean.status, "audit: clean" in clean.out) == (0, True)

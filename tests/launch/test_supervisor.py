@@ -16,7 +16,7 @@ import pytest
 from learner.launch import supervisor as supervisor_module
 from learner.launch.plan import ProcessSpec
 from learner.launch.supervisor import RunFailed, Supervisor
-from learner.store.store import metrics_path
+from learner.store.run_folder import RunFolder
 from protocol.errors import TrainingStopped, UserError
 
 WAIT_S = 30.0
@@ -100,7 +100,7 @@ async def test_too_many_restarts_fail_the_run_with_the_log(tmp_path: Path) -> No
 
 async def test_a_run_that_goes_on_forgives_a_process_that_ends_again_and_again(tmp_path: Path) -> None:
     """Each life of it ends after another step of the run; the last one ends well."""
-    metrics = metrics_path(tmp_path)
+    metrics = RunFolder(tmp_path).metrics
     code = (
         f"import pathlib, sys; metrics = pathlib.Path({str(metrics)!r})\n"
         "step = len(metrics.read_text().splitlines()) if metrics.exists() else 0\n"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from learner.leases.decisions import Ended, Granted, Placed, Trained
 from learner.leases.lease_table import Entry, LeaseRecord, State
-from learner.store.store import Store, store_path
+from learner.store.run_folder import RunFolder
+from learner.store.store import Store
 from protocol.config import Config
 from protocol.config_file import load_config
 from protocol.types import TrajectoryGroup
@@ -23,7 +24,7 @@ def groups_of(step: int, *, num: int = 2) -> list[TrajectoryGroup]:
 
 def record_run(folder: Path, *, num_steps: int) -> Path:
     folder.mkdir(parents=True)
-    with closing(Store(store_path(folder))) as store:
+    with closing(Store(RunFolder(folder).store)) as store:
         for step in range(num_steps):
             groups = groups_of(step)
             for each in groups:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from learner.build import run_replay
 from learner.metrics.drift import Drift, Mean
-from learner.store.store import metrics_path
+from learner.store.run_folder import RunFolder
 from protocol.codec import pack_groups, unpack_groups
 from protocol.config_file import load_config
 from protocol.errors import DataError, DivergenceError, DriftError, MalformedMessage
@@ -46,7 +46,7 @@ def tensors_of(out: Path, step: int = 10) -> dict[str, torch.Tensor]:
 
 
 def metrics_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in metrics_path(out).read_text().splitlines()]
+    return [json.loads(line) for line in RunFolder(out).metrics.read_text().splitlines()]
 
 
 def environment() -> dict[str, str]:

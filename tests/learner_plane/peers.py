@@ -14,7 +14,8 @@ import numpy as np
 from learner.leases.admission import Rules
 from learner.leases.decisions import Arrived
 from learner.network.network_thread import NetworkThread
-from learner.store.store import Store, store_path
+from learner.store.run_folder import RunFolder
+from learner.store.store import Store
 from protocol.codec import decode_frames, encode_group
 from protocol.config import NetworkConfig
 from protocol.framing import Message, decode, encode
@@ -54,7 +55,7 @@ class Setting:
 @contextmanager
 def open_plane(setting: Setting, *, on_death: Callable[[], None] | None = None) -> Iterator[NetworkThread]:
     """A plane as `run_learner` makes it, resumed from the store where there is one. It must not die, or say so."""
-    store = Store(store_path(setting.folder))
+    store = Store(RunFolder(setting.folder).store)
     lease_table = store.restore_lease_table(
         groups_per_batch=setting.groups_per_batch,
         staleness_bound=setting.staleness_bound,

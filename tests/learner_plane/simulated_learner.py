@@ -11,7 +11,8 @@ from learner.leases.engines import Engines
 from learner.leases.lease_table import LeaseTable
 from learner.leases.scheduler import Scheduler
 from learner.store.retention import drop_tokens, expired_steps
-from learner.store.store import Store, store_path
+from learner.store.run_folder import RunFolder
+from learner.store.store import Store
 from protocol.errors import StoreFullError
 from protocol.framing import Buffer, Message, decode
 from protocol.messages import EngineReport, Goodbye, Heartbeat, Lease, SubmitGroup, SubmitReply
@@ -67,7 +68,7 @@ class SimulatedLearner:
         shape = self.world.shape
         self._life += 1
         self._is_training = False
-        self.store = Store(store_path(self.world.folder))
+        self.store = Store(RunFolder(self.world.folder).store)
         self.store._db.execute("PRAGMA synchronous = OFF")
         self.store.claim(
             {

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from learner.store.audit import audit_run
-from learner.store.store import Store, store_path
+from learner.store.run_folder import RunFolder
+from learner.store.store import Store
 from tests.learner_plane.simulated_learner import Crash, SimulatedLearner
 from tests.learner_plane.simulated_peers import SimulatedActor, SimulatedEngine
 
@@ -93,7 +94,7 @@ class World:
         """What the store says at the end."""
         self.learner.stop()
         audit = audit_run(self.folder)
-        store = Store(store_path(self.folder), read_only=True)
+        store = Store(RunFolder(self.folder).store, read_only=True)
         states = dict(store.query("SELECT cursor, state FROM entries"))
         log = [cursor for step in range(store.num_batches()) for cursor in store.batch(step)]
         store.close()

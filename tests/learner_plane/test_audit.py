@@ -10,7 +10,8 @@ import pytest
 from learner.leases.decisions import Ended, Granted, Placed, Trained
 from learner.leases.lease_table import Entry, LeaseRecord, State
 from learner.store.audit import audit_run
-from learner.store.store import Store, store_path
+from learner.store.run_folder import RunFolder
+from learner.store.store import Store
 from tests.learner_plane.peers import arrived
 from tests.learner_plane.test_admission import group
 
@@ -20,7 +21,7 @@ META = {"run_id": "r", "groups_per_batch": "1", "group_size": "2", "staleness_bo
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """One group leased, stored, and trained at step 4; its tokens are of version 3."""
-    store = Store(store_path(tmp_path))
+    store = Store(RunFolder(tmp_path).store)
     store.claim(META)
     for version in range(4):
         publication = store.new_publication(version if version else 0)
@@ -40,7 +41,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def tamper(run: Path, sql: str) -> tuple[str, ...]:
-    with sqlite3.connect(store_path(run)) as db:
+    with sqlite3.connect(RunFolder(run).store) as db:
         db.execute(sql)
     db.close()
     return audit_run(run).problems

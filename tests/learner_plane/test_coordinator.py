@@ -18,7 +18,8 @@ from learner.leases.decisions import Trained
 from learner.leases.lease_table import LeaseTable, State
 from learner.network.network_thread import NetworkThread
 from learner.store.audit import audit_run
-from learner.store.store import Store, store_path
+from learner.store.run_folder import RunFolder
+from learner.store.store import Store
 from protocol.codec import encode_group
 from protocol.config import NetworkConfig
 from protocol.errors import DataError, PalimpsestError, SecurityError, StoreError, UnreachableError
@@ -52,7 +53,7 @@ def _tiny_safetensors() -> bytes:
 
 
 def count(setting: Setting, state: State) -> int:
-    store = Store(store_path(setting.folder), read_only=True)
+    store = Store(RunFolder(setting.folder).store, read_only=True)
     try:
         return store.query("SELECT count(*) FROM entries WHERE state = ?", state.value)[0][0]
     finally:
@@ -379,7 +380,7 @@ async def test_leases_of_an_actor_that_never_returns_expire(tmp_path: Path) -> N
 
 
 def test_the_store_belongs_to_one_run(tmp_path: Path) -> None:
-    store = Store(store_path(tmp_path))
+    store = Store(RunFolder(tmp_path).store)
     store.claim({"run_id": "a", "staleness_bound": "1"})
     store.claim({"run_id": "a", "staleness_bound": "1"})
     with pytest.raises(DataError, match="belongs to a run with staleness_bound = 1, not 2"):
@@ -393,7 +394,7 @@ def test_the_store_belongs_to_one_run(tmp_path: Path) -> None:
 
 
 def test_a_transaction_is_all_or_nothing(tmp_path: Path) -> None:
-    store = Store(store_path(tmp_path))
+    store = Store(RunFolder(tmp_path).store)
     store.commit([Trained(0, (0, 1))])
     with pytest.raises(StoreError, match="UNIQUE"):
         store.commit([Trained(1, (2, 1))])
@@ -455,7 +456,7 @@ def _broken(*_: object, **__: object) -> None:
 
 def test_a_plane_that_cannot_start_has_let_go_of_the_store(tmp_path: Path) -> None:
     """Its thread would go on with a database that the caller closes: that ends the process with SIGSEGV."""
-    with socket.create_server(("127.0.0.1", 0)) as taken, closing(Store(store_path(tmp_path))) as store:
+    with socket.create_server(("127.0.0.1", 0)) as taken, closing(Store(RunFolder(tmp_path).store)) as store:
         plane = NetworkThread(
             network=NetworkConfig(control_port=taken.getsockname()[1]),
             store=store,

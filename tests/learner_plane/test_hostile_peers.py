@@ -7,7 +7,8 @@ import random
 from pathlib import Path
 
 from learner.store.audit import audit_run
-from learner.store.store import Store, store_path
+from learner.store.run_folder import RunFolder
+from learner.store.store import Store
 from protocol.codec import encode_group
 from protocol.transport import Dealer, Transport
 from tests.fuzz.mutate import mutated
@@ -36,7 +37,7 @@ async def storm(dealer: Dealer, *, seed: int, good: list[list[bytes]]) -> None:
 
 async def test_a_storm_costs_others_nothing(tmp_path: Path) -> None:
     setting = Setting(tmp_path)
-    store = Store(store_path(tmp_path))
+    store = Store(RunFolder(tmp_path).store)
     store.claim({"run_id": RUN, "groups_per_batch": "2", "group_size": str(GROUP_SIZE), "staleness_bound": "1"})
     store.close()
     with open_plane(setting) as plane:

@@ -18,7 +18,8 @@ from learner.network import coordinator
 from learner.network.network_thread import NetworkThread
 from learner.store.audit import audit_run
 from learner.store.retention import drop_tokens, expired_steps
-from learner.store.store import Store, store_path
+from learner.store.run_folder import RunFolder
+from learner.store.store import Store
 from protocol.codec import encode_group
 from protocol.errors import StoreError, StoreFullError
 from protocol.messages import Lease
@@ -50,7 +51,7 @@ def put(store: Store, cursor: int, *, slot: int, version: int, outcome: str = "a
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     """A run of six steps of two groups, of the version before each; question 2 was skipped."""
-    store = Store(store_path(tmp_path))
+    store = Store(RunFolder(tmp_path).store)
     store.claim(IDENTITY)
     for version in range(NUM_STEPS):
         store.new_publication(version)
@@ -214,7 +215,7 @@ async def on_plane(plane: NetworkThread, action) -> None:
 
 def test_commits_reach_the_database_file_beside_them(tmp_path: Path) -> None:
     """Without its log, the copied file holds what was committed: nobody but the wal_checkpointer has put it there."""
-    path, copied = store_path(tmp_path), tmp_path / "copied.sqlite"
+    path, copied = RunFolder(tmp_path).store, tmp_path / "copied.sqlite"
     with closing(Store(path)) as store, store.wal_checkpointing():
         store.claim(IDENTITY)
         put(store, 0, slot=0, version=0)
