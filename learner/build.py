@@ -23,7 +23,7 @@ from learner.store.folder_lock import locked
 from learner.store.resume_key import resume_key
 from learner.store.run_folder import RunFolder
 from learner.store.store import Store
-from learner.training.checkpoint import latest_checkpoint, restore_training
+from learner.training.checkpoint import latest_checkpoint, restore_checkpoint
 from learner.training.trainer import Trainer
 from protocol.config import Config
 from protocol.config_file import require_ports
@@ -91,16 +91,17 @@ def load_trainer(config: Config, world: World) -> tuple[Trainer, int]:
     )
     if not checkpoint:
         return trainer, 0
-    state = restore_training(
+    progress = restore_checkpoint(
         Path(checkpoint),
         policy=policy,
         optimizer=trainer.optimizer,
         value_head=trainer.scorer.value_head,
         world=world,
     )
-    trainer.guard.num_skipped, trainer.guard.num_consecutive = state.num_skipped_updates, state.num_consecutive_skips
+    trainer.guard.num_skipped = progress.num_skipped_updates
+    trainer.guard.num_consecutive = progress.num_consecutive_skips
     log.info("resumed from %s", checkpoint)
-    return trainer, state.step
+    return trainer, progress.step
 
 
 def _lead(config: Config, trainer: Trainer, stack: ExitStack, *, step: int) -> tuple[BatchSource, MetricsWriter]:

@@ -29,7 +29,7 @@ from learner.metrics.metrics_writer import MetricsWriter
 from learner.metrics.step_metrics import StepMetrics
 from learner.model.export import canary, published_weights
 from learner.store.run_folder import RunFolder
-from learner.training.checkpoint import TrainingState, save_checkpoint
+from learner.training.checkpoint import TrainingProgress, save_checkpoint
 from learner.training.trainer import Trainer
 from protocol.atomic_write import atomic_path
 from protocol.codec import pack_groups
@@ -107,7 +107,7 @@ class Loop:
             self._folder.checkpoints,
             policy=trainer.policy,
             optimizer=trainer.optimizer,
-            state=TrainingState(
+            progress=TrainingProgress(
                 step=self._step,
                 num_skipped_updates=trainer.guard.num_skipped,
                 num_consecutive_skips=trainer.guard.num_consecutive,

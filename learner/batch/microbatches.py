@@ -35,7 +35,7 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
+class StepPlan:
     """What a step does with a batch of N sampled tokens.
 
     weight       float32 [N]  what multiplies a token's loss; the loss is the plain sum over all micro-batches
@@ -64,7 +64,7 @@ def make_plan(
     share: Share = "auto",
     rank: int = 0,
     num_ranks: int = 1,
-) -> Plan:
+) -> StepPlan:
     """Splits a batch by trajectory into `num_minibatches` (fewer where trajectories are fewer), in lease order.
 
     Tokens of a version below `oldest_version` (the learner's step minus the staleness bound) are not trained, but keep
@@ -92,7 +92,7 @@ def make_plan(
             num_ranks=num_ranks,
         )
         minibatches.append(tuple(micro_batches))
-    return Plan(weight=weight, trained=trained, minibatches=tuple(minibatches))
+    return StepPlan(weight=weight, trained=trained, minibatches=tuple(minibatches))
 
 
 def make_micro_batches(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from learner.algorithms.advantages import Advantages
 from learner.batch.flatten import Batch
-from learner.batch.microbatches import Plan
+from learner.batch.microbatches import StepPlan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,7 +43,7 @@ class Columns:
         return Columns(*(None if column is None else column[index] for column in columns))  # pyright: ignore[reportArgumentType]
 
 
-def make_columns(batch: Batch, plan: Plan, earned: Advantages, *, step: int, device: torch.device) -> Columns:
+def make_columns(batch: Batch, plan: StepPlan, earned: Advantages, *, step: int, device: torch.device) -> Columns:
     """`earned` is of the trained tokens of the plan."""
     sampled = batch.sampled
 

@@ -1,6 +1,6 @@
 """Attention over a packed forest, as an attention implementation of transformers: exact, with no dense mask.
 
-Scorer ── packing_plan=plan ──► decoder ──► each layer's attention ──► plan.attend(query, key, value)
+Scorer ── attention_plan=plan ──► decoder ──► each layer's attention ──► plan.attend(query, key, value)
                                                                         blocks (CPU): learner/model/attention_cpu.py
                                                                         flex (CUDA):  learner/model/attention_flex.py
 """
@@ -28,7 +28,7 @@ Implementation = Literal["blocks", "flex"]
 _logger = logging.getLogger(__name__)
 
 
-class Plan(Protocol):
+class AttentionPlan(Protocol):
     """How one pack attends; planned once, used by all layers."""
 
     @property
@@ -46,12 +46,12 @@ class PackedInputs:
     """A pack on a device, of U tokens; a plan may add some that nothing sees and that see nothing else.
 
     token_ids, position_ids  int64 [1, U]
-    plan                     what the decoder's forward takes as `packing_plan=`
+    plan                     what the decoder's forward takes as `attention_plan=`
     """
 
     token_ids: Tensor
     position_ids: Tensor
-    plan: Plan
+    plan: AttentionPlan
 
 
 @functools.cache
@@ -80,7 +80,7 @@ def to_device(pack: Pack, device: torch.device | str, *, implementation: Impleme
 
 
 def install(model: PreTrainedModel) -> None:
-    """Makes `model` attend by the plan that its decoder's forward is given as `packing_plan=`.
+    """Makes `model` attend by the plan that its decoder's forward is given as `attention_plan=`.
 
     Without a plan it attends causally and takes no mask: rows may be padded on the right, never on the left.
     """
@@ -98,17 +98,17 @@ def _attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    packing_plan: Plan | None = None,
+    attention_plan: AttentionPlan | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer: query [B, H, U, D], key and value [B, K, U, D] -> [B, U, H, D]."""
-    if packing_plan is None:
+    if attention_plan is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout)
-    if sliding_window is not None and sliding_window < packing_plan.num_depths:
+    if sliding_window is not None and sliding_window < attention_plan.num_depths:
         raise DataError(
             f"packed attention has no sliding window: contexts must be <= {sliding_window} tokens, "
-            f"got {packing_plan.num_depths}"
+            f"got {attention_plan.num_depths}"
         )
     if dropout:
         raise DataError(f"packed attention has no dropout: attention_dropout must be 0, got {dropout}")
-    return packing_plan.attend(query, key, value, scale=scaling or query.shape[-1] ** -0.5), None
+    return attention_plan.attend(query, key, value, scale=scaling or query.shape[-1] ** -0.5), None

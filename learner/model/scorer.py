@@ -57,7 +57,7 @@ class Scorer(nn.Module):
         decoder = cast(nn.Module, self.model.get_decoder())
         head = cast(nn.Linear, self.model.get_output_embeddings())
         hidden = decoder(
-            input_ids=packed.token_ids, position_ids=packed.position_ids, use_cache=False, packing_plan=packed.plan
+            input_ids=packed.token_ids, position_ids=packed.position_ids, use_cache=False, attention_plan=packed.plan
         ).last_hidden_state[0].index_select(0, source)  # fmt: skip
         if target is None:
             target = nn.functional.linear(hidden, head.weight, head.bias).argmax(-1)

@@ -1,11 +1,12 @@
-"""Checkpoints: a Hugging Face folder that can be served, and beside it what training needs to go on bit for bit.
+"""Checkpoints: a Hugging Face folder that can be served, plus the training state that makes a resume bit-exact.
 
     ROOT/step-00000040/   config.json, model.safetensors, tokenizer files     the policy, as published
-                          training/*.safetensors                              masters, AdamW's moments, RNG of each rank
-                          state.json                                          step, counters, size of every other file
+                          training/*.safetensors                              fp32 weights, AdamW state, RNG per rank
+                          state.json                                          step, counters, sizes of all other files
 
-training/ is written by torch.distributed.checkpoint, one file a rank, and can be read by any number of ranks. Folders
-are written aside, fsynced and renamed: a folder of that name is complete, or it is not counted. No pickle on disk.
+learner/training/checkpoint_tensors.py writes training/: one file per rank, readable by any number of ranks. A folder is
+written under a temporary name, fsynced and renamed, so a folder named step-* that lists all its files is complete; any
+other is ignored. No file is a pickle.
 """
 
 from __future__ import annotations
@@ -23,20 +24,21 @@ from torch import nn
 from learner.model.export import published_weights, save_folder
 from learner.model.loading import Policy
 from learner.model.parallel import World
-from learner.training.checkpoint_tensors import load_training, save_training
+from learner.training.checkpoint_tensors import load_training_tensors, save_training_tensors
 from protocol.errors import DataError
 from protocol.fault_injection import fault_point
 
 _FOLDER = re.compile(r"^step-(\d{8})$")
-_ASIDE = ".writing-"
+_UNFINISHED = ".writing-"
+"""Prefix of a folder that is being written. Not `atomic_path`: all ranks write into it, and its content is fsynced."""
 _DISCARDED = ".discarded-"
 _STATE = "state.json"
 _TRAINING = "training"
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingState:
-    """Where training stands: the version `step` that the weights are, which is the position in the log; counters."""
+class TrainingProgress:
+    """How far training has come. `step`: the version of the weights = the number of batches trained."""
 
     step: int
     num_skipped_updates: int = 0
@@ -48,47 +50,49 @@ def save_checkpoint(
     *,
     policy: Policy,
     optimizer: torch.optim.Optimizer,
-    state: TrainingState,
+    progress: TrainingProgress,
     keep: int,
     keep_every_steps: int | None = None,
     value_head: nn.Module | None = None,
     world: World | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Writes the checkpoint of `state.step` under `root`, durably, then deletes what the keep policy does not keep.
+    """Durably writes the checkpoint of `progress.step` under `root`, then deletes the old ones; returns its folder.
 
-    keep, keep_every_steps  the newest `keep` stay, and for ever those of steps that `keep_every_steps` divides
-    value_head              trained with the policy, where there is one
+    keep, keep_every_steps  the newest `keep` stay, and all whose step is a multiple of `keep_every_steps`
+    value_head              trained with the policy; None if there is none
     world                   all its ranks call this and return when it is done; `root` is a folder that they share
-    dtype                   of the Hugging Face folder; the model's own if not given
-    A complete checkpoint of the same step is left as it is: a version has one set of weights.
-    Raises: OSError where the disk does not take it; what was there before stays.
+    dtype                   of the Hugging Face folder; the model's own by default
+    A complete checkpoint of the same step is left unchanged: a version has one set of weights.
+    Raises: OSError if the disk cannot be written; the checkpoints that existed before stay.
     """
     if keep < 1:
         raise ValueError(f"keep must be >= 1, got {keep}")
     world = world or World()
-    folder = root / f"step-{state.step:08d}"
-    aside = root / f"{_ASIDE}{folder.name}"
-    leads = world.rank == 0
-    if leads:
+    folder = root / f"step-{progress.step:08d}"
+    unfinished = root / f"{_UNFINISHED}{folder.name}"
+    is_lead = world.rank == 0
+    if is_lead:
         root.mkdir(parents=True, exist_ok=True)
         _remove_unfinished(root)
-    if not world.all(not leads or _is_complete(folder)):
-        if leads:
-            aside.mkdir()
+    if not world.all(not is_lead or _is_complete(folder)):
+        if is_lead:
+            unfinished.mkdir()
         world.barrier()
-        save_training(aside / _TRAINING, model=policy.model, value_head=value_head, optimizer=optimizer, world=world)
+        save_training_tensors(
+            unfinished / _TRAINING, model=policy.model, value_head=value_head, optimizer=optimizer, world=world
+        )
         weights = published_weights(policy.model, world=world, dtype=dtype or policy.model.dtype)
-        if leads:
-            save_folder(aside, policy.model, weights)
-            _complete(aside, policy, state)
+        if is_lead:
+            save_folder(unfinished, policy.model, weights)
+            _finish(unfinished, policy, progress)
             if folder.exists():
                 _discard(folder)
             fault_point("checkpoint.written")
-            aside.rename(folder)
+            unfinished.rename(folder)
             fault_point("checkpoint.renamed")
             _fsync(root)
-    if leads:
+    if is_lead:
         for old in list_checkpoints(root)[:-keep]:
             if keep_every_steps is None or _step_of(old) % keep_every_steps:
                 _discard(old)
@@ -104,42 +108,42 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The newest complete checkpoint under `root`; None where there is none."""
+    """The newest complete checkpoint under `root`; None if there is none."""
     return next(reversed(list_checkpoints(root)), None)
 
 
-def restore_training(
+def restore_checkpoint(
     folder: Path,
     *,
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     value_head: nn.Module | None = None,
     world: World | None = None,
-) -> TrainingState:
-    """Puts the weights that train, the optimiser and the RNG back as they were; the ranks may be more or fewer.
+) -> TrainingProgress:
+    """Restores the trained weights, the optimizer and the RNG; the number of ranks may have changed.
 
-    What does not train must be as it was: where adapters train, `policy` is loaded from the folder that the run began
-    with, otherwise from any of the same config. A rank that the checkpoint does not know keeps its RNG.
-    Raises: DataError where the folder is not a complete checkpoint of this model.
+    Weights that are not trained are not restored: with adapters, `policy` must be loaded from the folder that the run
+    started from; otherwise from any folder with the same config. A rank that the checkpoint has no RNG for keeps its
+    own. Raises: DataError if the folder is not a complete checkpoint of this model.
     """
     if not _is_complete(folder):
         raise DataError(f"checkpoint {folder} is not complete: {_STATE} or a file that it lists is missing")
     try:
-        state = TrainingState(**json.loads((folder / _STATE).read_text())["training"])
+        progress = TrainingProgress(**json.loads((folder / _STATE).read_text())["training"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"checkpoint {folder}: {_STATE} cannot be read: {error}") from error
-    load_training(
+    load_training_tensors(
         folder / _TRAINING, model=policy.model, value_head=value_head, optimizer=optimizer, world=world or World()
     )
-    return state
+    return progress
 
 
-def _complete(folder: Path, policy: Policy, state: TrainingState) -> None:
-    """Adds the tokenizer and, last, the list of all files; then all of it is on the disk."""
+def _finish(folder: Path, policy: Policy, progress: TrainingProgress) -> None:
+    """Adds the tokenizer and, last, the list of all files with their sizes; then fsyncs everything."""
     for file in policy.tokenizer_files:
         shutil.copyfile(file, folder / file.name)
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(_files(folder))}
-    (folder / _STATE).write_text(json.dumps({"training": asdict(state), "files_bytes": sizes}, indent=2) + "\n")
+    (folder / _STATE).write_text(json.dumps({"training": asdict(progress), "files_bytes": sizes}, indent=2) + "\n")
     for file in _files(folder):
         _fsync(file)
     _fsync(folder / _TRAINING)
@@ -163,7 +167,7 @@ def _step_of(folder: Path) -> int:
 
 
 def _discard(folder: Path) -> None:
-    """Deletes a folder; its name is gone before any of its files is."""
+    """Deletes a checkpoint. It is renamed first, so a partly deleted folder never has the name of a checkpoint."""
     doomed = folder.with_name(f"{_DISCARDED}{folder.name}")
     folder.rename(doomed)
     fault_point("checkpoint.discarded")
@@ -171,8 +175,9 @@ def _discard(folder: Path) -> None:
 
 
 def _remove_unfinished(root: Path) -> None:
+    """Removes what a killed process left: unfinished checkpoints and partly deleted ones."""
     for child in root.iterdir():
-        if child.name.startswith((_ASIDE, _DISCARDED)):
+        if child.name.startswith((_UNFINISHED, _DISCARDED)):
             shutil.rmtree(child)
 
 

@@ -1,7 +1,7 @@
-"""What a learner needs to go on bit for bit, sharded as it is, through torch.distributed.checkpoint.
+"""Saves and loads the tensors of a checkpoint's training/ folder with torch.distributed.checkpoint (DCP), sharded.
 
-A flat table of tensors: `model/NAME` the weights that train, `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME` AdamW's,
-`rng/RANK/cpu`, `rng/RANK/cuda`. The schedule has no state: it is a pure function of the step.
+One flat table: `model/NAME` trained weights; `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME` AdamW's state;
+`rng/RANK/cpu`, `rng/RANK/cuda` RNG states. The learning-rate schedule is a pure function of the step: it has no state.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from learner.model.parallel import World
 from protocol.errors import DataError
 
 
-def save_training(
+def save_training_tensors(
     folder: Path, *, model: nn.Module, value_head: nn.Module | None, optimizer: torch.optim.Optimizer, world: World
 ) -> None:
-    """Writes one safetensors file a rank into `folder`; all ranks call it. Raises: OSError."""
+    """Writes one safetensors file per rank into `folder`. All ranks must call it. Raises: OSError."""
     table = _rng(world)
     for name, parameter in _trained(model, value_head).items():
         table[f"model/{name}"] = parameter.detach()
@@ -42,12 +42,12 @@ def save_training(
         )
 
 
-def load_training(
+def load_training_tensors(
     folder: Path, *, model: nn.Module, value_head: nn.Module | None, optimizer: torch.optim.Optimizer, world: World
 ) -> None:
-    """Reads what `save_training` wrote with any number of ranks into this model, optimiser and generators.
+    """Loads what `save_training_tensors` wrote, with any number of ranks, into model, optimizer and RNGs.
 
-    Raises: DataError where it cannot be read or belongs to another model.
+    Raises: DataError if it cannot be read or belongs to another model.
     """
     reader = HuggingFaceStorageReader(str(folder))
     try:
@@ -82,7 +82,7 @@ def load_training(
 
 
 def _trained(model: nn.Module, value_head: nn.Module | None) -> dict[str, nn.Parameter]:
-    """The parameters that train, each once. Through `state_dict`, which has FSDP put its shards in place."""
+    """The trained parameters by name, tied ones once. Taken from `state_dict`, which makes FSDP restore its shards."""
     named = model.state_dict(keep_vars=True)
     if value_head is not None:
         named |= {f"value_head.{name}": tensor for name, tensor in value_head.state_dict(keep_vars=True).items()}
@@ -115,7 +115,7 @@ def _set_rng(states: dict[str, Tensor], world: World) -> None:
 
 @contextmanager
 def _checkpointing() -> Iterator[None]:
-    """torch warns wherever one process saves alone, which is what is meant, and wraps what went wrong on any rank."""
+    """Hides DCP's warning about saving from a single process, and raises the first rank's error as OSError."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"torch\.distributed is disabled")
         try:

@@ -1,4 +1,4 @@
-"""The demo's warm start as a process of its own: `python -m learner.launch.warm_start`."""
+"""The demo's warm start as a separate process: `python -m learner.warmstart`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ import click
 
 
 @click.command()
-@click.option("--data", type=click.Path(path_type=Path, exists=True), required=True, help="What actor.tasks.toy wrote.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, exists=True),
+    required=True,
+    help="Folder that actor.tasks.toy.command wrote.",
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Model folder to write.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def main(data: Path, out: Path, seed: int) -> None:
-    """Train the toy's first policy on DATA/demonstrations.safetensors; OUT appears only when it is whole."""
-    import shutil
-
+    """Train the toy task's initial policy on DATA/demonstrations.safetensors. OUT appears only when it is complete."""
     import torch
 
     from learner.warmstart.recipe import warm_start
+    from protocol.atomic_write import atomic_path
     from protocol.role_startup import start_role
 
     start_role("warm-start")
@@ -28,11 +32,9 @@ def main(data: Path, out: Path, seed: int) -> None:
         if step % 50 == 0:
             click.echo(f"{phase} step {step} loss {loss:.3f}")
 
-    aside = out.with_name(f".writing-{out.name}")
-    shutil.rmtree(aside, ignore_errors=True)
     demonstrations, tokenizer = data / "demonstrations.safetensors", data / "tokenizer"
-    warm_start(aside, demonstrations=demonstrations, tokenizer_dir=tokenizer, seed=seed, on_progress=report)
-    aside.rename(out)
+    with atomic_path(out) as unfinished:
+        warm_start(unfinished, demonstrations=demonstrations, tokenizer_dir=tokenizer, seed=seed, on_progress=report)
 
 
 if __name__ == "__main__":

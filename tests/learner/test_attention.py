@@ -169,4 +169,4 @@ def test_a_window_shorter_than_a_context_is_refused() -> None:
         if hasattr(module, "sliding_window"):
             module.sliding_window = 11  # pyright: ignore[reportArgumentType]
     with pytest.raises(DataError, match="contexts must be <= 11 tokens, got 12"):
-        model.get_decoder()(input_ids=inputs.token_ids, position_ids=inputs.position_ids, packing_plan=inputs.plan)
+        model.get_decoder()(input_ids=inputs.token_ids, position_ids=inputs.position_ids, attention_plan=inputs.plan)

@@ -12,7 +12,7 @@ from learner.model.export import published_weights
 from learner.model.loading import Policy
 from learner.model.lora import add_adapters
 from learner.model.parallel import World
-from learner.training.checkpoint import TrainingState, restore_training, save_checkpoint
+from learner.training.checkpoint import TrainingProgress, restore_checkpoint, save_checkpoint
 from learner.training.optimizer import apply_update, build_optimizer
 from protocol.config import LoraConfig, OptimizerConfig
 from protocol.errors import ConfigError
@@ -74,7 +74,11 @@ def test_a_checkpoint_holds_the_adapters_and_a_folder_with_them_merged(tmp_path:
     optimizer = build_optimizer(model, OptimizerConfig())
     train(model, optimizer, num_steps=2)
     folder = save_checkpoint(
-        tmp_path, policy=Policy(model=model, tokenizer_files=()), optimizer=optimizer, state=TrainingState(2), keep=1
+        tmp_path,
+        policy=Policy(model=model, tokenizer_files=()),
+        optimizer=optimizer,
+        progress=TrainingProgress(2),
+        keep=1,
     )
     (file,) = (folder / "training").iterdir()
     with safe_open(file, framework="pt") as tensors:
@@ -85,7 +89,7 @@ def test_a_checkpoint_holds_the_adapters_and_a_folder_with_them_merged(tmp_path:
 
     resumed = adapted(seed=2)
     optimizer = build_optimizer(resumed, OptimizerConfig())
-    restore_training(folder, policy=Policy(model=resumed, tokenizer_files=()), optimizer=optimizer)
+    restore_checkpoint(folder, policy=Policy(model=resumed, tokenizer_files=()), optimizer=optimizer)
     train(resumed, optimizer, num_steps=2)
     for name, tensor in resumed.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.batch.flatten import Batch, flatten
-from learner.batch.microbatches import MicroBatch, Plan, make_micro_batches, make_plan
+from learner.batch.microbatches import MicroBatch, StepPlan, make_micro_batches, make_plan
 from protocol.types import TrajectoryGroup
 from tests.learner.tiny import group
 
 
-def plan_of(batch: Batch, **options: object) -> Plan:
+def plan_of(batch: Batch, **options: object) -> StepPlan:
     defaults = {
         "num_minibatches": 1,
         "tokens_per_micro_batch": 1000,
