@@ -8,7 +8,7 @@ SGLANG_STAMP := $(SGLANG_VENV)/.setup-stamp
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-sglang lint format bench constraints clean
+.PHONY: help setup demo test test-all test-sglang lint format docs bench constraints clean
 
 help:  ## Show this help
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ lint: setup  ## Format, lint, import contracts, types
 format: setup  ## Format and fix what can be fixed
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+docs: setup  ## Write the generated documents: docs/metrics.md
+	@$(BIN)/python -m learner.metrics.document docs/metrics.md
 
 bench: setup  ## Every benchmark, quickly; each prints one JSON object as its last line
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python -P $$file --quick || exit 1; done

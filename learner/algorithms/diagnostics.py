@@ -1,118 +1,132 @@
-"""Sums over trained tokens of what is watched beside the loss: they add up over micro-batches and ranks."""
+"""Sums and maxima over trained tokens, from which `TOKEN_METRICS` are computed; additive over micro-batches and ranks.
+
+TokenTerms of a micro-batch ─► diagnose ─► Diagnostics ─► + over micro-batches ─► reduced over ranks ─► values by tag
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-NUM_BUCKETS = 16
-"""Ages and turns from 0; the last bucket holds all that are larger."""
+from learner.algorithms.token_metrics import NUM_BUCKETS, TOKEN_METRICS, Reduction, TokenTerms
+
+_NUM_SUMS = {
+    Reduction.TOTAL: 1,
+    Reduction.MEAN: 1,
+    Reduction.MAX: 0,
+    Reduction.MEAN_BY_AGE: NUM_BUCKETS,
+    Reduction.MEAN_BY_CONTEXT_INDEX: NUM_BUCKETS,
+    Reduction.EFFECTIVE_FRACTION: 2,
+}
+_NUM_COUNTS = 2 * NUM_BUCKETS
+# The sums of TOKEN_METRICS[i] are at _ENDS[i] .. _ENDS[i + 1], after the counts by age and by context index.
+_ENDS = np.cumsum([_NUM_COUNTS, *(_NUM_SUMS[metric.reduction] for metric in TOKEN_METRICS)]).tolist()
+_NUM_MAXIMA = sum(metric.reduction is Reduction.MAX for metric in TOKEN_METRICS)
 
 
-def _buckets() -> NDArray[np.float64]:
-    return np.zeros(NUM_BUCKETS)
+def _zeros(size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.float64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Diagnostics:
-    """Add two of them with `+`; reduce over ranks with `to_tensors` and `from_tensors`.
+    """Of zero or more tokens. Add two of them with `+`; reduce over ranks with `to_tensors` and `from_tensors`.
 
-    Sums over trained tokens, except the total `loss`, `importance_weight_max` and `ratio_max`. `ratio` is w = pi_prox /
-    pi_behave, `importance_weight` what corrections make of it, `weight_zeroed` counts the tokens that one dropped.
-    `kl_behavior` estimates KL(pi_behave || pi_theta) by k3; `*_by_age`, `*_by_turn` float64 [NUM_BUCKETS] split it, and
-    the tokens, by the age of the token and the index of its context.
+    sums     float64 [S] on the CPU: number of tokens by age [NUM_BUCKETS] and by context index [NUM_BUCKETS], then the
+             sums of each of `TOKEN_METRICS`
+    maxima   float64 [M] on the CPU: of each metric with `Reduction.MAX`; 0 without tokens
     """
 
-    num_tokens: int = 0
-    loss: float = 0.0
-    clipped: float = 0.0
-    kl_behavior: float = 0.0
-    kl_reference: float = 0.0
-    importance_weight: float = 0.0
-    weight_zeroed: float = 0.0
-    ratio: float = 0.0
-    ratio_squared: float = 0.0
-    entropy: float = 0.0
-    value_loss: float = 0.0
-    tokens_by_age: NDArray[np.float64] = field(default_factory=_buckets)
-    kl_by_age: NDArray[np.float64] = field(default_factory=_buckets)
-    tokens_by_turn: NDArray[np.float64] = field(default_factory=_buckets)
-    kl_by_turn: NDArray[np.float64] = field(default_factory=_buckets)
-    importance_weight_max: float = 0.0
-    ratio_max: float = 0.0
+    sums: Tensor = field(default_factory=lambda: _zeros(_ENDS[-1]))
+    maxima: Tensor = field(default_factory=lambda: _zeros(_NUM_MAXIMA))
 
     def __add__(self, other: Diagnostics) -> Diagnostics:
-        (sums, maxima), (other_sums, other_maxima) = self.to_tensors(), other.to_tensors()
-        return Diagnostics.from_tensors(sums + other_sums, torch.maximum(maxima, other_maxima))
+        return Diagnostics(self.sums + other.sums, torch.maximum(self.maxima, other.maxima))
 
     def to_tensors(self) -> tuple[Tensor, Tensor]:
-        """(sums float64 [S], maxima float64 [2]) on the CPU: to be reduced over ranks by SUM and by MAX."""
-        values = [np.atleast_1d(getattr(self, each.name)) for each in fields(self)]
-        flat = torch.from_numpy(np.concatenate(values, dtype=np.float64))
-        return flat[:-2], flat[-2:]
+        """Copies of (sums, maxima), to be reduced over ranks by SUM and by MAX."""
+        return self.sums.clone(), self.maxima.clone()
 
     @classmethod
     def from_tensors(cls, sums: Tensor, maxima: Tensor) -> Diagnostics:
-        """What `to_tensors` gave, after any reduction."""
-        num_scalars = len(sums) - 4 * NUM_BUCKETS
-        num_tokens, *scalars = sums[:num_scalars].tolist()
-        histograms = sums[num_scalars:].cpu().numpy().reshape(4, NUM_BUCKETS)
-        return cls(int(num_tokens), *scalars, *histograms, *maxima.tolist())
-
-    def mean(self, total: float) -> float:
-        """`total` for each trained token; 0 where none was trained."""
-        return total / self.num_tokens if self.num_tokens else 0.0
+        """The inverse of `to_tensors`; the tensors may be on any device."""
+        return cls(sums.cpu(), maxima.cpu())
 
     @property
-    def effective_sample_fraction(self) -> float:
-        """(sum w)^2 / (N sum w^2), in 0..1: the effective sample size by token (Kish 1965); 0 where there is none.
+    def tokens_by_age(self) -> NDArray[np.float64]:
+        """float64 [NUM_BUCKETS]: number of trained tokens of each age; the last bucket holds all older ones."""
+        return self.sums[:NUM_BUCKETS].numpy()
 
-        Of w = pi_prox / pi_behave itself: what corrections make of it would hide what they are there for.
-        """
-        squares = self.num_tokens * self.ratio_squared
-        return self.ratio**2 / squares if squares else 0.0
+    @property
+    def tokens_by_context_index(self) -> NDArray[np.float64]:
+        """float64 [NUM_BUCKETS]: number of trained tokens at each context index; the last holds all later ones."""
+        return self.sums[NUM_BUCKETS:_NUM_COUNTS].numpy()
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.tokens_by_age.sum())
+
+    @property
+    def loss(self) -> float:
+        return self.values()["learner/loss"]
+
+    def values(self) -> dict[str, float]:
+        """`TOKEN_METRICS` by tag, 0 without tokens; of a family, the members that have tokens."""
+        found: dict[str, float] = {}
+        maxima = iter(self.maxima.tolist())
+        for metric, start, end in zip(TOKEN_METRICS, _ENDS[:-1], _ENDS[1:], strict=True):
+            sums = self.sums[start:end].tolist()
+            match metric.reduction:
+                case Reduction.TOTAL:
+                    found[metric.name] = sums[0]
+                case Reduction.MEAN:
+                    found[metric.name] = _fraction(sums[0], self.num_tokens)
+                case Reduction.MAX:
+                    found[metric.name] = next(maxima)
+                case Reduction.EFFECTIVE_FRACTION:
+                    found[metric.name] = _fraction(sums[0] ** 2, self.num_tokens * sums[1])
+                case Reduction.MEAN_BY_AGE:
+                    found |= {metric.member(age): mean for age, mean in _means(sums, self.tokens_by_age)}
+                case Reduction.MEAN_BY_CONTEXT_INDEX:
+                    found |= {metric.member(k): mean for k, mean in _means(sums, self.tokens_by_context_index)}
+        return found
 
 
 @torch.no_grad()
-def diagnose(
-    *,
-    loss: Tensor,
-    clipped: Tensor,
-    kl_behavior: Tensor,
-    kl_reference: Tensor | None,
-    importance: Tensor,
-    ratio: Tensor,
-    entropy: Tensor,
-    value_loss: Tensor | None,
-    age: Tensor,
-    turn: Tensor,
-) -> Diagnostics:
-    """The sums of one micro-batch of N trained tokens, with one transfer to the CPU. loss []; the others [N]."""
-    if clipped.numel() == 0:
+def diagnose(terms: TokenTerms) -> Diagnostics:
+    """The sums and maxima of one micro-batch of N trained tokens, with one transfer to the CPU."""
+    if terms.tokens.age.numel() == 0:
         return Diagnostics()
-    nothing = loss.new_zeros(())
-    sums = (
-        torch.ones_like(clipped).sum(),
-        loss,
-        clipped.sum(),
-        kl_behavior.sum(),
-        nothing if kl_reference is None else kl_reference.sum(),
-        importance.sum(),
-        (importance == 0).sum(),
-        ratio.sum(),
-        ratio.square().sum(),
-        entropy.sum(),
-        nothing if value_loss is None else value_loss.sum(),
-    )
-    parts = [torch.stack([each.double() for each in sums])]
-    for bucket in (age, turn):
-        bucket = bucket.clamp(0, NUM_BUCKETS - 1)
-        parts.append(torch.bincount(bucket, minlength=NUM_BUCKETS).double())
-        parts.append(torch.bincount(bucket, weights=kl_behavior.double(), minlength=NUM_BUCKETS))
-    maxima = torch.stack([importance.max(), ratio.max()]).double()
-    sums_and_maxima = torch.cat([*parts, maxima]).cpu()
-    return Diagnostics.from_tensors(sums_and_maxima[:-2], sums_and_maxima[-2:])
+    age, context_index = (each.clamp(0, NUM_BUCKETS - 1) for each in (terms.tokens.age, terms.tokens.turn))
+    sums = [torch.bincount(bucket, minlength=NUM_BUCKETS) for bucket in (age, context_index)]
+    maxima: list[Tensor] = []
+    for metric in TOKEN_METRICS:
+        values = metric.values(terms)
+        if values is None:
+            values = torch.zeros_like(terms.kl_behavior)
+        match metric.reduction:
+            case Reduction.TOTAL | Reduction.MEAN:
+                sums.append(values.sum().reshape(1))
+            case Reduction.MAX:
+                maxima.append(values.max().reshape(1))
+            case Reduction.EFFECTIVE_FRACTION:
+                sums.append(torch.stack([values.sum(), values.square().sum()]))
+            case Reduction.MEAN_BY_AGE:
+                sums.append(torch.bincount(age, weights=values.double(), minlength=NUM_BUCKETS))
+            case Reduction.MEAN_BY_CONTEXT_INDEX:
+                sums.append(torch.bincount(context_index, weights=values.double(), minlength=NUM_BUCKETS))
+    sums_and_maxima = torch.cat([each.double() for each in (*sums, *maxima)]).cpu()
+    return Diagnostics.from_tensors(sums_and_maxima[: _ENDS[-1]], sums_and_maxima[_ENDS[-1] :])
+
+
+def _fraction(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _means(sums: list[float], counts: NDArray[np.float64]) -> list[tuple[int, float]]:
+    """(bucket, mean) of every bucket that has tokens."""
+    return [(int(bucket), float(sums[bucket] / counts[bucket])) for bucket in np.flatnonzero(counts)]

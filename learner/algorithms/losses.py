@@ -15,6 +15,7 @@ from torch import Tensor
 
 from learner.algorithms.diagnostics import Diagnostics, diagnose
 from learner.algorithms.importance_weights import scoped_log_ratio
+from learner.algorithms.token_metrics import TokenTerms
 from protocol.algorithm_config import LossConfig
 
 
@@ -71,16 +72,14 @@ def total_loss(tokens: LossTokens, config: LossConfig) -> tuple[Tensor, Diagnost
         per_token = per_token + config.value.coefficient * value
     loss = (tokens.weight * per_token).sum()
     return loss, diagnose(
-        loss=loss,
-        clipped=clipped,
-        kl_behavior=approx_kl(tokens.behavior, tokens.logprobs.detach()),
-        kl_reference=kl,
-        importance=tokens.importance,
-        ratio=(tokens.proximal - tokens.behavior).exp(),
-        entropy=tokens.entropy,
-        value_loss=value,
-        age=tokens.age,
-        turn=tokens.turn,
+        TokenTerms(
+            tokens=tokens,
+            loss=loss,
+            clipped=clipped,
+            kl_behavior=approx_kl(tokens.behavior, tokens.logprobs.detach()),
+            kl_reference=kl,
+            value_loss=value,
+        )
     )
 
 

@@ -156,7 +156,7 @@ def rows(step: Step, *, bound: int) -> list[tuple[str, str]]:
             f"sampled {step['rollout/tokens_per_s']:,.0f}, learner {step['learner/tokens_per_s']:,.0f} (step "
             f"{step['learner/step_s']:.2f} s)",
         ),
-        ("contexts", f"{step['rollout/turns']:.2f} a trajectory, {step['rollout/context_tokens']:.0f} tokens each"),
+        ("contexts", f"{step['rollout/contexts']:.2f} a trajectory, {step['rollout/context_tokens']:.0f} tokens each"),
         (
             "queue",
             f"{step.get('queue/running', 0):.0f} groups running, {step.get('queue/buffered', 0):.0f} buffered, "

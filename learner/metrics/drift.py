@@ -1,35 +1,38 @@
-"""Whether engines and learner agree: at a learning rate of 0 nothing moves, so the mismatch between them must be flat.
+"""Checks that engines and learner agree, from the metrics.jsonl of a run with learning rate 0 (`learner.check_drift`).
 
-What grows all the same is a defect: stale caches, weights that were brought wrongly, tokens recorded under another
-version or another context than they were sampled in. Judged from the run's metrics.jsonl, so that a learner that was
-killed and came back is judged on all of its steps.
+At learning rate 0 the weights do not change, so the mismatch KL must not grow: not over the steps, not with the age of
+the tokens, not with the context index. If it grows, there is a defect: stale caches, damaged weights, or tokens that
+were recorded under another version or another context than the one that sampled them. metrics.jsonl covers all steps
+of the run, also those before a restart of the learner.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from learner.algorithms.token_metrics import NUM_BUCKETS
 from learner.metrics.jsonl import read_line
 
 FLOOR = 1e-5
-"""Nats a token, of k3: below it is rounding, of log-probs in fp32 on both sides (bf16 engines are near 1e-3)."""
+"""Nats per token, k3. Less is rounding of fp32 log-probs on both sides; bf16 engines are near 1e-3."""
 FACTOR = 2.0
 MIN_TOKENS = 100
-"""Means over fewer tokens are reported, and judge nothing."""
+"""A mean over fewer tokens is reported, but not checked."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """Of the mismatch KL over some tokens."""
+    """Mean mismatch KL, in nats per token, over `num_tokens` tokens."""
 
     kl: float
     num_tokens: int
 
     @classmethod
     def of(cls, parts: Iterable[tuple[float, int]]) -> Mean:
-        """From (mean, number of tokens) of each part; 0 over none."""
+        """From (mean, number of tokens) of each part; 0 if there are no tokens."""
         parts = list(parts)
         total = sum(num for _, num in parts)
         return cls(sum(kl * num for kl, num in parts) / total if total else 0.0, total)
@@ -37,7 +40,7 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Mean mismatch KL in nats a token: of the first and the last third of the steps, by age, by context number."""
+    """Mean mismatch KL: of the first and the last third of the steps, by age, by context index."""
 
     first: Mean
     last: Mean
@@ -46,7 +49,7 @@ class Drift:
 
     @classmethod
     def read(cls, metrics: Path) -> Drift:
-        """From the lines of metrics.jsonl, the last one of each step."""
+        """From the lines of metrics.jsonl; the last line of each step counts."""
         lines = map(read_line, metrics.read_bytes().splitlines())
         rows = list({line["step"]: line for line in lines if line is not None}.values())
         third = max(1, len(rows) // 3)
@@ -59,12 +62,15 @@ class Drift:
 
     @property
     def is_flat(self) -> bool:
-        """Neither time, nor age, nor the number of the context raises the mismatch above twice that of the first."""
+        """Whether the last third, every age and every context index are within `FACTOR` of the first of their kind.
+
+        The first is taken as at least `FLOOR`. NaN is not flat.
+        """
         rows = [[self.first, self.last]]
         rows += [[means[key] for key in sorted(means)] for means in (self.by_age, self.by_context)]
         for row in rows:
-            judged = [mean.kl for mean in row if mean.num_tokens >= MIN_TOKENS]
-            if not all(kl <= FACTOR * max(judged[0], FLOOR) for kl in judged):  # NaN is not flat
+            checked = [mean.kl for mean in row if mean.num_tokens >= MIN_TOKENS]
+            if not all(kl <= FACTOR * max(checked[0], FLOOR) for kl in checked):
                 return False
         return True
 
@@ -74,8 +80,8 @@ class Drift:
             for means in (self.by_age, self.by_context)
         )
         return (
-            f"mismatch KL, nats a token: {self.first.kl:.1e} in the first third of steps, {self.last.kl:.1e} in the "
-            f"last; by age {ages}; by context {contexts}"
+            f"mismatch KL, nats per token: {self.first.kl:.1e} in the first third of steps, {self.last.kl:.1e} in the "
+            f"last; by age {ages}; by context index {contexts}"
         )
 
 
@@ -84,8 +90,12 @@ def _steps(rows: Sequence[Mapping]) -> list[tuple[float, int]]:
 
 
 def _by(rows: Sequence[Mapping], tag: str, counts: str) -> dict[int, Mean]:
-    keys = sorted({int(key) for row in rows for key in row[counts]})
-    return {
-        key: Mean.of((row[f"{tag}{key}"], row[counts][str(key)]) for row in rows if str(key) in row[counts])
-        for key in keys
-    }
+    """`counts` may tell more ages apart than the metric: the metric's last bucket covers all larger ones."""
+    parts: dict[int, list[tuple[float, int]]] = {}
+    for row in rows:
+        num_tokens: Counter[int] = Counter()
+        for key, count in row[counts].items():
+            num_tokens[min(int(key), NUM_BUCKETS - 1)] += count
+        for key, count in num_tokens.items():
+            parts.setdefault(key, []).append((row[f"{tag}{key}"], count))
+    return {key: Mean.of(parts[key]) for key in sorted(parts)}

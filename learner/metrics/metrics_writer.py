@@ -1,4 +1,4 @@
-"""A step's record: TensorBoard under RUN/tensorboard, one JSON line in RUN/metrics.jsonl, some trajectories as text."""
+"""Writes the record of a step: TensorBoard events, one line of metrics.jsonl, and some trajectories as text."""
 
 from __future__ import annotations
 
@@ -9,20 +9,63 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from learner.metrics.jsonl import format_line, open_lines
+from learner.metrics.rollout_metrics import rollout_metrics
 from learner.metrics.step_metrics import StepMetrics
-from learner.metrics.tensorboard import TensorBoardWriter, render_trajectory, summarise_rollouts
+from learner.metrics.tensorboard import TensorBoardWriter
+from learner.metrics.trajectory_text import render_trajectory
 from learner.store.run_folder import RunFolder
 from protocol.errors import DataError
+from protocol.metric import Metric
 from protocol.resident_memory import resident_mb
 from protocol.types import TrajectoryGroup
 
 _TEXT_EVERY_STEPS = 10
 
+LOOP_METRICS = (
+    Metric(
+        name="learner/wait_s",
+        reduction="sum over the step",
+        unit="s",
+        explanation="time that the loop waited for the batch after it had asked for it",
+        healthy="below `learner/step_s` with enough engines; above it, generation is the bottleneck",
+    ),
+    Metric(
+        name="learner/publish_s",
+        reduction="sum over the step",
+        unit="s",
+        explanation="time that the loop took to publish the version that the step started from; engines fetch it later",
+        healthy="a small part of the step",
+    ),
+    Metric(
+        name="learner/resident_mb",
+        reduction="value when the step is recorded",
+        unit="MB",
+        explanation="resident memory of the learner's process (rank 0)",
+        healthy="steady after the first hundred steps",
+    ),
+    *(
+        Metric(
+            name=f"trajectories/{which}",
+            reduction="one trajectory of the batch's first group",
+            unit="text",
+            explanation=f"the trajectory with the {extreme} reward: the text of every context, with the versions that "
+            "sampled it",
+            healthy="read them: they show first whether the reward increases for the wrong reason",
+            absent_if=f"the step is not a multiple of {_TEXT_EVERY_STEPS}",
+            kind="text",
+        )
+        for which, extreme in (("best", "highest"), ("worst", "lowest"))
+    ),
+)
+
 
 class MetricsWriter:
-    """A context manager. A step can have two lines where a learner was killed before it was logged: the last counts.
+    """A context manager that appends to the metrics in `run_dir`; `step` is the first step that it will record.
 
-    Raises: DataError where `tokenizer_folder` has no tokenizer.json.
+    If a learner was killed after it had recorded a step and before the step was logged in the store, metrics.jsonl has
+    two lines of that step: the last one counts.
+
+    Raises: DataError if `tokenizer_folder` has no tokenizer.json.
     """
 
     def __init__(self, run_dir: Path, *, step: int, tokenizer_folder: Path) -> None:
@@ -30,8 +73,9 @@ class MetricsWriter:
         if not path.is_file():
             raise DataError(f"model folder {tokenizer_folder} has no tokenizer.json; save its fast tokenizer there")
         tokenizer = Tokenizer.from_file(str(path))
-        self._writer = TensorBoardWriter(run_dir / "tensorboard", purge_step=step)
-        self._lines = open_lines(RunFolder(run_dir).metrics)
+        folder = RunFolder(run_dir)
+        self._writer = TensorBoardWriter(folder.tensorboard, purge_step=step)
+        self._lines = open_lines(folder.metrics)
         self._tokenizer = tokenizer
         self._last = time.perf_counter()
 
@@ -51,43 +95,37 @@ class MetricsWriter:
         publish_s: float,
         gauges: Mapping[str, float],
     ) -> None:
-        """`wait_s`: how long the loop waited for the batch; `gauges`: queue lengths and the peers' counters by tag."""
+        """Writes the metrics of the step that trained `groups`.
+
+        `wait_s`: time that the loop waited for the batch; `publish_s`: time that publishing took; `gauges`: queue
+        lengths and the counters of actors and engines, by tag.
+        """
         now = time.perf_counter()
         interval_s, self._last = now - self._last, now
-        summary = summarise_rollouts(groups)
-        extra = {
+        values = {
+            **rollout_metrics(groups, interval_s=interval_s),
+            **stepped.values,
             "learner/wait_s": wait_s,
             "learner/publish_s": publish_s,
             "learner/resident_mb": resident_mb(),
-            "rollout/tokens_per_s": summary.num_sampled_tokens / interval_s,
             **gauges,
         }
-        self._writer.step(stepped)
-        self._writer.rollouts(summary, step=stepped.step)
-        self._writer.scalars(extra, step=stepped.step)
+        self._writer.scalars(values, step=stepped.step)
+        self._writer.counts("staleness/histogram", stepped.tokens_by_age, step=stepped.step)
         if stepped.step % _TEXT_EVERY_STEPS == 0:
             self._write_trajectories(groups, step=stepped.step)
-        line = {
-            "time": time.time(),
-            "step": stepped.step,
-            **summary.scalars(),
-            **stepped.scalars(),
-            **extra,
-        }
-        counts = {
-            "tokens_by_age": {age: count for age, count in enumerate(stepped.staleness_counts) if count},
-            "tokens_by_context": stepped.context_counts,
-        }
-        self._lines.write(format_line(line, counts))
+        counts = {"tokens_by_age": stepped.tokens_by_age, "tokens_by_context": stepped.tokens_by_context}
+        self._lines.write(format_line({"time": time.time(), "step": stepped.step, **values}, counts))
 
     def _write_trajectories(self, groups: Sequence[TrajectoryGroup], *, step: int) -> None:
-        """The best and the worst trajectory of the batch's first group."""
+        """Writes the best and the worst trajectory of the batch's first group."""
         group = groups[0]
         ranked = sorted(group.trajectories, key=lambda trajectory: trajectory.reward)
-        for tag, trajectory in (("best", ranked[-1]), ("worst", ranked[0])):
+        for which, trajectory in (("best", ranked[-1]), ("worst", ranked[0])):
             texts = [
                 self._tokenizer.decode(context.token_ids.tolist(), skip_special_tokens=False)
                 for context in trajectory.contexts
             ]
             question = f"{group.question.text} (gold: {' | '.join(group.question.answers)})"
-            self._writer.trajectory(tag, render_trajectory(trajectory, texts, question=question), step=step)
+            text = render_trajectory(trajectory, texts, question=question)
+            self._writer.text(f"trajectories/{which}", text, step=step)

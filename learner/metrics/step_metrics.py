@@ -1,4 +1,4 @@
-"""What one training step did, in numbers."""
+"""The metrics of one training step that the trainer measures."""
 
 from __future__ import annotations
 
@@ -8,119 +8,205 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from learner.algorithms.diagnostics import Diagnostics
 from learner.batch.flatten import Batch
-from learner.batch.microbatches import Plan
-from protocol.types import Status, TrajectoryGroup
+from learner.batch.microbatches import StepPlan
+from protocol.metric import Metric
+
+STALENESS_METRICS = (
+    Metric(
+        name="staleness/mean",
+        reduction="mean over trained tokens",
+        unit="steps",
+        explanation="age of a token: step − version that sampled it",
+        healthy="between 0 and the bound; 0 at every step means synchronous training",
+    ),
+    Metric(
+        name="staleness/max",
+        reduction="maximum over trained tokens",
+        unit="steps",
+        explanation="age of a token: step − version that sampled it",
+        healthy="never above `learner.staleness_bound`, which the lease rule enforces",
+    ),
+    Metric(
+        name="staleness/histogram",
+        reduction="count of trained tokens by age",
+        unit="tokens",
+        explanation="number of trained tokens of each age; `tokens_by_age` in metrics.jsonl",
+        healthy="most tokens at ages from 1 to the bound, stable over time",
+        absent_if="no token was trained",
+        kind="histogram",
+    ),
+    Metric(
+        name="staleness/over_age_tokens",
+        reduction="count over the batch",
+        unit="tokens",
+        explanation="sampled tokens older than the bound: masked, but counted in the loss's denominator",
+        healthy="0 unless stragglers are overtaken (`learner.straggler_timeout_s`); then far below 1 % of the tokens",
+    ),
+)
+
+STEP_METRICS = (
+    Metric(
+        name="learner/advantage_mean",
+        reduction="mean over sampled tokens",
+        unit="–",
+        explanation="A; 0 for tokens that are not trained",
+        healthy="near 0; far from it, long trajectories are worse (or better) than short ones",
+    ),
+    Metric(
+        name="learner/grad_norm",
+        reduction="mean over minibatches",
+        unit="–",
+        explanation="L2 norm of the gradient before clipping",
+        healthy="steady; look at peaks above ten times the median",
+    ),
+    Metric(
+        name="learner/learning_rate",
+        reduction="value of the step",
+        unit="–",
+        explanation="learning rate of this step's updates",
+        healthy="follows the schedule",
+    ),
+    Metric(
+        name="learner/skipped_updates",
+        reduction="count over minibatches",
+        unit="updates",
+        explanation="updates that were skipped because their gradient was not finite",
+        healthy="0",
+    ),
+    Metric(
+        name="learner/trained_tokens",
+        reduction="count over the batch",
+        unit="tokens",
+        explanation="tokens that this step trained",
+    ),
+    Metric(
+        name="learner/trained_contexts",
+        reduction="count over the batch",
+        unit="contexts",
+        explanation="contexts with at least one trained token; metrics.jsonl has the trained tokens of each context "
+        "index in `tokens_by_context`",
+        healthy="above the number of trajectories: every context is trained, not only the last",
+    ),
+    Metric(
+        name="learner/trained_trajectories",
+        reduction="count over the batch",
+        unit="trajectories",
+        explanation="trajectories with at least one trained token",
+    ),
+    Metric(
+        name="learner/step_s",
+        reduction="sum over the step",
+        unit="s",
+        explanation="one training step: preparation, forward, backward, update",
+        healthy="steady",
+    ),
+    Metric(
+        name="learner/plan_s",
+        reduction="sum over the step",
+        unit="s",
+        explanation="minibatches, token weights and packs",
+        healthy="under 2 % of the step",
+    ),
+    Metric(
+        name="learner/proximal_s",
+        reduction="sum over the step",
+        unit="s",
+        explanation="the forward pass for π_prox and the values",
+        healthy="about a quarter of the step",
+        absent_if="no such pass is needed: one minibatch, corrections of token or context scope, no `gae`, no KL in "
+        "the reward",
+    ),
+    Metric(
+        name="learner/reference_s",
+        reduction="sum over the step",
+        unit="s",
+        explanation="the forward pass of the reference policy",
+        healthy="about a quarter of the step",
+        absent_if="there is no reference policy",
+    ),
+    Metric(
+        name="learner/advantage_s",
+        reduction="sum over the step",
+        unit="s",
+        explanation="advantages, and corrections if they are computed before the forward pass",
+        healthy="under 2 % of the step",
+    ),
+    Metric(
+        name="learner/forward_s",
+        reduction="sum over micro-batches",
+        unit="s",
+        explanation="forward pass and loss of training",
+        absent_if="no token was trained",
+    ),
+    Metric(
+        name="learner/backward_s",
+        reduction="sum over micro-batches",
+        unit="s",
+        explanation="backward pass",
+        healthy="about twice `learner/forward_s`",
+        absent_if="no token was trained",
+    ),
+    Metric(
+        name="learner/update_s",
+        reduction="sum over minibatches",
+        unit="s",
+        explanation="gradient clipping and optimizer",
+        absent_if="no token was trained",
+    ),
+    Metric(
+        name="learner/tokens_per_s",
+        reduction="sum over the step, divided by `learner/step_s`",
+        unit="tokens/s",
+        explanation="tokens of the trained contexts; a prefix that contexts share counts once for each",
+        healthy="steady",
+    ),
+    Metric(
+        name="learner/unique_fraction",
+        reduction="ratio of sums over the step",
+        unit="0–1",
+        explanation="tokens that went through the model, shared prefixes once, divided by the tokens of the trained "
+        "contexts",
+        healthy="below 1 if contexts share their beginnings: system prompt, question, memory",
+    ),
+    Metric(
+        name="learner/padding_fraction",
+        reduction="ratio of sums over the step",
+        unit="0–1",
+        explanation="computed tokens that belong to no context, divided by all computed ones: packs have no padding, a "
+        "rank without work computes one token (a GPU's up to 127 padded positions per micro-batch are not counted)",
+        healthy="0",
+    ),
+    Metric(
+        name="learner/mfu",
+        reduction="ratio of sums over the step",
+        unit="0–1",
+        explanation="operations that the step's tokens need, divided by what the devices can do in that time (dense "
+        "bf16); a lower bound, as the quadratic part of attention is not counted",
+        healthy="0.3–0.5 on GPUs",
+        absent_if="the device's peak is not known, as on a CPU",
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """What one step did. Counts are of what was trained; docs/metrics.md explains each.
+    """What step `step` did: `values` by tag, and the number of trained tokens by age and by context index.
 
-    `staleness_counts[a]`: trained tokens of age a = step - version; `context_counts[k]`: of the k-th contexts, from 0.
-    `num_input_tokens`: tokens of the trained contexts,
-    for which `num_computed_tokens` went through the model: common prefixes do once. `num_skipped_updates`: minibatches
-    whose gradient was not finite. `kl_by_age[a]`, `kl_by_turn[k]`: mean mismatch KL of tokens of age a, of context k.
-    `seconds` by phase: plan, proximal, reference, advantage, forward, backward, update. `mfu` in 0..1, or None where
-    the device's peak is not known.
+    tokens_by_age       age = step - version; all ages
+    tokens_by_context   by context index; the last bucket of `Diagnostics` holds all later ones
     """
 
     step: int
-    num_groups: int
-    num_trajectories: int
-    num_failed_trajectories: int
-    num_contexts: int
-    num_tokens: int
-    num_over_age_tokens: int
-    num_input_tokens: int
-    num_computed_tokens: int
-    num_padding_tokens: int
-    num_skipped_updates: int
-    loss: float
-    value_loss: float
-    entropy: float
-    clip_fraction: float
-    kl_behavior: float
-    kl_reference: float
-    kl_by_age: dict[int, float]
-    kl_by_turn: dict[int, float]
-    importance_weight_mean: float
-    importance_weight_max: float
-    importance_zero_fraction: float
-    importance_ratio_mean: float
-    importance_ratio_max: float
-    effective_sample_fraction: float
-    advantage_mean: float
-    grad_norm: float
-    learning_rate: float
-    staleness_counts: tuple[int, ...]
-    context_counts: dict[int, int]
-    seconds: dict[str, float]
-    step_s: float
-    mfu: float | None
-
-    @property
-    def staleness_mean(self) -> float:
-        """Mean age of the trained tokens; 0 where there are none."""
-        return sum(age * count for age, count in enumerate(self.staleness_counts)) / max(1, self.num_tokens)
-
-    @property
-    def staleness_max(self) -> int:
-        """The age of the oldest trained token; 0 where there are none."""
-        return max(0, len(self.staleness_counts) - 1)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Context tokens trained on in a second of the step, shared ones counted for each context."""
-        return self.num_input_tokens / self.step_s
-
-    @property
-    def unique_fraction(self) -> float:
-        """Tokens that were computed for each context token; 1 where nothing is shared, or nothing was trained."""
-        return self.num_computed_tokens / self.num_input_tokens if self.num_input_tokens else 1.0
-
-    def scalars(self) -> dict[str, float]:
-        """By TensorBoard tag; metrics.jsonl has the same names."""
-        optional = {} if self.mfu is None else {"learner/mfu": self.mfu}
-        return {
-            "staleness/mean": self.staleness_mean,
-            "staleness/max": self.staleness_max,
-            "staleness/over_age_tokens": self.num_over_age_tokens,
-            "policy/entropy": self.entropy,
-            "policy/clip_fraction": self.clip_fraction,
-            "policy/kl_behavior": self.kl_behavior,
-            "policy/kl_reference": self.kl_reference,
-            **{f"policy/kl_behavior_age_{age}": kl for age, kl in self.kl_by_age.items()},
-            **{f"policy/kl_behavior_context_{number}": kl for number, kl in self.kl_by_turn.items()},
-            "policy/importance_weight_mean": self.importance_weight_mean,
-            "policy/importance_weight_max": self.importance_weight_max,
-            "policy/importance_zero_fraction": self.importance_zero_fraction,
-            "policy/importance_ratio_mean": self.importance_ratio_mean,
-            "policy/importance_ratio_max": self.importance_ratio_max,
-            "policy/effective_sample_fraction": self.effective_sample_fraction,
-            "learner/loss": self.loss,
-            "learner/value_loss": self.value_loss,
-            "learner/advantage_mean": self.advantage_mean,
-            "learner/grad_norm": self.grad_norm,
-            "learner/learning_rate": self.learning_rate,
-            "learner/skipped_updates": self.num_skipped_updates,
-            "learner/step_s": self.step_s,
-            **{f"learner/{phase}_s": seconds for phase, seconds in self.seconds.items()},
-            "learner/tokens_per_s": self.tokens_per_s,
-            "learner/unique_fraction": self.unique_fraction,
-            "learner/padding_fraction": self.num_padding_tokens / max(1, self.num_computed_tokens),
-            "learner/trained_tokens": self.num_tokens,
-            "learner/trained_contexts": self.num_contexts,
-            "learner/trained_trajectories": self.num_trajectories,
-            **optional,
-        }
+    values: dict[str, float]
+    tokens_by_age: dict[int, int]
+    tokens_by_context: dict[int, int]
 
 
 class Clock:
-    """Seconds by phase; each lap belongs to the phase that it names, and waits for what the device still does of it."""
+    """Measures the seconds of each phase of a step on `device`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -128,6 +214,7 @@ class Clock:
         self.seconds: dict[str, float] = {}
 
     def lap(self, phase: str) -> None:
+        """Adds the time since the previous lap to `phase`, after waiting for the device to finish its work."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
@@ -141,10 +228,10 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a step computed, over all ranks: tokens of one forward of the batch, and floating-point operations.
+    """What a step computed, over all ranks: tokens of one forward pass over the batch, and floating-point operations.
 
-    `num_padding_tokens`: those of them that belong to no context, where a rank has less work than others.
-    `peak_flops` a second, of all devices; None where it is not known.
+    `num_padding_tokens`: the tokens among them that belong to no context; a rank that has no work computes one.
+    `peak_flops`: floating-point operations per second of all devices together; None if it is not known.
     """
 
     num_computed_tokens: int
@@ -154,9 +241,8 @@ class Work:
 
 
 def summarise(
-    groups: Sequence[TrajectoryGroup],
     batch: Batch,
-    plan: Plan,
+    plan: StepPlan,
     watched: Diagnostics,
     work: Work,
     *,
@@ -167,48 +253,35 @@ def summarise(
     num_skipped: int,
     clock: Clock,
 ) -> StepMetrics:
-    """The metrics of a step; `watched` over all ranks, `norms` are gradient norms by minibatch."""
+    """The metrics of a step. `watched` is reduced over all ranks; `norms` are the gradient norms by minibatch."""
     trained, sampled = plan.trained, batch.sampled
     lengths = np.zeros(batch.num_contexts, dtype=np.int64)
     np.maximum.at(lengths, sampled.context[trained], sampled.position[trained])
-    statuses = [trajectory.status for group in groups for trajectory in group.trajectories]
-    mfu = work.flops / clock.total_s / work.peak_flops if work.peak_flops else None
+    num_input_tokens = int(lengths.sum())
+    age = step - sampled.version[trained]
+    values = {
+        "staleness/mean": float(age.mean()) if len(age) else 0.0,
+        "staleness/max": int(age.max(initial=0)),
+        "staleness/over_age_tokens": plan.num_over_age,
+        **watched.values(),
+        "learner/advantage_mean": advantage_mean,
+        "learner/grad_norm": float(np.mean(norms)) if norms else 0.0,
+        "learner/learning_rate": rate,
+        "learner/skipped_updates": num_skipped,
+        "learner/trained_tokens": watched.num_tokens,
+        "learner/trained_contexts": int(np.count_nonzero(lengths)),
+        "learner/trained_trajectories": len(np.unique(sampled.trajectory[trained])),
+        "learner/step_s": clock.total_s,
+        **{f"learner/{phase}_s": seconds for phase, seconds in clock.seconds.items()},
+        "learner/tokens_per_s": num_input_tokens / clock.total_s,
+        "learner/unique_fraction": work.num_computed_tokens / num_input_tokens if num_input_tokens else 1.0,
+        "learner/padding_fraction": work.num_padding_tokens / max(1, work.num_computed_tokens),
+    }
+    if work.peak_flops:
+        values["learner/mfu"] = work.flops / clock.total_s / work.peak_flops
     return StepMetrics(
         step=step,
-        num_groups=len(groups),
-        num_trajectories=len(np.unique(sampled.trajectory[trained])),
-        num_failed_trajectories=statuses.count(Status.FAILED),
-        num_contexts=int(np.count_nonzero(lengths)),
-        num_tokens=watched.num_tokens,
-        num_over_age_tokens=plan.num_over_age,
-        num_input_tokens=int(lengths.sum()),
-        num_computed_tokens=work.num_computed_tokens,
-        num_padding_tokens=work.num_padding_tokens,
-        num_skipped_updates=num_skipped,
-        loss=watched.loss,
-        value_loss=watched.mean(watched.value_loss),
-        entropy=watched.mean(watched.entropy),
-        clip_fraction=watched.mean(watched.clipped),
-        kl_behavior=watched.mean(watched.kl_behavior),
-        kl_reference=watched.mean(watched.kl_reference),
-        kl_by_age=_means(watched.kl_by_age, watched.tokens_by_age),
-        kl_by_turn=_means(watched.kl_by_turn, watched.tokens_by_turn),
-        importance_weight_mean=watched.mean(watched.importance_weight),
-        importance_weight_max=watched.importance_weight_max,
-        importance_zero_fraction=watched.mean(watched.weight_zeroed),
-        importance_ratio_mean=watched.mean(watched.ratio),
-        importance_ratio_max=watched.ratio_max,
-        effective_sample_fraction=watched.effective_sample_fraction,
-        advantage_mean=advantage_mean,
-        grad_norm=float(np.mean(norms)) if norms else 0.0,
-        learning_rate=rate,
-        staleness_counts=tuple(np.bincount(step - sampled.version[trained]).tolist()),
-        context_counts={int(k): int(watched.tokens_by_turn[k]) for k in np.flatnonzero(watched.tokens_by_turn)},
-        seconds=dict(clock.seconds),
-        step_s=clock.total_s,
-        mfu=mfu,
+        values=values,
+        tokens_by_age={a: count for a, count in enumerate(np.bincount(age).tolist()) if count},
+        tokens_by_context={k: int(count) for k, count in enumerate(watched.tokens_by_context_index) if count},
     )
-
-
-def _means(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> dict[int, float]:
-    return {int(bucket): float(sums[bucket] / counts[bucket]) for bucket in np.flatnonzero(counts)}

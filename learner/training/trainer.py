@@ -87,7 +87,6 @@ class Trainer:
             watched += seen
             clock.lap("update")
         return summarise(
-            groups,
             batch,
             plan,
             self.world.reduce(watched),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from learner.metrics.catalogue import CATALOGUE, undeclared
 from learner.store.audit import audit_run
 from tests.launch.running import RUN_TIMEOUT_S, launched, pids, steps, until
 from tests.launch.tiny_run import make_tiny_run
@@ -47,6 +48,15 @@ def assert_nothing_left(run_dir: Path, processes: dict[str, int]) -> None:
     assert not (run_dir / "processes.json").exists()
 
 
+def assert_metrics_are_declared(run_dir: Path) -> None:
+    """Those of all processes, in the last line of metrics.jsonl; all that the processes of a run always have."""
+    row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    tags = row.keys() - {"time", "step", "tokens_by_age", "tokens_by_context"}
+    assert undeclared(tags) == set()
+    named = {each.name for each in CATALOGUE if not each.is_family and each.section not in ("learner", "trajectories")}
+    assert named - tags == {"staleness/histogram"}
+
+
 def test_a_tiny_run_through_everything(tmp_path: Path) -> None:
     """Two steps of an untrained model: retriever, engine, actor and learner as processes on real sockets."""
     run = make_tiny_run(tmp_path)
@@ -64,6 +74,7 @@ def test_a_tiny_run_through_everything(tmp_path: Path) -> None:
     assert audit.staleness_max <= 1
     assert audit.num_tokens_trained > 0
     assert steps(run.run_dir) == 2
+    assert_metrics_are_declared(run.run_dir)
     assert [path.name for path in (run.run_dir / "checkpoints").iterdir()] == ["step-00000002"]
 
 
@@ -76,7 +87,7 @@ def test_two_ranks_at_rate_0_agree_with_the_engine(tmp_path: Path) -> None:
         processes = pids(run.run_dir)
         assert process.wait(timeout=RUN_TIMEOUT_S) == 0, log.read_text()
     assert_nothing_left(run.run_dir, processes)
-    assert re.search(r"mismatch KL, nats a token: \S+ in the first third of steps", log.read_text())
+    assert re.search(r"mismatch KL, nats per token: \S+ in the first third of steps", log.read_text())
     assert audit_run(run.run_dir).problems == ()
     rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert all(row["learner/learning_rate"] == 0.0 for row in rows)

@@ -73,7 +73,7 @@ def test_plans_that_cannot_be(sections: dict[str, object], says: str) -> None:
 
 def line(step: int, reward: float) -> str:
     names = (
-        "reward/em policy/entropy staleness/mean staleness/max rollout/tokens_per_s rollout/turns "
+        "reward/em policy/entropy staleness/mean staleness/max rollout/tokens_per_s rollout/contexts "
         "rollout/context_tokens learner/tokens_per_s learner/step_s learner/publish_s learner/wait_s"
     )
     return json.dumps({"step": step, "reward/mean": reward, **dict.fromkeys(names.split(), 1.0)})

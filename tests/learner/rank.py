@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from learner.algorithms.diagnostics import Diagnostics
+from learner.algorithms.losses import total_loss
 from learner.batch.packing import pack, split
 from learner.metrics.step_metrics import StepMetrics
 from learner.model.attention import to_device
@@ -26,6 +27,7 @@ from learner.training.optimizer import apply_update, build_optimizer
 from learner.training.trainer import Trainer
 from protocol.algorithm_config import AdvantageConfig, LossConfig, TruncateConfig
 from protocol.config import LearnerConfig, LoraConfig, OptimizerConfig
+from tests.learner.flat import flat_tokens
 from tests.learner.tiny import VOCAB_SIZE, group, tiny_model
 
 CONFIG = OptimizerConfig(eps=1e-3)
@@ -42,6 +44,13 @@ TRAINERS = {
         **_TRAINED, advantage=AdvantageConfig(estimator="gae", lam=0.9), loss=LossConfig(minibatches=2)
     ),
 }
+
+
+def watched_by(rank: int) -> Diagnostics:
+    """Of other tokens on every rank; the largest weight is on rank 0."""
+    tokens = flat_tokens(rank + 1)
+    weights = torch.linspace(0, 4 - rank, len(tokens.tokens), dtype=torch.float64)
+    return total_loss(tokens.loss_tokens(importance=weights), LossConfig())[1]
 
 
 def train_groups(config: LearnerConfig, world: World) -> tuple[Trainer, list[StepMetrics]]:
@@ -151,13 +160,12 @@ def main(out: Path) -> None:
 def _talk(world: World) -> dict[str, object]:
     lead = world.rank == 0
     large = bytes(range(256)) * 5000
-    watched = Diagnostics(num_tokens=2 + world.rank, loss=0.1, importance_weight_max=4.0 - world.rank)
-    total = world.reduce(watched)
+    total = world.reduce(watched_by(world.rank))
     return {
         "sum": world.sum(torch.tensor([1, 10 * world.rank])).tolist(),
         "bytes": [world.broadcast(data if lead else None) == data for data in (b"", b"x", large)],
         "all": [world.all(True), world.all(lead), world.all(False)],
-        "reduced": [total.num_tokens, total.loss, total.importance_weight_max],
+        "reduced": total.values(),
     }
 
 
@@ -237,7 +245,7 @@ def _train_groups(world: World, out: Path, *, name: str, config: LearnerConfig) 
     weights = published_weights(trainer.policy.model, world=world, dtype=torch.float32)
     if world.rank == 0:
         save_file(weights, out / f"{name}.safetensors")
-    return [[each.loss, each.grad_norm] for each in stepped]
+    return [[each.values["learner/loss"], each.values["learner/grad_norm"]] for each in stepped]
 
 
 if __name__ == "__main__":

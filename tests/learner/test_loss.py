@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.algorithms.diagnostics import NUM_BUCKETS, Diagnostics
+from learner.algorithms.diagnostics import Diagnostics
 from learner.algorithms.losses import (
     LossTokens,
     approx_kl,
@@ -20,6 +20,7 @@ from learner.algorithms.losses import (
     total_loss,
     value_loss,
 )
+from learner.algorithms.token_metrics import NUM_BUCKETS
 from protocol.algorithm_config import LossConfig, ValueConfig
 from tests.learner.flat import flat_tokens
 from tests.learner.reference import reference_objective
@@ -107,8 +108,9 @@ def test_entropy_and_value_terms() -> None:
     wanted = plain + (tokens.weight * (0.25 * errors - 0.1 * entropy)).sum()
     torch.testing.assert_close(loss, wanted)
     np.testing.assert_allclose(gradient(loss, entropy), -0.1 * tokens.weight)
-    assert seen.value_loss == pytest.approx(errors.sum().item())
-    assert seen.entropy == pytest.approx(entropy.sum().item())
+    values_of = seen.values()
+    assert values_of["learner/value_loss"] == pytest.approx(errors.mean().item())
+    assert values_of["policy/entropy"] == pytest.approx(entropy.mean().item())
 
 
 def test_the_value_clip_never_makes_the_loss_smaller() -> None:
@@ -136,8 +138,10 @@ def test_diagnostics_add_up_over_any_split() -> None:
         at = [n for n, token in enumerate(flat.tokens) if token.trajectory == trajectory]
         parts.append(total_loss(flat.select(at).loss_tokens(importance=importance[at]), LossConfig())[1])
     for found in (sum(parts, Diagnostics()), Diagnostics.from_tensors(*whole.to_tensors())):
-        for name in (each.name for each in dataclasses.fields(Diagnostics)):
-            np.testing.assert_allclose(getattr(found, name), getattr(whole, name), rtol=1e-12, err_msg=name)
+        for tensor, wanted in zip(found.to_tensors(), whole.to_tensors(), strict=True):
+            assert tensor.dtype == torch.float64
+            torch.testing.assert_close(tensor, wanted, rtol=1e-12, atol=0)
+        assert found.values() == pytest.approx(whole.values(), rel=1e-12)
 
 
 def test_diagnostics_say_what_was_seen() -> None:
@@ -149,22 +153,33 @@ def test_diagnostics_say_what_was_seen() -> None:
     logprobs = tokens.logprobs.detach()
     kl = (logprobs - tokens.behavior).exp() - 1 - (logprobs - tokens.behavior)
     assert seen.num_tokens == num
-    assert seen.kl_behavior == pytest.approx(float(kl.sum()))
-    assert seen.kl_reference == pytest.approx(float(approx_kl(logprobs, tokens.reference).sum()))  # pyright: ignore[reportArgumentType]
-    assert (seen.importance_weight, seen.importance_weight_max) == (pytest.approx(num), 2.0)
-    ratio = (tokens.proximal - tokens.behavior).exp()
-    assert (seen.ratio, seen.ratio_max) == (pytest.approx(float(ratio.sum())), pytest.approx(float(ratio.max())))
-    assert seen.effective_sample_fraction == pytest.approx(float(ratio.sum() ** 2 / (num * (ratio**2).sum())))
-    assert (seen.weight_zeroed, seen.clipped) == (1.0, float((clipped_of(tokens)).sum()))
-    for index, counts, sums in (
-        (tokens.age, seen.tokens_by_age, seen.kl_by_age),
-        (tokens.turn, seen.tokens_by_turn, seen.kl_by_turn),
+    assert tokens.reference is not None
+    weight = (tokens.proximal - tokens.behavior).exp()
+    wanted = {
+        "learner/loss": seen.loss,
+        "learner/value_loss": 0.0,
+        "policy/entropy": tokens.entropy.mean(),
+        "policy/clip_fraction": clipped_of(tokens).double().mean(),
+        "policy/kl_behavior": kl.mean(),
+        "policy/kl_reference": approx_kl(logprobs, tokens.reference).mean(),
+        "policy/importance_weight_mean": weight.mean(),
+        "policy/importance_weight_max": weight.max(),
+        "policy/effective_sample_fraction": weight.sum() ** 2 / (num * (weight**2).sum()),
+        "policy/corrected_weight_mean": 1.0,
+        "policy/corrected_weight_max": 2.0,
+        "policy/corrected_weight_zero_fraction": 1 / num,
+    }
+    for tag, index, counts in (
+        ("policy/kl_behavior_age_", tokens.age, seen.tokens_by_age),
+        ("policy/kl_behavior_context_", tokens.turn, seen.tokens_by_context_index),
     ):
         for bucket in range(NUM_BUCKETS):
             inside = index == bucket if bucket < NUM_BUCKETS - 1 else index >= bucket
             assert counts[bucket] == inside.sum()
-            assert sums[bucket] == pytest.approx(float(kl[inside].sum()))
+            if inside.any():
+                wanted[f"{tag}{bucket}"] = kl[inside].mean()
     assert int(tokens.age.max()) >= NUM_BUCKETS
+    assert seen.values() == pytest.approx({tag: float(value) for tag, value in wanted.items()})
 
 
 def clipped_of(tokens: LossTokens) -> torch.Tensor:
@@ -191,8 +206,10 @@ def test_on_policy_gradient_is_minus_weight_times_advantage() -> None:
         )
         loss, seen = total_loss(tokens, LossConfig(policy_loss=name))
         np.testing.assert_allclose(gradient(loss, logprobs), -weight * advantages)
-        assert (seen.num_tokens, seen.clipped, seen.kl_behavior, seen.importance_weight_max) == (3, 0.0, 0.0, 1.0)
-        assert seen.mean(seen.entropy) == pytest.approx(2.0)
+        values = seen.values()
+        assert (values["policy/clip_fraction"], values["policy/kl_behavior"]) == (0.0, 0.0)
+        assert (seen.num_tokens, values["policy/corrected_weight_max"]) == (3, 1.0)
+        assert values["policy/entropy"] == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_dump_json(exclude_defaults=True))
@@ -200,8 +217,8 @@ def test_no_tokens_give_zero_and_a_gradient(config: LossConfig) -> None:
     tokens = flat_tokens(0).select([]).loss_tokens()
     loss, seen = total_loss(tokens, config)
     loss.backward()
-    assert (float(loss.detach()), seen.num_tokens, seen.mean(seen.entropy)) == (0.0, 0, 0.0)
-    assert seen.effective_sample_fraction == 0.0
+    assert (float(loss.detach()), seen.num_tokens) == (0.0, 0)
+    assert set(seen.values().values()) == {0.0}
 
 
 def test_k3_is_unbiased_and_never_negative() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from learner.model.export import published_weights
 from learner.model.parallel import World, checkpoint_activations, clip_gradients, decoder_layers, join, shard
 from protocol.errors import ConfigError
-from tests.learner.rank import TRAINERS, Learner, train_groups
+from tests.learner.rank import TRAINERS, Learner, train_groups, watched_by
 from tests.learner.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,8 @@ def test_ranks_hear_each_other(ranks: list[dict]) -> None:
         assert found["sum"] == [2, 10]
         assert found["bytes"] == [True, True, True]
         assert found["all"] == [True, False, False]
-        assert found["reduced"] == [5, 0.2, 4.0]
+        assert found["reduced"] == pytest.approx((watched_by(0) + watched_by(1)).values(), rel=1e-12)
+        assert found["reduced"]["policy/corrected_weight_max"] == 4.0
 
 
 @pytest.mark.parametrize("name", ["plain", "recomputed"])
@@ -93,8 +94,8 @@ def test_two_ranks_train_groups_as_one_does(out: Path, ranks: list[dict], name: 
     assert_alike(load_file(out / f"{name}.safetensors"), wanted, bound=1e-5)
     assert ranks[0][name] == ranks[1][name]
     for (loss, norm), each in zip(ranks[0][name], stepped, strict=True):
-        assert loss == pytest.approx(each.loss, rel=1e-4, abs=1e-6)
-        assert norm == pytest.approx(each.grad_norm, rel=1e-4)
+        assert loss == pytest.approx(each.values["learner/loss"], rel=1e-4, abs=1e-6)
+        assert norm == pytest.approx(each.values["learner/grad_norm"], rel=1e-4)
 
 
 def test_clipping_is_torch_s_own() -> None:

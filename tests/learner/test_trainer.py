@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -125,7 +126,7 @@ def test_several_minibatches_equal_a_reference_loop_with_a_fixed_proximal_policy
     model, plain = (tiny_model(dtype=torch.float64) for _ in range(2))
     trainer = trainer_of(model, settings)
     metrics = trainer.train_step(groups, step=STEP)
-    assert metrics.clip_fraction > 0.05
+    assert metrics.values["policy/clip_fraction"] > 0.05
 
     judge = trainer_of(plain, settings)
     everything = trajectories_of(groups)
@@ -189,26 +190,27 @@ def test_failed_single_and_flat_groups_give_zero_and_not_nan() -> None:
     single = group(1, num_contexts=(2,), rewards=(1.0,))
     failed = group(2, statuses=(Status.FAILED,) * 4)
     for groups in ([flat], [single], [failed], [flat, single, failed], []):
-        metrics = trainer_of(model, config()).train_step(groups, step=0)
-        assert metrics.grad_norm == 0.0
-        assert metrics.loss == 0.0
-        assert metrics.num_skipped_updates == 0
-        assert np.isfinite(list(metrics.scalars().values())).all()
+        values = trainer_of(model, config()).train_step(groups, step=0).values
+        assert values["learner/grad_norm"] == 0.0
+        assert values["learner/loss"] == 0.0
+        assert values["learner/skipped_updates"] == 0
+        assert np.isfinite(list(values.values())).all()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_fully_masked_tokens_give_zero_and_are_counted() -> None:
     model = tiny_model()
-    metrics = trainer_of(model, config()).train_step([group(0, versions=(1,))], step=9)
-    assert (metrics.num_tokens, metrics.num_contexts, metrics.grad_norm, metrics.loss) == (0, 0, 0.0, 0.0)
-    assert metrics.num_over_age_tokens == sum(c.num_trained_tokens for c in group(0).contexts())
+    values = trainer_of(model, config()).train_step([group(0, versions=(1,))], step=9).values
+    for tag in ("learner/trained_tokens", "learner/trained_contexts", "learner/grad_norm", "learner/loss"):
+        assert values[tag] == 0
+    assert values["staleness/over_age_tokens"] == sum(c.num_trained_tokens for c in group(0).contexts())
 
 
 def test_a_ratio_mask_that_drops_everything_gives_zero() -> None:
     masked = MaskConfig(low=1e8, high=1e9)
     metrics = trainer_of(tiny_model(), config(correction=masked)).train_step([group(0)], step=0)
-    assert metrics.grad_norm == 0.0
-    assert metrics.importance_zero_fraction == 1.0
+    assert metrics.values["learner/grad_norm"] == 0.0
+    assert metrics.values["policy/corrected_weight_zero_fraction"] == 1.0
 
 
 def test_a_trajectory_weighs_the_same_whatever_its_number_of_contexts() -> None:
@@ -254,7 +256,7 @@ def test_a_non_finite_gradient_skips_the_update_and_is_counted() -> None:
         next(model.parameters())[0, 0] = float("nan")
     before = [p.clone() for p in model.parameters()]
     metrics = trainer.train_step([group(0, versions=(5,))], step=5)
-    assert (metrics.num_skipped_updates, trainer.guard.num_skipped) == (1, 1)
+    assert (metrics.values["learner/skipped_updates"], trainer.guard.num_skipped) == (1, 1)
     for found, wanted in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
     assert all(p.grad is None for p in model.parameters())
@@ -266,19 +268,21 @@ def test_metrics_say_what_was_trained() -> None:
     tokens = [v for g in groups for t in g.trajectories if t.status is not Status.FAILED
               for c in t.contexts for v in c.versions_by_token() if v >= 0]  # fmt: skip
     trained = [v for v in tokens if v >= STEP - 2]
-    assert metrics.num_tokens == len(trained)
-    assert metrics.num_over_age_tokens == len(tokens) - len(trained)
-    assert metrics.staleness_counts == tuple(np.bincount(STEP - np.array(trained)))
-    assert metrics.staleness_max == 2
-    assert metrics.staleness_mean == pytest.approx(np.mean(STEP - np.array(trained)))
-    assert (metrics.num_groups, metrics.num_failed_trajectories, metrics.num_trajectories) == (3, 1, 8)
-    assert metrics.num_computed_tokens <= metrics.num_input_tokens
-    assert set(metrics.kl_by_age) == {0, 1, 2}
-    assert set(metrics.kl_by_turn) == {0, 1, 2, 3}
-    assert 0 < metrics.effective_sample_fraction <= 1
-    assert metrics.entropy > 0
-    assert metrics.step_s >= metrics.seconds["forward"] + metrics.seconds["backward"]
-    assert metrics.importance_weight_mean <= 1.5
+    values = metrics.values
+    assert values["learner/trained_tokens"] == len(trained)
+    assert values["staleness/over_age_tokens"] == len(tokens) - len(trained)
+    assert metrics.tokens_by_age == Counter(STEP - v for v in trained)
+    assert sum(metrics.tokens_by_context.values()) == len(trained)
+    assert values["staleness/max"] == 2
+    assert values["staleness/mean"] == pytest.approx(np.mean(STEP - np.array(trained)))
+    assert values["learner/trained_trajectories"] == 8
+    assert 0 < values["learner/unique_fraction"] <= 1
+    for tag, members in (("policy/kl_behavior_age_", metrics.tokens_by_age), ("policy/kl_behavior_context_", range(4))):
+        assert {name for name in values if name.startswith(tag)} == {f"{tag}{member}" for member in members}
+    assert 0 < values["policy/effective_sample_fraction"] <= 1
+    assert values["policy/entropy"] > 0
+    assert values["learner/step_s"] >= values["learner/forward_s"] + values["learner/backward_s"]
+    assert values["policy/corrected_weight_mean"] <= 1.5
 
 
 def test_tokens_from_the_future_are_refused() -> None:

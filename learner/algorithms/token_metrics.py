@@ -1,0 +1,194 @@
+"""What is measured on every trained token: each metric is declared once, together with the values that it reduces.
+
+To add a metric, add one entry to `TOKEN_METRICS`: it is reduced over micro-batches and ranks, written to TensorBoard
+and to metrics.jsonl, and documented in docs/metrics.md (`make docs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from protocol.metric import Metric
+
+if TYPE_CHECKING:
+    from learner.algorithms.losses import LossTokens
+
+NUM_BUCKETS = 16
+"""Number of ages and of context indices that are told apart; the last bucket holds all larger ones."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenTerms:
+    """What the loss computed for N trained tokens of one micro-batch: float [N] if not stated otherwise.
+
+    loss           [], the sum over these tokens
+    clipped        bool: whether the clip of the policy loss changes the token's objective
+    kl_behavior    k3 estimate of KL(pi_behave || pi_theta)
+    kl_reference   estimate of KL(pi_theta || reference); None without a reference
+    value_loss     None without a value head
+    """
+
+    tokens: LossTokens
+    loss: Tensor
+    clipped: Tensor
+    kl_behavior: Tensor
+    kl_reference: Tensor | None
+    value_loss: Tensor | None
+
+    @property
+    def importance_weight(self) -> Tensor:
+        """pi_prox / pi_behave, before any correction."""
+        return (self.tokens.proximal - self.tokens.behavior).exp()
+
+    @property
+    def corrected_weight(self) -> Tensor:
+        """The importance weight after all corrections."""
+        return self.tokens.importance
+
+
+class Reduction(StrEnum):
+    """How the values of tokens become one number per step; docs/metrics.md prints the text."""
+
+    TOTAL = "sum over trained tokens"
+    MEAN = "mean over trained tokens"
+    MAX = "maximum over trained tokens"
+    """The values must be >= 0."""
+    MEAN_BY_AGE = "mean over trained tokens of each age"
+    MEAN_BY_CONTEXT_INDEX = "mean over trained tokens of each context index"
+    EFFECTIVE_FRACTION = "(Σ x)² / (N Σ x²) over N trained tokens"
+    """Effective sample size by token, divided by N. Source: Kish 1965."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenMetric(Metric):
+    """`values` returns [N], or [] for a TOTAL; None counts as zeros. It runs without gradient."""
+
+    reduction: Reduction  # pyright: ignore[reportIncompatibleVariableOverride]
+    values: Callable[[TokenTerms], Tensor | None]
+
+
+TOKEN_METRICS = (
+    TokenMetric(
+        name="policy/entropy",
+        reduction=Reduction.MEAN,
+        unit="nats",
+        explanation="−Σ_v π_θ(v) ln π_θ(v), at the sampling temperature",
+        healthy="decreases slowly; a fall to 0 before the reward has risen means that the learning rate is too high",
+        values=lambda terms: terms.tokens.entropy,
+    ),
+    TokenMetric(
+        name="policy/clip_fraction",
+        reduction=Reduction.MEAN,
+        unit="0–1",
+        explanation="fraction of tokens on which the clip is binding: clip(r)·A < r·A",
+        healthy="0 with one minibatch (r = 1); below 0.2 with several",
+        values=lambda terms: terms.clipped,
+    ),
+    TokenMetric(
+        name="policy/kl_behavior",
+        reduction=Reduction.MEAN,
+        unit="nats",
+        explanation="k3 = e^x − 1 − x with x = ln π_θ − ln π_behave; estimates KL(π_behave ‖ π_θ)",
+        healthy="small, increases with staleness; if above 0.1, lower the learning rate or the staleness bound",
+        values=lambda terms: terms.kl_behavior,
+    ),
+    TokenMetric(
+        name="policy/kl_behavior_age_{age}",
+        reduction=Reduction.MEAN_BY_AGE,
+        unit="nats",
+        explanation=f"`policy/kl_behavior` of the tokens of one age ({NUM_BUCKETS - 1}: of that age or older)",
+        healthy="almost 0 at age 0, else engine and learner disagree on log-probs; increases with the age. "
+        "Must be flat with `--check-drift` (learning rate 0)",
+        absent_if="no token of that age was trained",
+        values=lambda terms: terms.kl_behavior,
+    ),
+    TokenMetric(
+        name="policy/kl_behavior_context_{context_index}",
+        reduction=Reduction.MEAN_BY_CONTEXT_INDEX,
+        unit="nats",
+        explanation="`policy/kl_behavior` of the contexts at one place in their trajectories, counted from 0 "
+        f"({NUM_BUCKETS - 1}: at that place or later)",
+        healthy="similar for all; a larger value of later contexts means that the learner trains other token ids than "
+        "the engine read",
+        absent_if="no token of such a context was trained",
+        values=lambda terms: terms.kl_behavior,
+    ),
+    TokenMetric(
+        name="policy/kl_reference",
+        reduction=Reduction.MEAN,
+        unit="nats",
+        explanation="estimate of KL(π_θ ‖ reference) by `learner.loss.kl_estimator`; 0 without a reference",
+        healthy="increases slowly; jumps mean that the policy leaves the reference's language",
+        values=lambda terms: terms.kl_reference,
+    ),
+    TokenMetric(
+        name="policy/importance_weight_mean",
+        reduction=Reduction.MEAN,
+        unit="–",
+        explanation="w = π_prox/π_behave, before any correction",
+        healthy="0.95–1.05",
+        values=lambda terms: terms.importance_weight,
+    ),
+    TokenMetric(
+        name="policy/importance_weight_max",
+        reduction=Reduction.MAX,
+        unit="–",
+        explanation="w = π_prox/π_behave, before any correction",
+        healthy="not far above the bounds of the corrections, which cut the excess off",
+        values=lambda terms: terms.importance_weight,
+    ),
+    TokenMetric(
+        name="policy/effective_sample_fraction",
+        reduction=Reduction.EFFECTIVE_FRACTION,
+        unit="0–1",
+        explanation="effective sample size by token, divided by the number of tokens; x is w = π_prox/π_behave before "
+        "any correction, as a correction would hide what it is there for",
+        healthy="above 0.9; far below, a few tokens would determine the gradient",
+        values=lambda terms: terms.importance_weight,
+    ),
+    TokenMetric(
+        name="policy/corrected_weight_mean",
+        reduction=Reduction.MEAN,
+        unit="–",
+        explanation="w̃: the importance weight after all corrections",
+        healthy="0.95–1.05, and exactly 1 without corrections; a decrease means that much is truncated or masked",
+        values=lambda terms: terms.corrected_weight,
+    ),
+    TokenMetric(
+        name="policy/corrected_weight_max",
+        reduction=Reduction.MAX,
+        unit="–",
+        explanation="w̃: the importance weight after all corrections",
+        healthy="at most the `high` of the corrections",
+        values=lambda terms: terms.corrected_weight,
+    ),
+    TokenMetric(
+        name="policy/corrected_weight_zero_fraction",
+        reduction=Reduction.MEAN,
+        unit="0–1",
+        explanation="fraction of tokens with w̃ = 0: a correction masked them",
+        healthy="below 0.05; 0 if the corrections only truncate",
+        values=lambda terms: terms.corrected_weight == 0,
+    ),
+    TokenMetric(
+        name="learner/loss",
+        reduction=Reduction.TOTAL,
+        unit="–",
+        explanation="the objective; its value says little, as A has mean 0",
+        healthy="near 0 with one minibatch",
+        values=lambda terms: terms.loss,
+    ),
+    TokenMetric(
+        name="learner/value_loss",
+        reduction=Reduction.MEAN,
+        unit="–",
+        explanation="loss of the value head, before its coefficient; 0 unless the estimator is `gae`",
+        healthy="decreases, then steady",
+        values=lambda terms: terms.value_loss,
+    ),
+)

@@ -1,0 +1,49 @@
+"""Every metric of a run, declared once. docs/metrics.md is generated from this table (`learner.metrics.document`).
+
+    declarations                          module, which also computes the values
+    reward/, rollout/                     rollout_metrics
+    staleness/, learner/                  step_metrics; metrics_writer for what the loop measures
+    policy/, the losses in learner/       learner.algorithms.token_metrics
+    queue/, actor/, engine/               peer_metrics; coordinator, actors and weight agents compute the values
+
+A metric of the trained tokens takes one entry in `TOKEN_METRICS`. Any other takes one declaration and the line that
+puts its value into the step's values; tests refuse a tag without a declaration and a declaration without a tag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from learner.algorithms.token_metrics import TOKEN_METRICS
+from learner.metrics.metrics_writer import LOOP_METRICS
+from learner.metrics.peer_metrics import ACTOR_METRICS, ENGINE_METRICS, QUEUE_METRICS
+from learner.metrics.rollout_metrics import REWARD_METRICS, ROLLOUT_METRICS
+from learner.metrics.step_metrics import STALENESS_METRICS, STEP_METRICS
+from protocol.metric import Metric
+
+CATALOGUE: tuple[Metric, ...] = (
+    *REWARD_METRICS,
+    *STALENESS_METRICS,
+    *TOKEN_METRICS,
+    *ROLLOUT_METRICS,
+    *STEP_METRICS,
+    *LOOP_METRICS,
+    *QUEUE_METRICS,
+    *ACTOR_METRICS,
+    *ENGINE_METRICS,
+)
+
+
+def undeclared(tags: Iterable[str]) -> set[str]:
+    """The tags that no declaration covers."""
+    return {tag for tag in tags if not any(metric.matches(tag) for metric in CATALOGUE)}
+
+
+def missing(tags: Iterable[str], *, sections: Iterable[str]) -> set[str]:
+    """The names of those sections that every step must have, without a match in `tags`."""
+    tags, sections = set(tags), set(sections)
+    return {
+        metric.name
+        for metric in CATALOGUE
+        if metric.section in sections and not metric.absent_if and not any(map(metric.matches, tags))
+    }

@@ -1,0 +1,197 @@
+"""The metrics that the coordinator measures (`queue/`), and those that actors and engines report to it.
+
+The coordinator, actors and weight agents name these values where they compute them; tests check the names against this
+table, so that none is written without a declaration.
+"""
+
+from __future__ import annotations
+
+from protocol.metric import Metric
+
+_NOW = "value when the step is recorded"
+_SO_FAR = "count since the learner's start"
+_OVER_ACTORS = "sum over actors"
+_OVER_ENGINES = "sum over engines whose weight agent reports"
+_NO_ACTOR = "no actor is connected"
+_NO_ENGINE = "no weight agent reports"
+
+QUEUE_METRICS = (
+    Metric(
+        name="queue/running",
+        reduction=_NOW,
+        unit="groups",
+        explanation="groups that are leased to actors and not received yet",
+        healthy="near the total capacity of the actors",
+    ),
+    Metric(
+        name="queue/buffered",
+        reduction=_NOW,
+        unit="groups",
+        explanation="groups that are stored and wait for the rest of their batch",
+        healthy="above 0 with a small `learner/wait_s`. Near 0 with a long wait: the learner waits for actors; at "
+        "(staleness_bound + 1) batches: actors wait for the learner",
+    ),
+    Metric(
+        name="queue/waiting",
+        reduction=_NOW,
+        unit="groups",
+        explanation="groups that expired, failed or were refused, and will be leased again",
+        healthy="0; briefly more after a crash",
+    ),
+    Metric(
+        name="queue/trained",
+        reduction="count since the run's start",
+        unit="groups",
+        explanation="groups that were trained",
+        healthy="increases by one batch per step",
+    ),
+    Metric(
+        name="queue/skipped",
+        reduction="count since the run's start",
+        unit="groups",
+        explanation="groups that were left out: for zero variance (`learner.skip_zero_variance`), or because the "
+        "environment failed them repeatedly",
+        healthy="small compared with `queue/trained`",
+    ),
+    Metric(
+        name="queue/credits_free",
+        reduction=_NOW,
+        unit="groups",
+        explanation="capacity of all actors minus leases",
+        healthy="near 0: actors are busy",
+    ),
+    Metric(
+        name="queue/actors",
+        reduction=_NOW,
+        unit="actors",
+        explanation="actors that send heartbeats",
+        healthy="the number in the run file",
+    ),
+    Metric(
+        name="queue/engines",
+        reduction=_NOW,
+        unit="engines",
+        explanation="engines that have committed a version and whose weight agent reports",
+        healthy="the number in the run file",
+    ),
+    Metric(
+        name="queue/expired",
+        reduction=_SO_FAR,
+        unit="leases",
+        explanation="leases that ended because their actor's heartbeats stopped",
+        healthy="0 without faults",
+    ),
+    Metric(
+        name="queue/refused",
+        reduction=_SO_FAR,
+        unit="groups",
+        explanation="groups that break a rule of the run",
+        healthy="0 without faults",
+    ),
+    Metric(
+        name="queue/malformed",
+        reduction=_SO_FAR,
+        unit="messages",
+        explanation="messages that break the protocol",
+        healthy="0 without faults",
+    ),
+    Metric(
+        name="queue/overtaken",
+        reduction=_SO_FAR,
+        unit="groups",
+        explanation="stragglers that exchanged slots with a group of a later batch (`learner.straggler_timeout_s`)",
+        healthy="rare; if it is not, raise the time-out",
+    ),
+    Metric(
+        name="queue/store_full",
+        reduction=_SO_FAR,
+        unit="writes",
+        explanation="writes that failed because the disk is full; no group is admitted until there is room",
+        healthy="0; otherwise free space or set `learner.retention`",
+    ),
+)
+
+ACTOR_METRICS = (
+    Metric(
+        name="actor/trajectories_running",
+        reduction=_OVER_ACTORS,
+        unit="trajectories",
+        explanation="trajectories that are being rolled out",
+        healthy="near the actors' capacity if there are leases",
+        absent_if=_NO_ACTOR,
+    ),
+    Metric(
+        name="actor/trajectories_done",
+        reduction=_OVER_ACTORS,
+        unit="trajectories",
+        explanation="trajectories that ended since the start of their actor",
+        absent_if=_NO_ACTOR,
+    ),
+    Metric(
+        name="actor/engine_requests",
+        reduction=_OVER_ACTORS,
+        unit="requests",
+        explanation="generations in flight at engines",
+        healthy="near `actor/trajectories_running`: little time is lost outside of engines",
+        absent_if=_NO_ACTOR,
+    ),
+    Metric(
+        name="actor/engine_retries",
+        reduction=_OVER_ACTORS,
+        unit="requests",
+        explanation="generations that were discarded and requested again, since the start of their actor",
+        healthy="0 without faults",
+        absent_if=_NO_ACTOR,
+    ),
+    Metric(
+        name="actor/resident_mb",
+        reduction=_OVER_ACTORS,
+        unit="MB",
+        explanation="resident memory of the actor process",
+        healthy="steady while the number of actors is",
+        absent_if=_NO_ACTOR,
+    ),
+)
+
+ENGINE_METRICS = (
+    Metric(
+        name="engine/updates",
+        reduction=_OVER_ENGINES,
+        unit="updates",
+        explanation="versions that the weight agent installed in its engine, since the agent's start",
+        healthy="increases by one per step and engine",
+        absent_if=_NO_ENGINE,
+    ),
+    Metric(
+        name="engine/failures",
+        reduction=_OVER_ENGINES,
+        unit="failures",
+        explanation="reports and updates of the weight agent that failed, since the agent's start",
+        healthy="0",
+        absent_if=_NO_ENGINE,
+    ),
+    Metric(
+        name="engine/paused_s",
+        reduction=_OVER_ENGINES,
+        unit="s",
+        explanation="time from pause to continue, summed over all updates since the agent's start",
+        healthy="per update and engine, a small part of a step",
+        absent_if=_NO_ENGINE,
+    ),
+    Metric(
+        name="engine/fetched_bytes",
+        reduction=_OVER_ENGINES,
+        unit="bytes",
+        explanation="chunks of weights received since the agent's start",
+        healthy="the size of the deltas",
+        absent_if=_NO_ENGINE,
+    ),
+    Metric(
+        name="engine/repeated_chunks",
+        reduction=_OVER_ENGINES,
+        unit="chunks",
+        explanation="chunks of weights that were damaged or lost and requested again, since the agent's start",
+        healthy="0",
+        absent_if=_NO_ENGINE,
+    ),
+)

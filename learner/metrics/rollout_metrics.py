@@ -1,0 +1,145 @@
+"""The metrics of a batch's trajectories: rewards, lengths, and what tasks and workflows measure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from protocol.metric import Metric
+from protocol.types import Status, TrajectoryGroup
+
+_OVER_TRAJECTORIES = "mean over trajectories that did not fail"
+_NOT_MEASURED = "the workflow does not measure it"
+
+REWARD_METRICS = (
+    Metric(
+        name="reward/mean",
+        reduction=_OVER_TRAJECTORIES,
+        unit="reward",
+        explanation="R",
+        healthy="increases; if it is flat from the first steps on, there is no signal: see "
+        "`reward/zero_variance_fraction`",
+    ),
+    Metric(
+        name="reward/std",
+        reduction="standard deviation over trajectories that did not fail",
+        unit="reward",
+        explanation="R",
+        healthy="decreases as the task is solved",
+    ),
+    Metric(
+        name="reward/zero_variance_fraction",
+        reduction="mean over groups",
+        unit="0–1",
+        explanation="fraction of groups whose trajectories all have the same R, so that A = 0",
+        healthy="below 0.5; near 1 the questions are too easy or too hard",
+    ),
+    Metric(
+        name="reward/{part}",
+        reduction=_OVER_TRAJECTORIES,
+        unit="its own",
+        explanation="each named part of the reward that the task computes: `em`, `f1`, `format` …",
+        healthy="moves with `reward/mean`; format first, then em",
+        absent_if="the task computes no such part",
+    ),
+)
+
+ROLLOUT_METRICS = (
+    Metric(
+        name="rollout/tokens_per_s",
+        reduction="sum over trajectories that did not fail, divided by the time between two steps",
+        unit="tokens/s",
+        explanation="sampled tokens of the batch's groups",
+        healthy="steady; decreases if engines fail or have too little work",
+    ),
+    Metric(
+        name="rollout/contexts",
+        reduction=_OVER_TRAJECTORIES,
+        unit="contexts",
+        explanation="contexts of a trajectory",
+        healthy="depends on the task; at `workflow.max_turns` the policy does not stop",
+    ),
+    Metric(
+        name="rollout/context_tokens",
+        reduction="mean over contexts of trajectories that did not fail",
+        unit="tokens",
+        explanation="length of a context, including prompt and observations",
+        healthy="constant over turns and training: this is the purpose of a rewritten memory",
+    ),
+    Metric(
+        name="rollout/failed_fraction",
+        reduction="mean over trajectories",
+        unit="0–1",
+        explanation="fraction of trajectories that the environment failed",
+        healthy="0; otherwise look at the logs of engine and retriever",
+    ),
+    *(
+        Metric(
+            name=f"rollout/{stat}",
+            reduction=_OVER_TRAJECTORIES,
+            unit=unit,
+            explanation=explanation,
+            healthy=healthy,
+            absent_if=_NOT_MEASURED,
+        )
+        for stat, unit, explanation, healthy in (
+            ("num_turns", "turns", "turns of a trajectory", "as the task needs"),
+            ("num_generations", "generations", "completions requested from engines", "as the task needs"),
+            ("num_searches", "searches", "searches of a trajectory", "as the task needs"),
+            ("num_prompt_tokens", "tokens", "tokens that engines read, summed over generations", ""),
+            ("num_generated_tokens", "tokens", "tokens that engines sampled", ""),
+            ("num_cached_tokens", "tokens", "prompt tokens found in an engine's prefix cache", ""),
+            (
+                "peak_context_tokens",
+                "tokens",
+                "longest context of a trajectory",
+                "far below `workflow.context_tokens`",
+            ),
+            ("num_bad_calls", "calls", "tool calls that could not be parsed", "near 0"),
+            ("num_truncated_memories", "memories", "memories cut at their length limit", "near 0"),
+            ("num_shortened_observations", "observations", "observations shortened to fit the context", "near 0"),
+        )
+    ),
+    Metric(
+        name="rollout/{stat}",
+        reduction=_OVER_TRAJECTORIES,
+        unit="its own",
+        explanation="any other number that a workflow measures of a trajectory (`Episode.stats`)",
+        absent_if=_NOT_MEASURED,
+    ),
+)
+
+
+def rollout_metrics(groups: Sequence[TrajectoryGroup], *, interval_s: float) -> dict[str, float]:
+    """Values by tag; 0 if every trajectory failed. `interval_s`: time since the batch of the previous step."""
+    everyone = [trajectory for group in groups for trajectory in group.trajectories]
+    counted = [trajectory for trajectory in everyone if trajectory.status is not Status.FAILED]
+    rewards = np.array([trajectory.reward for trajectory in counted])
+    parts = _mean_by_name([trajectory.reward_parts for trajectory in counted])
+    stats = _mean_by_name([trajectory.stats for trajectory in counted])
+    return {
+        "reward/mean": _mean(rewards),
+        "reward/std": float(rewards.std()) if len(rewards) else 0.0,
+        "reward/zero_variance_fraction": _mean([_has_one_reward(group) for group in groups]),
+        **{f"reward/{name}": value for name, value in parts.items()},
+        "rollout/contexts": _mean([len(trajectory.contexts) for trajectory in counted]),
+        "rollout/context_tokens": _mean([len(context) for each in counted for context in each.contexts]),
+        "rollout/failed_fraction": _mean([trajectory.status is Status.FAILED for trajectory in everyone]),
+        **{f"rollout/{name}": value for name, value in stats.items()},
+        "rollout/tokens_per_s": sum(trajectory.num_trained_tokens for trajectory in counted) / interval_s,
+    }
+
+
+def _has_one_reward(group: TrajectoryGroup) -> bool:
+    rewards = {trajectory.reward for trajectory in group.trajectories if trajectory.status is not Status.FAILED}
+    return len(rewards) < 2
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.mean(values)) if len(values) else 0.0
+
+
+def _mean_by_name(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = sorted({name for row in rows for name in row})
+    return {name: _mean([row[name] for row in rows if name in row]) for name in names}
