@@ -113,8 +113,8 @@ ROLLOUT_METRICS = (
 
 def rollout_metrics(groups: Sequence[TrajectoryGroup], *, interval_s: float) -> dict[str, float]:
     """Values by tag; 0 if every trajectory failed. `interval_s`: time since the batch of the previous step."""
-    everyone = [trajectory for group in groups for trajectory in group.trajectories]
-    counted = [trajectory for trajectory in everyone if trajectory.status is not Status.FAILED]
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    counted = [trajectory for trajectory in trajectories if trajectory.status is not Status.FAILED]
     rewards = np.array([trajectory.reward for trajectory in counted])
     parts = _mean_by_name([trajectory.reward_parts for trajectory in counted])
     stats = _mean_by_name([trajectory.stats for trajectory in counted])
@@ -125,7 +125,7 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], *, interval_s: float) -> 
         **{f"reward/{name}": value for name, value in parts.items()},
         "rollout/contexts": _mean([len(trajectory.contexts) for trajectory in counted]),
         "rollout/context_tokens": _mean([len(context) for each in counted for context in each.contexts]),
-        "rollout/failed_fraction": _mean([trajectory.status is Status.FAILED for trajectory in everyone]),
+        "rollout/failed_fraction": _mean([trajectory.status is Status.FAILED for trajectory in trajectories]),
         **{f"rollout/{name}": value for name, value in stats.items()},
         "rollout/tokens_per_s": sum(trajectory.num_trained_tokens for trajectory in counted) / interval_s,
     }
