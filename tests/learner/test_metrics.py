@@ -22,7 +22,7 @@ from protocol.config import LearnerConfig
 from protocol.metric import Metric
 from protocol.types import Status, TrajectoryGroup
 from tests.learner.tiny import group, save_tiny_model, tiny_model
-from tests.learner_plane.peers import Setting, open_plane
+from tests.network.peers import Setting, open_network
 
 LEARNER_SECTIONS = ("reward", "staleness", "policy", "rollout", "learner", "trajectories")
 STEP = 10
@@ -70,8 +70,8 @@ def test_metrics_of_optional_parts_of_a_step_are_declared_and_written(tmp_path: 
 
 
 def test_the_coordinators_gauges_are_the_declared_ones(tmp_path: Path) -> None:
-    with open_plane(Setting(tmp_path)) as plane:
-        gauges = plane.run(plane.coordinator.gauges())
+    with open_network(Setting(tmp_path)) as network:
+        gauges = network.run(network.coordinator.gauges())
     assert set(gauges) == {metric.name for metric in QUEUE_METRICS}
 
 
