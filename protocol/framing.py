@@ -1,8 +1,8 @@
-"""A message on the wire: a header frame (msgpack map of the protocol version, the kind and the fields) and zero or more
-raw payload frames.
+"""Encodes and decodes messages: a header frame (a msgpack map of the protocol version, the kind and the fields) and
+zero or more raw payload frames.
 
-Headers are validated strictly: an unknown key, a missing key or a value of another type is a `MalformedMessage`. No
-pickle anywhere. What is said is in `protocol.messages`.
+Headers are validated strictly: an unknown key, a missing key or a value of another type is a `MalformedMessage`.
+Nothing is pickled. The kinds of messages are in `protocol.messages`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ _QUOTES.maxstring = 60
 
 
 class Message(BaseModel):
-    """A header. Subclasses set `kind`, by which they are found; fields are strict and no other keys are accepted."""
+    """Base of all message headers. A subclass sets `kind`, by which `decode` finds it.
+
+    Fields are validated strictly, and unknown keys are refused.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     kind: ClassVar[str] = ""
@@ -45,12 +48,12 @@ M = TypeVar("M", bound=Message)
 
 
 def encode(message: Message) -> bytes:
-    """The header frame of `message`."""
+    """Returns the header frame of `message`."""
     return _pack(message.kind, message.model_dump())
 
 
 def encode_fields(cls: type[Message], fields: dict[str, object]) -> bytes:
-    """The header frame of a `cls` with these fields, which are not copied. Raises: MalformedMessage."""
+    """Returns the header frame of a `cls` with these fields, without copying them. Raises: MalformedMessage."""
     _validated(cls, fields)
     try:
         return _pack(cls.kind, fields)
@@ -59,9 +62,9 @@ def encode_fields(cls: type[Message], fields: dict[str, object]) -> bytes:
 
 
 def decode(frames: Sequence[Buffer]) -> tuple[Message, Sequence[Buffer]]:
-    """The message in `frames` and its payload frames (not copied).
+    """Returns the message in `frames` and its payload frames (not copied).
 
-    Raises: MessageTooLarge, IncompatibleVersion, MalformedMessage (truncated, foreign, not of the schema).
+    Raises: MessageTooLarge, IncompatibleVersion, MalformedMessage (truncated, not a message, not of the schema).
     """
     check_sizes(frames)
     try:
@@ -81,7 +84,7 @@ def decode(frames: Sequence[Buffer]) -> tuple[Message, Sequence[Buffer]]:
 
 
 def check_sizes(frames: Sequence[Buffer]) -> None:
-    """Raises: MalformedMessage, MessageTooLarge where no receiver would read these frames."""
+    """Checks the number of frames and their sizes. Raises: MalformedMessage, MessageTooLarge."""
     if not 1 <= len(frames) <= MAX_FRAMES:
         raise MalformedMessage(f"a message has 1 to {MAX_FRAMES} frames, got {len(frames)}")
     if len(frames[0]) > MAX_HEADER_BYTES:
@@ -92,7 +95,7 @@ def check_sizes(frames: Sequence[Buffer]) -> None:
 
 
 def expect(message: Message, cls: type[M]) -> M:
-    """`message` as a `cls`. Raises: MalformedMessage where it is another kind."""
+    """Returns `message`, typed as a `cls`. Raises: MalformedMessage (it is of another kind)."""
     if not isinstance(message, cls):
         raise MalformedMessage(f"expected {cls.kind}, got {message.kind}")
     return message
@@ -112,13 +115,13 @@ def _validated(cls: type[M], fields: dict[str, object]) -> M:
 
 
 def quote(value: object) -> str:
-    """A short repr of what a peer sent: however long and however deeply nested that is."""
+    """Returns a repr of at most 80 characters of a value that a peer sent, however long or deeply nested it is."""
     return f"{_QUOTES.repr(value):.80}"
 
 
 def describe(error: ValidationError, limit: int = 3) -> str:
-    """The first problems of a pydantic error in one line: `path: what (got value)`."""
-    if error.error_count() > _MAX_PROBLEMS:  # spelling out a million takes seconds
+    """Returns the first `limit` problems of a pydantic error in one line: `path: problem (got value)`."""
+    if error.error_count() > _MAX_PROBLEMS:  # formatting a million problems takes seconds
         return f"{error.error_count()} problems"
     parts = []
     for problem in error.errors()[:limit]:

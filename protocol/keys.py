@@ -1,4 +1,4 @@
-"""CURVE keys in files (as zmq.auth writes them): a process's own, and those that a server lets in."""
+"""CURVE keys in files of zmq.auth's format: a process's own key pair, and the client keys that a server accepts."""
 
 from __future__ import annotations
 
@@ -14,18 +14,24 @@ from protocol.errors import DataError, SecurityError
 log = logging.getLogger(__name__)
 
 _PUBLIC = re.compile(r'^\s*public-key\s*=\s*"(\S{40})"\s*$', re.MULTILINE)
-_SETTLED_AFTER_NS = 2_000_000_000
 _SECRET = re.compile(r'^\s*secret-key\s*=\s*"(\S{40})"\s*$', re.MULTILINE)
+_SETTLED_AFTER_NS = 2_000_000_000
 
 
 @dataclass(frozen=True)
 class Keys:
-    """A folder made by `palimpsest keys`: server.key(_secret), client.key(_secret) and authorized/*.key (all Z85)."""
+    """A folder created by `palimpsest keys`, or the part of it that a client's node has.
+
+    Files: server.key, server.key_secret, client.key, client.key_secret, and authorized/*.key (all keys are Z85).
+    """
 
     folder: Path
 
     def pair(self, name: str) -> tuple[bytes, bytes]:
-        """(public, secret) of `server` or `client`. Raises: DataError, SecurityError (a secret readable by others)."""
+        """Returns the (public, secret) keys of `server` or `client`.
+
+        Raises: DataError (a file is missing or has no key pair), SecurityError (other users can read the secret key).
+        """
         path = self.folder / f"{name}.key_secret"
         if not path.is_file():
             raise DataError(
@@ -36,22 +42,24 @@ class Keys:
         text = path.read_text(errors="replace")
         public, secret = _PUBLIC.search(text), _SECRET.search(text)
         if public is None or secret is None:
-            raise DataError(f"{path} holds no pair of keys")
+            raise DataError(f"{path} has no key pair")
         return public[1].encode(), secret[1].encode()
 
     def server_public(self) -> bytes:
+        """Returns the server's public key. Raises: DataError."""
         path = self.folder / "server.key"
         if not path.is_file():
-            raise DataError(
-                f"no server.key in keys folder {self.folder}: copy the one of the server's keys folder there"
-            )
+            raise DataError(f"no server.key in keys folder {self.folder}: copy it from the server's keys folder")
         if (public := _PUBLIC.search(path.read_text(errors="replace"))) is None:
-            raise DataError(f"{path} holds no public key")
+            raise DataError(f"{path} has no public key")
         return public[1].encode()
 
 
 class AllowList:
-    """The clients whose public keys (Z85) lie as *.key in `folder`, as it is when each of them connects."""
+    """Accepts the clients whose public keys (Z85) are in `folder`/*.key.
+
+    A change of the folder applies to the next client that connects; the server need not be restarted.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -59,18 +67,21 @@ class AllowList:
         self._keys: frozenset[bytes] = frozenset()
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """Whether `key` is let in (the name and the parameters are pyzmq's). It must not raise: no one else would be
-        let in any more."""
+        """Returns True if `key` is accepted. The name and the parameters are pyzmq's.
+
+        It must not raise: an error would end the authenticator, and no client could connect any more.
+        """
         try:
             changed_at_ns = self._folder.stat().st_mtime_ns
             if changed_at_ns != self._read_at_ns:
                 keys = [_public_key(path) for path in sorted(self._folder.glob("*.key"))]
                 self._keys = frozenset(found for found in keys if found is not None)
-                # Read anew next time where a file may be half written, or the clock too coarse for the next change.
+                # Read again next time if a file may be half written, or if the folder changed so recently that a
+                # further change may leave its time stamp as it is (coarse clocks).
                 settled = None not in keys and time.time_ns() - changed_at_ns > _SETTLED_AFTER_NS
                 self._read_at_ns = changed_at_ns if settled else -1
         except OSError as error:
-            log.error("the allow-list %s cannot be read, so nobody is let in: %s", self._folder, error.strerror)
+            log.error("the allow-list %s cannot be read, so every client is refused: %s", self._folder, error.strerror)
             self._keys, self._read_at_ns = frozenset(), -1
         return key in self._keys
 
@@ -78,6 +89,6 @@ class AllowList:
 def _public_key(path: Path) -> bytes | None:
     found = _PUBLIC.search(path.read_text(errors="replace"))
     if found is None:
-        log.error("%s holds no public key: nobody is let in by it", path)
+        log.error("%s has no public key and is ignored", path)
         return None
     return found[1].encode()

@@ -1,17 +1,17 @@
-"""How much of a server's time each peer gets. Pure."""
+"""A rate limit for each peer of a server: a token bucket that messages spend. Pure."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
 
-# What a peer may spend: a message costs 1, and 1 for each 4 KiB of its header; one that had to be refused, much more.
+# Tokens per peer. A message costs 1, plus 1 for each 4 KiB of its header; a message that is refused costs much more.
 RATE_PER_S = 10_000.0
 BURST = 20_000.0
 REFUSAL_COST = 1_000.0
 _BYTES_PER_TOKEN = 4096
-# A peer that is silent has all it may have again soon: to forget the longest silent of so many forgives nothing.
-_MAX_PEERS = 10_000
+# Evicting the least recently used bucket is safe: idle buckets have refilled.
+MAX_PEERS = 10_000
 
 
 @dataclass(slots=True)
@@ -21,28 +21,36 @@ class _Bucket:
 
 
 class RateLimit:
-    """A token bucket for each peer: BURST tokens at most, into which RATE_PER_S flow."""
+    """A token bucket for each peer: it holds at most BURST tokens and gains RATE_PER_S tokens per second."""
 
     def __init__(self) -> None:
         self._buckets: OrderedDict[bytes, _Bucket] = OrderedDict()
 
+    @property
+    def num_peers(self) -> int:
+        """The number of peers that have a bucket; at most MAX_PEERS."""
+        return len(self._buckets)
+
     def admits(self, peer: bytes, *, header_bytes: int, now_s: float) -> bool:
-        """False while the peer has spent what it had; what is not admitted costs nothing."""
+        """Charges a message and returns True, or returns False and charges nothing if the bucket is empty."""
         bucket = self._bucket(peer, now_s)
         if bucket.tokens <= 0:
             return False
         bucket.tokens -= 1 + header_bytes // _BYTES_PER_TOKEN
         return True
 
-    def refuse(self, peer: bytes, *, now_s: float) -> None:
-        """A message that was admitted could not be read: a few may be a defect, many are hostile."""
+    def penalize(self, peer: bytes, *, now_s: float) -> None:
+        """Charges REFUSAL_COST for a message that was admitted but could not be decoded.
+
+        A few such messages may be caused by a defect; many mean that the peer is hostile.
+        """
         self._bucket(peer, now_s).tokens -= REFUSAL_COST
 
     def _bucket(self, peer: bytes, now_s: float) -> _Bucket:
         bucket = self._buckets.get(peer)
         if bucket is None:
             bucket = self._buckets[peer] = _Bucket(BURST, now_s)
-            if len(self._buckets) > _MAX_PEERS:
+            if len(self._buckets) > MAX_PEERS:
                 self._buckets.popitem(last=False)
         else:
             self._buckets.move_to_end(peer)

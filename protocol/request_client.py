@@ -1,4 +1,4 @@
-"""Many requests in flight over one DEALER, matched to their replies by `request_id`."""
+"""Concurrent requests over one DEALER, matched to their replies by `request_id`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ M = TypeVar("M", bound=Message)
 
 
 class RequestClient:
-    """Sends requests that carry a `request_id` and awaits the reply with the same one.
+    """Sends requests that have a `request_id` and waits for the reply with the same id.
 
-    A late or foreign reply is dropped. Used as an async context manager; leaving it cancels what is in flight.
+    Replies that match no pending request, and messages that cannot be decoded, are dropped and counted in
+    `num_dropped`. Use it as an async context manager; leaving it cancels the pending requests and closes the DEALER.
     """
 
     def __init__(self, dealer: Dealer) -> None:
@@ -29,7 +30,7 @@ class RequestClient:
         self.num_dropped = 0
 
     async def __aenter__(self) -> RequestClient:
-        self._reader = asyncio.create_task(self._read(), name=f"rpc-reader {self._dealer.address}")
+        self._reader = asyncio.create_task(self._read(), name=f"reply-reader {self._dealer.address}")
         self._reader.add_done_callback(self._fail_pending)
         return self
 
@@ -42,13 +43,17 @@ class RequestClient:
         self._dealer.close()
 
     def next_id(self) -> int:
+        """Returns a `request_id` that this client has not used."""
         return next(self._ids)
 
     async def request(
         self, message: Message, reply: type[M], *, timeout_s: float, resend_s: float | None = None
     ) -> tuple[M, Sequence[Buffer]]:
-        """`resend_s`, of a request that can be answered twice: it is sent again after so long, then after twice that,
-        and so on, as a server that is killed takes what it had read with it; the first answer counts.
+        """Sends `message` and returns its reply and the reply's payload frames.
+
+        `resend_s`: send the request again after this time, then after twice this time, and so on; the first reply is
+        returned. Requests that a server has read are lost if it is killed. Only for requests that may be answered
+        twice; None sends once.
 
         Raises: TimeoutError, RemoteError (the peer's ErrorReply), ProtocolError (another kind of reply).
         """
@@ -73,7 +78,7 @@ class RequestClient:
         return expect(answer, reply), frames
 
     def _fail_pending(self, reader: asyncio.Task[None]) -> None:
-        """Should the reader die, what waits for it is told why, and so is whoever asks next."""
+        """If the reader task failed, raises its error in every pending request. Later requests raise it too."""
         error = None if reader.cancelled() else reader.exception()
         for future in self._pending.values():
             if error is not None and not future.done():

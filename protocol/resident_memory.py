@@ -1,4 +1,4 @@
-"""What a process holds of the machine's memory."""
+"""Resident memory (RSS) of a process."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 
 def resident_mb(pid: int | str = "self") -> float:
-    """Megabytes (1e6 bytes) that are resident now; without /proc, the most that ever were, and of this process only.
+    """Returns the resident memory of a process in megabytes (1e6 bytes).
 
-    Raises: FileNotFoundError where /proc has no such process.
+    Without /proc (not Linux) it returns the peak so far, and of this process only, whatever `pid` is.
+    Raises: FileNotFoundError if /proc has no such process.
     """
     if sys.platform != "linux":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6

@@ -1,4 +1,4 @@
-"""What every role's process does first: logging, a title, and SIGTERM as an orderly stop."""
+"""Start-up of every role's process: logging, process title, and an orderly stop on SIGTERM."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ T = TypeVar("T")
 
 
 def start_role(title: str) -> None:
-    """Logs to stderr, names the process for `ps`, and turns SIGTERM into SystemExit(143) so that `finally` runs.
+    """Sets up logging to stderr and the process title, and turns SIGTERM into SystemExit(143) so that `finally` runs.
 
-    An asyncio role goes on with `run_async`, whose signals cancel a task instead.
+    An asyncio role then calls `run_async`, whose signal handlers cancel the main task instead.
     """
     import setproctitle
 
@@ -30,14 +30,16 @@ def start_role(title: str) -> None:
     for noisy in ("httpx", "urllib3", "transformers", "aiohttp.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     setproctitle.setproctitle(f"palimpsest {title}")
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, _exit_on_signal)
     _allow_many_connections()
     _die_with_launcher()
 
 
 def run_async(coroutine: Coroutine[object, object, T]) -> T:
-    """asyncio.run on uvloop, where there is one. SIGTERM and SIGHUP stop it as Ctrl-C does: its task is cancelled,
-    and when that is done, KeyboardInterrupt is raised."""
+    """Runs `coroutine` as `asyncio.run` does, on uvloop except on Windows.
+
+    SIGTERM and SIGHUP act as Ctrl-C does: the task is cancelled, and once it has ended, KeyboardInterrupt is raised.
+    """
     signals: list[int] = []
     run = asyncio.run
     if sys.platform != "win32":
@@ -45,15 +47,15 @@ def run_async(coroutine: Coroutine[object, object, T]) -> T:
 
         run = uvloop.run
     try:
-        return run(_cancelled_by_signals(coroutine, signals))
+        return run(_cancel_on_signals(coroutine, signals))
     except asyncio.CancelledError:
         if signals:
             raise KeyboardInterrupt from None
         raise
 
 
-async def _cancelled_by_signals(coroutine: Coroutine[object, object, T], signals: list[int]) -> T:
-    """Cancels the running task at the first signal and notes it in `signals`; later ones change nothing."""
+async def _cancel_on_signals(coroutine: Coroutine[object, object, T], signals: list[int]) -> T:
+    """Cancels the running task at the first signal and appends it to `signals`; later signals are ignored."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
 
@@ -67,21 +69,22 @@ async def _cancelled_by_signals(coroutine: Coroutine[object, object, T], signals
     return await coroutine
 
 
-def _stop(_signal: int, _frame: FrameType | None) -> None:
+def _exit_on_signal(_signal: int, _frame: FrameType | None) -> None:
     sys.exit(143)
 
 
 def _allow_many_connections() -> None:
-    """As many open files as the system allows: each peer of a server is one, and the usual soft limit is 1,024."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # macOS has a lower one that it does not tell
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    """Raises the soft limit of open files to the hard limit: each peer of a server needs one, and 1,024 is usual."""
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS has a lower limit that it does not report
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
 def _die_with_launcher() -> None:
-    """Where a launcher started this process, the kernel sends SIGTERM when the launcher ends (Linux).
+    """Asks the kernel to send SIGTERM to this process when the launcher that started it ends (Linux).
 
-    A rank's parent is torchrun, which runs in a process that has done this.
+    Exits if the launcher has ended already. The check is skipped for torchrun's ranks: their parent is torchrun, which
+    runs in a process that has itself called this function.
     """
     launcher = os.environ.get("PALIMPSEST_LAUNCHER_PID")
     if launcher is None or not sys.platform.startswith("linux"):

@@ -1,7 +1,7 @@
-"""The one file that imports zmq: sockets with limits, CURVE and typed errors.
+"""ZeroMQ sockets with limits, CURVE keys and typed errors. No other file imports zmq.
 
-Loopback (or ipc) by default. Any other address needs CURVE keys, on both sides; a server admits only the public keys in
-its `authorized` folder. What a peer may send, and how much of it, is limited: docs/security.md.
+Addresses are loopback or ipc by default. Any other address needs CURVE keys on both sides, and a server accepts only
+the public keys in its `authorized` folder. Message sizes and each peer's message rate are limited: docs/security.md.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from protocol.errors import DataError, UnreachableError
 from protocol.framing import MAX_FRAME_BYTES, Buffer
 from protocol.keys import AllowList, Keys
 from protocol.rate_limit import RateLimit
-from protocol.socket_wait import Readiness
+from protocol.socket_wait import SocketWaiter
 
-# Messages queued towards one peer before sending waits (DEALER) or drops (ROUTER, PUB).
+# Messages queued for one peer. When the queue is full, a DEALER's send waits, and a ROUTER or PUB drops the message.
 _SEND_LIMIT = 1_000
-# Messages of one peer received and not yet read. With MAX_FRAME_BYTES it bounds what a hostile peer can make us hold.
+# Messages of one peer received and not yet read. With MAX_FRAME_BYTES it bounds the memory that a peer can use here.
 _RECEIVE_LIMIT = 64
-# A receiver that is never out of messages lets others have the loop after so many.
+# A receiver yields to the event loop after this number of messages, even if more are waiting.
 _YIELD_EVERY = 32
-# Below it a message is copied: to be told, by another thread, when its buffers are free costs more.
-_COPIED_BYTES = 1 << 20
+# Smaller messages are copied: libzmq's notice, from another thread, that a buffer is free costs more than the copy.
+_MIN_ZERO_COPY_BYTES = 1 << 20
 _CLIENT_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def create_keys(folder: Path) -> None:
-    """Writes a server pair, a client pair and the allow-list with that client. Raises: DataError if they exist."""
+    """Creates a server pair, a client pair, and the allow-list with that client. Raises: DataError (keys exist)."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if existing := sorted(folder.glob("*.key*")):
         raise DataError(f"{folder} already holds {existing[0].name}: choose another folder")
@@ -51,7 +51,7 @@ def create_keys(folder: Path) -> None:
 
 
 def create_client(folder: Path, name: str) -> Path:
-    """One more client of the server of `folder`, let in: the folder for its node. Raises: DataError."""
+    """Creates and authorizes the keys of one more client. Returns the folder to copy to its node. Raises: DataError."""
     if not _CLIENT_NAME.fullmatch(name):
         raise DataError(f"a client's name must be 1 to 64 of A-Z a-z 0-9 _ -, got {name!r}")
     Keys(folder).server_public()
@@ -73,7 +73,10 @@ S = TypeVar("S", bound="Socket")
 
 
 class Transport:
-    """One process's sockets. `close()` closes all of them; nothing lingers."""
+    """The sockets of one process. `close()` closes all of them and discards messages that are not yet sent.
+
+    Every method that opens a socket raises UnreachableError, SecurityError or DataError (unusable keys).
+    """
 
     def __init__(self, *, keys: Path | None = None) -> None:
         self._context = zmq.Context()
@@ -82,31 +85,28 @@ class Transport:
         self._sockets: list[Socket] = []
 
     def router(self, address: str, *, max_frame_bytes: int = MAX_FRAME_BYTES) -> Router:
-        """A bound ROUTER; port 0 takes a free one (see `.address`). Who sends a larger frame is disconnected.
-
-        Raises: UnreachableError, SecurityError.
-        """
+        """Opens and binds a ROUTER (port 0: a free port). A peer that sends a larger frame is disconnected."""
         socket = self._context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         bound = self._bind(socket, address, max_frame_bytes=max_frame_bytes)
-        return self._keep(Router(socket, bound, RateLimit()))
+        return self._register(Router(socket, bound, RateLimit()))
 
     def publisher(self, address: str) -> Publisher:
-        """A bound PUB. Raises: UnreachableError, SecurityError."""
+        """Opens and binds a PUB."""
         socket = self._context.socket(zmq.PUB)
-        return self._keep(Publisher(socket, self._bind(socket, address)))
+        return self._register(Publisher(socket, self._bind(socket, address)))
 
     def dealer(self, address: str) -> Dealer:
-        """A DEALER that reconnects for ever; nothing queues up while no server is there. Raises: SecurityError."""
+        """Opens a DEALER that reconnects without limit, and queues no message while it is not connected."""
         socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.IMMEDIATE, 1)
-        return self._keep(Dealer(socket, self._connect(socket, address)))
+        return self._register(Dealer(socket, self._connect(socket, address)))
 
     def subscriber(self, address: str) -> Subscriber:
-        """A SUB to everything. Raises: SecurityError."""
+        """Opens a SUB that receives every message."""
         socket = self._context.socket(zmq.SUB)
         socket.setsockopt(zmq.SUBSCRIBE, b"")
-        return self._keep(Subscriber(socket, self._connect(socket, address)))
+        return self._register(Subscriber(socket, self._connect(socket, address)))
 
     def close(self) -> None:
         for socket in self._sockets:
@@ -115,19 +115,17 @@ class Transport:
             self._authenticator.stop()
         self._context.destroy(linger=0)
 
-    def _keep(self, socket: S) -> S:
+    def _register(self, socket: S) -> S:
         self._sockets.append(socket)
         return socket
 
     def _bind(self, socket: zmq.Socket[bytes], address: str, *, max_frame_bytes: int = MAX_FRAME_BYTES) -> str:
         _set_limits(socket, max_frame_bytes)
-        with _closed_on_error(
-            socket, f"cannot listen on {address}", "; stop the process that holds it or choose another port"
-        ):
+        busy = "; stop the process that holds it or choose another port"
+        with _closed_on_error(socket, f"cannot listen on {address}", busy):
             if self._keys is None:
-                require_loopback(
-                    address, "make them with `palimpsest keys DIR` and set network.keys (or --keys) to DIR"
-                )
+                remedy = "make them with `palimpsest keys DIR` and set network.keys (or --keys) to DIR"
+                require_loopback(address, remedy)
             else:
                 self._serve_curve(socket, self._keys)
             socket.bind(address)
@@ -148,8 +146,8 @@ class Transport:
         _set_limits(socket)
         with _closed_on_error(socket, f"cannot connect to {address}"):
             if self._keys is None:
-                copy = "copy client.key_secret and server.key from the server's keys folder"
-                require_loopback(address, f"{copy} and give them with network.keys (or --keys)")
+                remedy = "copy client.key_secret and server.key from the server's keys folder and give them with"
+                require_loopback(address, f"{remedy} network.keys (or --keys)")
             else:
                 socket.curve_publickey, socket.curve_secretkey = self._keys.pair("client")
                 socket.curve_serverkey = self._keys.server_public()
@@ -158,20 +156,20 @@ class Transport:
 
 
 class Socket:
-    """Common to all: an address and a close."""
+    """Base of all sockets. `address`: bound to (with the real port), or connected to."""
 
     def __init__(self, socket: zmq.Socket[bytes], address: str) -> None:
         self._socket = socket
-        self._ready = Readiness(int(socket.getsockopt(zmq.FD)), lambda: int(socket.getsockopt(zmq.EVENTS)))
+        self._waiter = SocketWaiter(int(socket.getsockopt(zmq.FD)), lambda: int(socket.getsockopt(zmq.EVENTS)))
         self._num_received = 0
         self.address = address
 
     def close(self) -> None:
-        self._ready.close()
+        self._waiter.close()
         self._socket.close(linger=0)
 
     async def _recv(self) -> list[Buffer]:
-        """The frames of a message, not copied."""
+        """Returns the frames of the next message, not copied."""
         self._num_received += 1
         if self._num_received % _YIELD_EVERY == 0:
             await asyncio.sleep(0)
@@ -181,23 +179,23 @@ class Socket:
                 while frames[-1].more:
                     frames.append(self._socket.recv(copy=False))
             except zmq.Again:
-                await self._ready.wait(zmq.POLLIN)
+                await self._waiter.wait(zmq.POLLIN)
             else:
-                self._ready.operated()
+                self._waiter.after_operation()
                 return [frame.buffer for frame in frames]
 
-    def _try_send(self, frames: Sequence[Buffer]) -> None:
-        """All of them or, where it raises (zmq.Again: the queue is full), none. Large ones are not copied."""
+    def _send_nowait(self, frames: Sequence[Buffer]) -> None:
+        """Queues the whole message, or nothing and raises (zmq.Again: not connected or full). Copies small messages."""
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=sum(map(len, frames)) < _COPIED_BYTES)
-        finally:  # where it fails, too, it has used the signal up
-            self._ready.operated()
+            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=sum(map(len, frames)) < _MIN_ZERO_COPY_BYTES)
+        finally:  # a send that fails consumes the descriptor's signal too
+            self._waiter.after_operation()
 
 
 class Router(Socket):
-    """Talks to many peers, each known by an opaque identity for as long as its connection lives.
+    """Exchanges messages with many peers. A peer is identified by opaque bytes, valid while its connection lives.
 
-    A peer that sends too much, or what must be refused, has its messages dropped for a while: `num_dropped`.
+    Messages of a peer that exceeds its rate limit are dropped and counted in `num_dropped`.
     """
 
     def __init__(self, socket: zmq.Socket[bytes], address: str, limit: RateLimit) -> None:
@@ -206,7 +204,7 @@ class Router(Socket):
         self.num_dropped = 0
 
     async def recv(self) -> tuple[bytes, list[Buffer]]:
-        """(peer, frames): frames are not copied."""
+        """Returns (peer, frames) of the next message that its rate limit admits. Frames are not copied."""
         while True:
             identity, *frames = await self._recv()
             peer = bytes(identity)
@@ -214,14 +212,14 @@ class Router(Socket):
                 return peer, frames
             self.num_dropped += 1
 
-    def refused(self, peer: bytes) -> None:
-        """A message of this peer could not be read: a few may be a defect, many are hostile."""
-        self._limit.refuse(peer, now_s=time.monotonic())
+    def penalize(self, peer: bytes) -> None:
+        """Charges a message that could not be decoded to the peer's rate limit."""
+        self._limit.penalize(peer, now_s=time.monotonic())
 
     def send(self, peer: bytes, frames: Sequence[Buffer]) -> bool:
-        """False where the peer is gone or does not read (its queue is full): the message is dropped. Never waits."""
+        """Queues a message without waiting. Returns False if the peer is gone or its queue is full: it is dropped."""
         try:
-            self._try_send([peer, *frames])
+            self._send_nowait([peer, *frames])
         except zmq.ZMQError as error:
             if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 return False
@@ -230,35 +228,36 @@ class Router(Socket):
 
 
 class Dealer(Socket):
-    """Talks to one server, in order, across reconnects; what was queued when a connection broke is lost."""
+    """Exchanges messages with one server, in FIFO order, and reconnects. A broken connection loses queued messages."""
 
     def __init__(self, socket: zmq.Socket[bytes], address: str) -> None:
         super().__init__(socket, address)
-        self._sending = asyncio.Lock()
-        self._num_sending = 0
+        self._send_lock = asyncio.Lock()
+        self._num_waiting_sends = 0
 
     async def recv(self) -> list[Buffer]:
         return await self._recv()
 
     async def send(self, frames: Sequence[Buffer], *, timeout_s: float = 30.0) -> None:
-        """Raises: TimeoutError where in all that time the server was not there, or did not read (the queue is full)."""
+        """Queues a message; waits while not connected or the queue is full. Raises: TimeoutError (nothing sent)."""
         if self.try_send(frames):
             return
-        self._num_sending += 1
+        self._num_waiting_sends += 1
         try:
-            async with asyncio.timeout(timeout_s), self._sending:
-                while not self._has_sent(frames):
-                    await self._ready.wait(zmq.POLLOUT)
+            async with asyncio.timeout(timeout_s), self._send_lock:
+                while not self._send_if_room(frames):
+                    await self._waiter.wait(zmq.POLLOUT)
         finally:
-            self._num_sending -= 1
+            self._num_waiting_sends -= 1
 
     def try_send(self, frames: Sequence[Buffer]) -> bool:
-        """False where the server is not there or does not read (the queue is full): nothing was sent. Never waits."""
-        return not self._num_sending and self._has_sent(frames)  # not before those whose turn it is
+        """Queues a message without waiting. Returns False (nothing sent) if not connected, full, or a `send` waits."""
+        return not self._num_waiting_sends and self._send_if_room(frames)
 
-    def _has_sent(self, frames: Sequence[Buffer]) -> bool:
+    def _send_if_room(self, frames: Sequence[Buffer]) -> bool:
+        """Queues a message, ignoring FIFO order. Returns False if there is no connection or its queue is full."""
         try:
-            self._try_send(frames)
+            self._send_nowait(frames)
         except zmq.Again:
             return False
         return True
@@ -271,8 +270,8 @@ class Subscriber(Socket):
 
 class Publisher(Socket):
     def send(self, frames: Sequence[Buffer]) -> None:
-        """Who does not read misses it. Never waits."""
-        self._try_send(frames)
+        """Publishes a message without waiting. A subscriber whose queue is full misses it."""
+        self._send_nowait(frames)
 
 
 def _set_limits(socket: zmq.Socket[bytes], max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
@@ -289,7 +288,7 @@ def _set_limits(socket: zmq.Socket[bytes], max_frame_bytes: int = MAX_FRAME_BYTE
 
 @contextmanager
 def _closed_on_error(socket: zmq.Socket[bytes], failed: str, remedy: str = "") -> Iterator[None]:
-    """Raises: UnreachableError in place of ZeroMQ's own, whose text repeats the address."""
+    """Closes `socket` if the body raises. Raises: UnreachableError instead of ZMQError, whose text has the address."""
     try:
         yield
     except BaseException as error:

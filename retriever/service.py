@@ -97,7 +97,7 @@ class RetrieverService:
             except (ProtocolError, RemoteError) as error:
                 self.stats.num_refused += 1
                 if isinstance(error, ProtocolError):
-                    self._router.refused(peer)
+                    self._router.penalize(peer)
                 reply = ErrorReply(request_id=_request_id(frames), error=str(error))
                 self._send(peer, encode(reply))
                 continue

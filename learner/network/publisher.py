@@ -73,7 +73,7 @@ class Publisher:
                 reply, payload = self._answer(message)
             except ProtocolError as error:
                 self.num_malformed += 1
-                self._router.refused(peer)
+                self._router.penalize(peer)
                 log.warning("refused a message: %s", error)
                 continue
             self._router.send(peer, [encode(reply), *payload])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from protocol.config import Config, ModelConfig, NetworkConfig, RetrieverConfig, TaskConfig
+from protocol.config import Config, ModelConfig, NetworkConfig, RetrieverConfig
 from protocol.config_file import require_ports
 from protocol.errors import ConfigError
 
@@ -14,7 +14,6 @@ from protocol.errors import ConfigError
 def config(*, control_port: int = 0, retriever_port: int = 0) -> Config:
     return Config(
         model=ModelConfig(path=Path("model")),
-        task=TaskConfig(kind="toy", worlds=(1,)),
         network=NetworkConfig(control_port=control_port),
         retriever=RetrieverConfig(port=retriever_port),
     )
