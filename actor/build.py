@@ -1,34 +1,33 @@
-"""Puts an actor together from a config and runs it."""
+"""Builds an actor from a config and runs it."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import click
 
-from actor.chat.chatml import ChatRendering
 from actor.chat.check_model import check_model
-from actor.chat.rendering import Rendering
 from actor.chat.tokenizer import Tokenizer
-from actor.chat.toy import ToyRendering
 from actor.engines.pool import EngineInfo, EnginePool
 from actor.engines.sampling import SamplingParams
 from actor.engines.sglang_client import Timeouts
+from actor.extensions import Extensions, make_extensions
 from actor.rollout import Episodes, GroupRollout
 from actor.runner import Runner
-from actor.tasks.build import training_task
-from actor.tasks.task import Task
+from actor.tasks.task import Split, Task
 from actor.tools.search_client import SearchClient
-from actor.workflows.memsearcher import MemSearcher
+from actor.tools.tool import Services
 from protocol.addresses import tcp_address
-from protocol.config import Config, WorkflowConfig
+from protocol.config import Config
 from protocol.config_file import require_ports
 from protocol.messages import EngineFields
 from protocol.resident_memory import resident_mb
 from protocol.transport import Transport
+
+# Kinds of failures in a heartbeat, which carries at most 64 counters.
+_MAX_FAILURE_KINDS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +36,28 @@ class Parts:
 
     transport: Transport
     pool: EnginePool
+    task: Task
     episodes: Episodes
 
 
 async def open_parts(
     config: Config,
-    task: Task,
     stack: AsyncExitStack,
     *,
+    split: Split,
     sampling: SamplingParams,
     run_id: str | None,
     max_trajectories: int,
 ) -> Parts:
-    """Opens tokenizer, sockets and pool; `stack` closes them. Raises: UserError."""
+    """Creates and starts the extensions, opens sockets and pool; `stack` closes them. Raises: UserError."""
     tokenizer = Tokenizer.load(config.model.path)
-    rendering = _rendering(config.workflow)
-    check_model(
-        config.model.path, tokenizer=tokenizer, rendering=rendering, context_tokens=config.workflow.context_tokens
-    )
+    check_model(config.model.path, tokenizer=tokenizer, context_tokens=config.workflow.context_tokens)
     transport = Transport(keys=config.network.keys)
     stack.callback(transport.close)
+    services = Services(searcher=await _open_searcher(config, transport, stack))
+    extensions = make_extensions(config, split=split, services=services)
+    extensions.workflow.check(tokenizer)
+    await _start(extensions, stack)
     pool = await stack.enter_async_context(
         EnginePool(
             run_id=run_id,
@@ -64,16 +65,9 @@ async def open_parts(
             timeouts=Timeouts(generate_s=config.actor.request_timeout_s),
         )
     )
-    search = await stack.enter_async_context(
-        SearchClient(
-            transport=transport,
-            address=tcp_address(host=config.network.host, port=config.retriever.port),
-            timeout_s=config.actor.search_timeout_s,
-        )
-    )
     episodes = Episodes(
-        workflow=MemSearcher(config=config.workflow, rendering=rendering, search=search),
-        reward=task.reward,
+        workflow=extensions.workflow,
+        reward=extensions.reward,
         pool=pool,
         tokenizer=tokenizer,
         sampling=sampling,
@@ -81,46 +75,83 @@ async def open_parts(
         max_context_tokens=config.workflow.context_tokens,
         max_trajectories=max_trajectories,
     )
-    return Parts(transport, pool, episodes)
+    return Parts(transport, pool, extensions.task, episodes)
 
 
-def _rendering(config: WorkflowConfig) -> Rendering:
-    if config.rendering == "chat":
-        return ChatRendering(fidelity=config.fidelity, top_n=config.top_n)
-    return ToyRendering()
+async def _open_searcher(config: Config, transport: Transport, stack: AsyncExitStack) -> SearchClient | None:
+    """A client of the run's retriever; None if the run has none."""
+    if not config.retriever.indexes and not config.retriever.port:
+        return None
+    client = SearchClient(
+        transport=transport,
+        address=tcp_address(host=config.network.host, port=config.retriever.port),
+        timeout_s=config.actor.search_timeout_s,
+    )
+    return await stack.enter_async_context(client)
+
+
+async def _start(extensions: Extensions, stack: AsyncExitStack) -> None:
+    for extension in (*extensions.tools.values(), extensions.reward):
+        await extension.start()
+        stack.push_async_callback(extension.stop)
+
+
+def check_extensions(config: Config) -> None:
+    """Imports and creates what the run file names for an actor, and checks it against the model's tokenizer.
+
+    Nothing is started and no socket is opened. Raises: UserError (one sentence).
+    """
+    tokenizer = Tokenizer.load(config.model.path)
+    check_model(config.model.path, tokenizer=tokenizer, context_tokens=config.workflow.context_tokens)
+    has_retriever = bool(config.retriever.indexes or config.retriever.port)
+    services = Services(searcher=_NoSearch() if has_retriever else None)
+    make_extensions(config, split="train", services=services).workflow.check(tokenizer)
+
+
+class _NoSearch:
+    """Takes the place of the retriever's client while nothing runs."""
+
+    async def search(self, queries: Sequence[str], *, top_n: int, collection: str = "") -> list[list]:
+        raise RuntimeError("extensions must not search before they are started")
 
 
 async def run_actor(config: Config, *, name: str) -> None:
-    """Until the run is over. Raises: UserError (bad config, task files, tokenizer, keys)."""
-    task = training_task(config.task, seed=config.run.seed)
+    """Runs until the learner ends the run. Raises: UserError (bad config, task files, tokenizer, keys, extensions)."""
     async with AsyncExitStack() as stack:
         sampling = SamplingParams(temperature=config.sampling.temperature)
         limit = config.actor.max_trajectories
-        parts = await open_parts(config, task, stack, sampling=sampling, run_id=config.run.name, max_trajectories=limit)
-        require_ports(config, "network.control_port", "retriever.port")
+        ports = ["network.control_port", *(["retriever.port"] if config.retriever.indexes else [])]
+        require_ports(config, *ports)
+        parts = await open_parts(
+            config, stack, split="train", sampling=sampling, run_id=config.run.name, max_trajectories=limit
+        )
 
         def on_engines(engines: Sequence[EngineFields]) -> None:
             parts.pool.set_engines([EngineInfo(url=engine.url, version=engine.version) for engine in engines])
-
-        def counters() -> dict[str, float]:
-            return {
-                "trajectories_running": float(parts.episodes.num_running),
-                "trajectories_done": float(parts.episodes.num_done),
-                "engine_requests": float(parts.pool.num_in_flight),
-                "engine_retries": float(parts.pool.num_retries),
-                "resident_mb": resident_mb(),
-            }
 
         runner = Runner(
             name=name,
             capacity=max(1, limit // config.learner.group_size),
             dealer=parts.transport.dealer(config.network.control_address),
-            rollout=GroupRollout(task=task, episodes=parts.episodes),
+            rollout=GroupRollout(task=parts.task, episodes=parts.episodes),
             on_engines=on_engines,
-            counters=counters,
+            counters=lambda: _counters(parts),
             heartbeat_s=config.actor.heartbeat_s,
         )
         click.echo(f"{name}: ready, for the learner at {config.network.control_address}")
         reason = await runner.run()
         click.echo(f"{name}: leaves: {reason}")
-        await asyncio.sleep(0)
+
+
+def _counters(parts: Parts) -> dict[str, float]:
+    """Sent with every heartbeat; summed over actors in TensorBoard under `actor/`."""
+    kinds = parts.episodes.failures.most_common(_MAX_FAILURE_KINDS)
+    return {
+        "trajectories_running": float(parts.episodes.num_running),
+        "trajectories_done": float(parts.episodes.num_done),
+        "trajectories_failed": float(parts.episodes.failures.total()),
+        **{f"failed_{kind}": float(count) for kind, count in kinds},
+        "engine_requests": float(parts.pool.num_in_flight),
+        "engine_retries": float(parts.pool.num_retries),
+        "resident_mb": resident_mb(),
+    }

@@ -13,21 +13,27 @@ _SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", he
 @click.command()
 @_CONFIG
 @click.option("--name", help="Unique among the run's actors.  [default: actor-HOSTNAME-PID]")
+@click.option("--check", is_flag=True, help="Load workflow, task, reward and tools, report the first error, and exit.")
 @_SET
-def actor(config: Path, name: str | None, overrides: tuple[str, ...]) -> None:
-    """Roll out trajectories for the run's learner until the run is over.
+def actor(config: Path, name: str | None, check: bool, overrides: tuple[str, ...]) -> None:
+    """Roll out trajectories for the run's learner until the run ends.
 
     CONFIG is the run's TOML or saved config.json; on another node, give the learner's addresses with --set
     network.host=… and the keys with --set network.keys=DIR. Actors may join and leave at any time.
     """
-    from actor.build import run_actor
+    from actor.build import check_extensions, run_actor
     from protocol.config_file import load_config
     from protocol.role_name import role_name
     from protocol.role_startup import run_async, start_role
 
     name = role_name("actor", name)
     start_role(name)
-    run_async(run_actor(load_config(config, overrides), name=name))
+    loaded = load_config(config, overrides)
+    if check:
+        check_extensions(loaded)
+        click.echo(f"workflow {loaded.workflow.use}, task {loaded.task.use}, reward {loaded.reward.use}: ready to run")
+        return
+    run_async(run_actor(loaded, name=name))
 
 
 @click.command("eval")

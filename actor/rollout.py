@@ -1,27 +1,52 @@
 """From a lease to a group: G episodes of one question, each with a session of its own.
 
-Lease ─► task.question(cursor) ─► G × [ slot ─► Session + workflow.run ─► reward ] ─► TrajectoryGroup
-                                       bounded: max_trajectories at once in this actor
+    Lease ─► task.question(cursor) ─► G × [ slot ─► Session + workflow.run ─► reward.score ] ─► TrajectoryGroup
+                                           at most max_trajectories at once in this actor
+
+Errors in a workflow, a tool or a reward end their trajectory as FAILED, which is not trained. They never end the actor.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 from actor.chat.tokenizer import Tokenizer
 from actor.engines.pool import Generator
 from actor.engines.sampling import SamplingParams
-from actor.rewards.reward import Reward
-from actor.session import Session
+from actor.episode import Episode
+from actor.rewards.reward import Reward, Score
+from actor.session import BudgetExceeded, Session
 from actor.tasks.task import Task
-from actor.workflows.workflow import Episode, Workflow
-from protocol.messages import Lease
-from protocol.types import Context, Question, Trajectory, TrajectoryGroup
+from actor.workflows.workflow import Workflow
+from protocol.errors import EngineError, RemoteError
+from protocol.extensions import described
+from protocol.messages import MAX_ANSWER_CHARS, Lease
+from protocol.types import Question, Status, Trajectory, TrajectoryGroup
+
+log = logging.getLogger(__name__)
+
+# A traceback is logged for the first failures of each kind; later ones are one line each.
+_MAX_TRACEBACKS = 3
+
+
+class _Failure(Exception):
+    """A trajectory cannot be trained. `kind` is the counter's name, `reason` a sentence."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind, self.reason = kind, reason
 
 
 class Episodes:
-    """Runs episodes of one workflow with one way of sampling; used in training and in evaluation alike."""
+    """Runs episodes of one workflow, in training and in evaluation alike.
+
+    `failures` counts FAILED trajectories by kind, such as `SearchFailed` or `workflow_TypeError`.
+    """
 
     def __init__(
         self,
@@ -45,6 +70,7 @@ class Episodes:
         self._slots = asyncio.Semaphore(max_trajectories)
         self.num_running = 0
         self.num_done = 0
+        self.failures: Counter[str] = Counter()
 
     async def run(self, question: Question, *, min_version: int = 0, rid: str = "") -> tuple[Trajectory, Episode]:
         """One trajectory, scored; waits for one of the `max_trajectories` slots."""
@@ -56,6 +82,11 @@ class Episodes:
                 self.num_running -= 1
                 self.num_done += 1
 
+    def without_question(self, cursor: int, task: Task, error: Exception) -> tuple[Question, Trajectory]:
+        """Stand-ins for a question and its trajectories after `task.question(cursor)` raised: FAILED, counted."""
+        self.failures[self._fault("task", task, error).kind] += 1
+        return Question(f"question {cursor}", "", ()), Trajectory(contexts=(), reward=0.0, status=Status.FAILED)
+
     async def _episode(self, question: Question, *, min_version: int, rid: str) -> tuple[Trajectory, Episode]:
         session = Session(
             pool=self._pool,
@@ -64,36 +95,98 @@ class Episodes:
             run_id=self._run_id,
             min_version=min_version,
             max_context_tokens=self._max_context_tokens,
+            question=question,
             rid=rid,
         )
-        episode = await self._workflow.run(question, session)
-        score = self._reward.score(question=question, answer=episode.answer, status=episode.status)
-        trajectory = Trajectory(
-            contexts=_with_rewards(session.contexts, episode.context_rewards),
-            reward=score.reward,
-            status=episode.status,
-            reward_parts=dict(score.parts),
-            stats=dict(episode.stats),
-            answer=episode.answer or "",
+        try:
+            episode = await self._play(question, session)
+            trajectory = _trajectory(session, episode)
+            if episode.status is Status.FAILED:
+                raise _Failure("by_workflow", episode.reason)
+            score = await self._score(question, episode, trajectory)
+        except _Failure as failure:
+            self.failures[failure.kind] += 1
+            episode = Episode(status=Status.FAILED, reason=failure.reason)
+            return _trajectory(session, episode), _completed(session, episode)
+        return replace(trajectory, reward=score.reward, reward_parts=dict(score.parts)), episode
+
+    async def _play(self, question: Question, session: Session) -> Episode:
+        try:
+            episode = await self._workflow.run(question, session)
+            if not isinstance(episode, Episode):
+                raise TypeError(f"run must return an Episode, got {type(episode).__name__}")
+        except BudgetExceeded as error:
+            episode = Episode(status=Status.OVER_BUDGET, reason=str(error))
+        except (EngineError, RemoteError) as error:
+            raise _Failure(type(error).__name__, f"{type(error).__name__}: {error}") from error
+        except Exception as error:
+            raise self._fault("workflow", self._workflow, error) from error
+        episode = _completed(session, episode)
+        if len(episode.context_rewards) not in (0, len(session.contexts)):
+            mismatch = ValueError(
+                f"context_rewards must be empty or one for each of {len(session.contexts)} contexts, got "
+                f"{len(episode.context_rewards)}"
+            )
+            raise self._fault("workflow", self._workflow, mismatch)
+        return episode
+
+    async def _score(self, question: Question, episode: Episode, trajectory: Trajectory) -> Score:
+        try:
+            score = await self._reward.score(question, episode, trajectory)
+            if not isinstance(score, Score):
+                raise TypeError(f"score must return a Score, got {type(score).__name__}")
+            if not all(map(math.isfinite, (score.reward, *score.parts.values()))):
+                raise ValueError(
+                    f"the reward and its parts must be finite, got {score.reward} with {dict(score.parts)}"
+                )
+        except Exception as error:
+            raise self._fault("reward", self._reward, error) from error
+        return score
+
+    def _fault(self, what: str, extension: object, error: Exception) -> _Failure:
+        """An exception of a workflow, its tools or a reward, with its traceback in the log."""
+        kind = f"{what}_{type(error).__name__}"
+        reason = f"{type(extension).__module__}:{type(extension).__qualname__} raised {described(error)}"
+        trace = error if self.failures[kind] < _MAX_TRACEBACKS else None
+        log.error("trajectory failed: %s", reason, exc_info=trace)
+        return _Failure(kind, reason)
+
+
+def _completed(session: Session, episode: Episode) -> Episode:
+    """The episode with the session's part; a context that the workflow left open is closed."""
+    if session.is_open:
+        session.close_context()
+    return replace(episode, transcripts=session.transcripts(), stats={**session.stats(), **episode.stats})
+
+
+def _trajectory(session: Session, episode: Episode) -> Trajectory:
+    contexts = session.contexts
+    if episode.context_rewards:
+        contexts = tuple(
+            replace(context, reward=reward) for context, reward in zip(contexts, episode.context_rewards, strict=True)
         )
-        return trajectory, episode
-
-
-def _with_rewards(contexts: tuple[Context, ...], rewards: tuple[float, ...]) -> tuple[Context, ...]:
-    if not rewards:
-        return contexts
-    return tuple(replace(context, reward=reward) for context, reward in zip(contexts, rewards, strict=True))
+    return Trajectory(
+        contexts=contexts,
+        reward=0.0,
+        status=episode.status,
+        stats=dict(episode.stats),
+        answer=(episode.answer or "")[:MAX_ANSWER_CHARS],
+    )
 
 
 class GroupRollout:
-    """What the runner calls for each lease."""
+    """Rolls out the group of a lease; the runner calls it."""
 
     def __init__(self, *, task: Task, episodes: Episodes) -> None:
         self._task = task
         self._episodes = episodes
 
     async def __call__(self, lease: Lease) -> TrajectoryGroup:
-        question = self._task.question(lease.cursor)
+        try:
+            question = self._task.question(lease.cursor)
+        except Exception as error:
+            question, failed = self._episodes.without_question(lease.cursor, self._task, error)
+            return _group(lease, question, [failed] * lease.group_size)
         async with asyncio.TaskGroup() as tasks:
             running = [
                 tasks.create_task(
@@ -103,10 +196,14 @@ class GroupRollout:
                 )
                 for i in range(lease.group_size)
             ]
-        return TrajectoryGroup(
-            run_id=lease.run_id,
-            cursor=lease.cursor,
-            attempt=lease.attempt,
-            question=question,
-            trajectories=tuple(each.result()[0] for each in running),
-        )
+        return _group(lease, question, [each.result()[0] for each in running])
+
+
+def _group(lease: Lease, question: Question, trajectories: Sequence[Trajectory]) -> TrajectoryGroup:
+    return TrajectoryGroup(
+        run_id=lease.run_id,
+        cursor=lease.cursor,
+        attempt=lease.attempt,
+        question=question,
+        trajectories=tuple(trajectories),
+    )

@@ -1,17 +1,17 @@
-"""The recorder between a workflow and the engines: tokens in, tokens out, and every sampled token accounted for.
+"""Records the tokens of one episode between a workflow and the engines.
 
     open_context(prompt) ─► generate ─► append(observation) ─► generate ─► close_context ─► contexts
-                              │ the engine sees exactly the ids so far, and what it samples is appended as it is
+                              │ the engine gets exactly the ids so far, and the ids that it samples are appended
 
-Within a context nothing is decoded and encoded again. Text is decoded for parsing only, and encoded only where it
-enters: each appended piece by itself.
+Within a context nothing is decoded and encoded again. Text is decoded for parsing only, and encoded once, when it
+enters: each appended piece alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,20 +20,24 @@ from actor.chat.tokenizer import Tokenizer
 from actor.engines.completion import Completion, Span
 from actor.engines.pool import Generator
 from actor.engines.sampling import SamplingParams
+from actor.tools.tool import Observation, Tool, ToolContext
 from protocol.errors import ConfigError, PalimpsestError, UnknownVersion
-from protocol.types import Context, Edge, PolicyTag, VersionSpan
+from protocol.types import Context, Edge, PolicyTag, Question, VersionSpan
 
 
 class BudgetExceeded(PalimpsestError):
-    """The context has no room for another token. The workflow applies its overflow policy; nothing was sampled."""
+    """The open context has no room for another token; nothing was sampled.
+
+    If the workflow does not catch it, the trajectory ends as OVER_BUDGET.
+    """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Generation:
     """n sampled tokens, int32 [n], and their text without the stop token.
 
-    finish: `stop` at one of the ids asked for, also where it is the last that was permitted and the engine calls that
-    `length`; `illegal_stop` at another one that the engine stops at; `length` where it was cut off.
+    finish: `stop` at one of the requested stop ids (also as the last permitted token, which engines call `length`);
+    `illegal_stop` at another id that the engine stops at; `length` if it was cut off.
     """
 
     text: str
@@ -42,10 +46,13 @@ class Generation:
 
 
 class Session:
-    """One trajectory's tokens. Not shared between tasks: a trajectory generates one thing at a time.
+    """The tokens of one episode. It generates one piece at a time; tool calls may run concurrently.
 
-    `run_id`: None only where nothing is trained (evaluation): a version that is no `PolicyTag` is then recorded as 0.
-    `max_context_tokens` bounds a context, prompt and glue included.
+    pool                engines to sample from
+    run_id              None only if nothing is trained (evaluation): a version that is not a `PolicyTag` is then
+                        recorded as 0
+    max_context_tokens  bound of a context, prompt and observations included
+    question, rid       of the episode; tools see both
     """
 
     def __init__(
@@ -57,6 +64,7 @@ class Session:
         run_id: str | None,
         min_version: int = 0,
         max_context_tokens: int,
+        question: Question | None = None,
         rid: str = "",
     ) -> None:
         if max_context_tokens < 2:
@@ -65,6 +73,7 @@ class Session:
             raise ConfigError("tokens of a run are trained on: sampling must not truncate (allow_truncation is set)")
         self.tokenizer = tokenizer
         self.num_generations = 0
+        self.num_tool_calls = 0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
         self.num_generated_tokens = 0
@@ -74,6 +83,7 @@ class Session:
         self._min_version = min_version
         self._max_context_tokens = max_context_tokens
         self._rid = rid
+        self._tool_context = ToolContext(question=question or Question("", "", ()), episode_id=rid)
         self._engine = ""
         self._open: _OpenContext | None = None
         self._closed: list[Context] = []
@@ -90,7 +100,7 @@ class Session:
 
     @property
     def room(self) -> int:
-        """How many more tokens the open context can hold."""
+        """How many more tokens the open context can hold. Raises: RuntimeError if no context is open."""
         return self._max_context_tokens - len(self._current.ids)
 
     @property
@@ -105,30 +115,40 @@ class Session:
         *,
         role: str = "agent",
         policy: str = "main",
-        turn: int = 0,
-        edge: Edge = Edge.START,
+        turn: int | None = None,
+        edge: Edge | None = None,
     ) -> None:
+        """Begins a context with `prompt`, which the policy reads and did not sample.
+
+        By default `turn` is the number of closed contexts, and `edge` is START for the first context and MEMORY_RESET
+        for later ones. Raises: RuntimeError if a context is open.
+        """
         if self._open is not None:
             raise RuntimeError("a context is open: call close_context first")
+        turn = len(self._closed) if turn is None else turn
+        edge = edge or (Edge.MEMORY_RESET if self._closed else Edge.START)
         self._open = _OpenContext(role=role, policy=policy, turn=turn, edge=edge)
         self.append(prompt)
 
     def append(self, piece: str | Sequence[int]) -> None:
-        """Adds tokens that the policy reads and did not sample (mask 0)."""
+        """Adds tokens that the policy reads and did not sample (loss mask false)."""
         ids = self.tokenizer.encode(piece) if isinstance(piece, str) else list(piece)
         self._current.append(ids)
         self.num_prompt_tokens += len(ids)
 
-    async def generate(self, max_new_tokens: int, stop_token_ids: Sequence[int]) -> Generation:
-        """Samples at most `max_new_tokens`, fewer where the context has less room, and records them.
+    async def generate(self, max_new_tokens: int, stop_token_ids: Sequence[int] | None = None) -> Generation:
+        """Samples at most `max_new_tokens` (fewer if the context has less room) and records them.
 
-        Raises: BudgetExceeded (no room), EngineError and its kinds. Nothing is recorded then.
+        It stops at `stop_token_ids`, by default the tokenizer's end-of-sequence token, which is recorded as well.
+        Raises: BudgetExceeded (no room), EngineError and its kinds; nothing is recorded then.
         """
         context = self._current
+        if stop_token_ids is None:
+            stop_token_ids = (self.tokenizer.eos_token_id,)
         if self.room < 1:
             raise BudgetExceeded(
-                f"a context has at most {self._max_context_tokens} tokens, this one of turn {context.turn} has "
-                f"{len(context.ids)}: raise workflow.context_tokens or lower what enters it"
+                f"a context must have at most workflow.context_tokens = {self._max_context_tokens} tokens, this one of "
+                f"turn {context.turn} has {len(context.ids)}: raise the limit or put less into the context"
             )
         sampling = replace(
             self._sampling,
@@ -152,6 +172,24 @@ class Session:
         self._closed.append(context)
         self._open = None
         return context
+
+    async def call(self, tool: Tool, arguments: Mapping[str, Any]) -> Observation:
+        """Calls a tool for this episode and counts it. The observation is not appended: the workflow decides that."""
+        self.num_tool_calls += 1
+        return await tool.call(arguments, self._tool_context)
+
+    def stats(self) -> dict[str, float]:
+        """Counts of the episode so far, by metric name."""
+        lengths = [len(context) for context in self._closed]
+        return {
+            "num_turns": float(len(lengths)),
+            "num_generations": float(self.num_generations),
+            "num_tool_calls": float(self.num_tool_calls),
+            "num_prompt_tokens": float(self.num_prompt_tokens),
+            "num_cached_tokens": float(self.num_cached_tokens),
+            "num_generated_tokens": float(self.num_generated_tokens),
+            "peak_context_tokens": float(max(lengths, default=0)),
+        }
 
     def transcripts(self) -> tuple[str, ...]:
         """The text of each closed context, special tokens included."""
@@ -178,7 +216,7 @@ class Session:
 
 
 class _OpenContext:
-    """Growing columns of one context."""
+    """The columns of one context while it grows."""
 
     def __init__(self, *, role: str, policy: str, turn: int, edge: Edge) -> None:
         self.role, self.policy, self.turn, self.edge = role, policy, turn, edge

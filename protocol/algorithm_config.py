@@ -1,49 +1,123 @@
-"""The sections that choose an algorithm: advantages, off-policy corrections, losses. docs/algorithms.md explains each.
+"""The sections that choose an algorithm: advantage, policy loss, corrections. docs/algorithms.md explains them.
 
-Nothing here may be infinite or NaN: the resolved config is saved as JSON, which has neither.
+`use` names a built-in, whose options are the models below, or an import path to the user's own class. Options of
+built-ins are checked when the config is read; those of imported classes when the learner loads them. Nothing here may
+be infinite or NaN: the resolved config is saved as JSON, which has neither.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from protocol.config_base import Fraction, Positive, Section
+from protocol.config_base import ExtensionSection, Fraction, Options, Positive, Section, Use
 
 Bound = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Lower = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Coefficient = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Scope = Literal["token", "context", "trajectory"]
 
+WITHIN_GROUP = ("grpo", "rloo", "maxrl")
+"""Built-in estimators that give advantage 0 to a group of equal rewards."""
 
-class AdvantageConfig(Section):
-    """How tokens are credited: `grpo`, `rloo`, `maxrl` within a group; `reinforce_pp`, `gae` along the tokens.
 
-    `normalize_std`, `ddof`: the std of grpo; `eps` is added to every denominator. `gamma`, `lam`, `whiten`: of the
-    estimators along tokens. `context_rewards`: `add` uses the rewards that a task gives to single contexts.
-    `role_weights` multiplies the advantages of a role's tokens; roles that are not named weigh 1.
-    """
+class GrpoOptions(Options):
+    """GRPO: (R - mean) / (std + eps) over the trajectories of a group."""
 
-    estimator: Literal["grpo", "rloo", "maxrl", "reinforce_pp", "gae"] = "grpo"
-    normalize_std: bool = True
-    ddof: Literal[0, 1] = 1
-    eps: Bound = 1e-6
-    gamma: Fraction = 1.0
-    lam: Fraction = 1.0
-    whiten: bool = True
-    context_rewards: Literal["none", "add"] = "none"
-    role_weights: dict[str, Coefficient] = Field(default_factory=dict)
+    normalize_std: bool = Field(default=True, description="Divide by the std of the group; false gives Dr. GRPO.")
+    ddof: Literal[0, 1] = Field(
+        default=1, description="Degrees of freedom subtracted in the std: 1 is the unbiased estimate."
+    )
+    eps: Bound = Field(default=1e-6, description="Added to the std.")
+
+
+class RlooOptions(Options):
+    """RLOO: a trajectory's reward minus the mean reward of the others in its group."""
+
+
+class MaxrlOptions(Options):
+    """MaxRL: (R - mean) / (mean + eps); rewards must be >= 0."""
+
+    eps: Bound = Field(default=1e-6, description="Added to the mean reward.")
+
+
+class ReinforceOptions(Options):
+    """REINFORCE++: discounted rewards along the tokens of a trajectory, whitened over the batch."""
+
+    gamma: Fraction = Field(default=1.0, description="Discount per token.")
+    whiten: bool = Field(default=True, description="Subtract the mean and divide by the std of the batch's advantages.")
+    eps: Bound = Field(default=1e-6, description="Added to the std when whitening.")
+
+
+class GaeOptions(Options):
+    """Generalized advantage estimation with a value head (PPO)."""
+
+    gamma: Fraction = Field(default=1.0, description="Discount per token.")
+    lam: Fraction = Field(default=1.0, description="Lambda of GAE.")
+    whiten: bool = Field(default=True, description="Subtract the mean and divide by the std of the batch's advantages.")
+    eps: Bound = Field(default=1e-6, description="Added to the std when whitening.")
+
+
+ADVANTAGE_OPTIONS: Mapping[str, type[BaseModel]] = MappingProxyType(
+    {
+        "grpo": GrpoOptions,
+        "rloo": RlooOptions,
+        "maxrl": MaxrlOptions,
+        "reinforce_pp": ReinforceOptions,
+        "gae": GaeOptions,
+    }
+)
+
+
+class AdvantageConfig(ExtensionSection):
+    """How sampled tokens are credited. The other keys are the options of the estimator that `use` names."""
+
+    use: Use = Field(default="grpo", description="grpo, rloo, maxrl, reinforce_pp, gae, or an import path.")
+    context_rewards: Literal["none", "add"] = Field(
+        default="none", description="`add` also credits the rewards that the workflow gave to single contexts."
+    )
+    role_weights: dict[str, Coefficient] = Field(
+        default_factory=dict, description="Role → factor on the advantages of its tokens; roles not named have 1."
+    )
 
     @property
     def is_zero_without_variance(self) -> bool:
-        """Whether trajectories of equal reward get advantage 0."""
-        return self.estimator in ("grpo", "rloo", "maxrl") and self.context_rewards == "none"
+        """Whether a group of equal rewards is known to get advantage 0."""
+        return self.use in WITHIN_GROUP and self.context_rewards == "none"
 
 
-class _Band(Section):
-    low: Lower
-    high: Bound
+class PpoOptions(Options):
+    """PPO: r = pi_theta / pi_prox is clipped to [1 - clip_low, 1 + clip_high]."""
+
+    clip_low: Fraction = Field(default=0.2, description="Lower clip distance.")
+    clip_high: Coefficient = Field(default=0.2, description="Upper clip distance.")
+    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = Field(
+        default=None, description="Bounds the loss of a token with A < 0 by dual_clip * |A|. Unset: no bound."
+    )
+
+
+class GspoOptions(PpoOptions):
+    """GSPO: as PPO, with the geometric mean of r over a context."""
+
+
+class CispoOptions(Options):
+    """CISPO: the clipped ratio weighs log pi_theta; no token loses its gradient."""
+
+    clip_low: Fraction = Field(default=0.2, description="Lower clip distance of the weight.")
+    clip_high: Coefficient = Field(default=0.2, description="Upper clip distance of the weight.")
+
+
+LOSS_OPTIONS: Mapping[str, type[BaseModel]] = MappingProxyType(
+    {"ppo": PpoOptions, "gspo": GspoOptions, "cispo": CispoOptions}
+)
+
+
+class _Band(Options):
+    low: Lower = Field(description="Lowest weight that is kept.")
+    high: Bound = Field(description="Highest weight that is kept.")
 
     @model_validator(mode="after")
     def _ordered(self) -> _Band:
@@ -52,86 +126,101 @@ class _Band(Section):
         return self
 
 
-class TruncateConfig(Section):
+class TruncateOptions(Options):
     """Truncated importance sampling: min(w, high), w = pi_prox / pi_behave over the scope."""
 
-    kind: Literal["truncate"] = "truncate"
-    scope: Scope = "token"
-    ratio: Literal["geometric", "product"] = "geometric"
-    high: Bound = 2.0
+    scope: Scope = Field(default="token", description="What one weight is computed over.")
+    ratio: Literal["geometric", "product"] = Field(
+        default="geometric", description="Mean or sum of log w over the scope."
+    )
+    high: Bound = Field(default=2.0, description="Upper bound of w.")
 
 
-class MaskConfig(_Band):
+class MaskOptions(_Band):
     """Masked importance sampling (IcePop): w inside [low, high], 0 outside."""
 
-    kind: Literal["mask"] = "mask"
-    scope: Scope = "token"
-    ratio: Literal["geometric", "product"] = "geometric"
-    low: Lower = 0.5
-    high: Bound = 5.0
+    scope: Scope = Field(default="token", description="What one weight is computed over.")
+    ratio: Literal["geometric", "product"] = Field(
+        default="geometric", description="Mean or sum of log w over the scope."
+    )
+    low: Lower = Field(default=0.5, description="Lowest w that is kept.")
+    high: Bound = Field(default=5.0, description="Highest w that is kept.")
 
 
-class RejectConfig(_Band):
-    """A scope is kept, unweighted, where its ratio lies in [low, high]; `worst`: where that of all its tokens does."""
+class RejectOptions(_Band):
+    """A scope is kept with weight 1 if its w lies in [low, high], else dropped."""
 
-    kind: Literal["reject"] = "reject"
-    scope: Scope = "context"
-    ratio: Literal["geometric", "product", "worst"] = "geometric"
-    low: Lower = 0.5
-    high: Bound = 2.0
-
-
-class RejectNegativeConfig(Section):
-    """Drops tokens with A < 0 in a scope whose mean log(pi_behave / pi_prox) is above `threshold`."""
-
-    kind: Literal["reject_negative"] = "reject_negative"
-    scope: Scope = "context"
-    threshold: Bound = 1.0
+    scope: Scope = Field(default="context", description="What is kept or dropped as a whole.")
+    ratio: Literal["geometric", "product", "worst"] = Field(
+        default="geometric",
+        description="Mean or sum of log w over the scope; `worst`: every token must lie in the band.",
+    )
+    low: Lower = Field(default=0.5, description="Lowest w that is kept.")
+    high: Bound = Field(default=2.0, description="Highest w that is kept.")
 
 
-class SecondMomentConfig(Section):
-    """Drops the tokens of the batch with the largest log(w)^2 until the mean of those that remain is <= `threshold`."""
+class RejectNegativeOptions(Options):
+    """Drops tokens with A < 0 in a scope whose mean log(pi_behave / pi_prox) exceeds `threshold`."""
 
-    kind: Literal["second_moment"] = "second_moment"
-    threshold: Bound = 0.04
+    scope: Scope = Field(default="context", description="What the mean is taken over.")
+    threshold: Bound = Field(default=1.0, description="In nats.")
 
 
-Correction = Annotated[
-    TruncateConfig | MaskConfig | RejectConfig | RejectNegativeConfig | SecondMomentConfig,
-    Field(discriminator="kind"),
-]
+class SecondMomentOptions(Options):
+    """Drops the tokens of the batch with the largest log(w)^2 until the mean of the rest is <= `threshold`."""
+
+    threshold: Bound = Field(default=0.04, description="Largest mean of log(w)^2, in nats^2.")
+
+
+CORRECTION_OPTIONS: Mapping[str, type[BaseModel]] = MappingProxyType(
+    {
+        "truncate": TruncateOptions,
+        "mask": MaskOptions,
+        "reject": RejectOptions,
+        "reject_negative": RejectNegativeOptions,
+        "second_moment": SecondMomentOptions,
+    }
+)
+
+
+class CorrectionConfig(ExtensionSection):
+    """One off-policy correction. The other keys are the options of the correction that `use` names."""
+
+    use: Use = Field(description="truncate, mask, reject, reject_negative, second_moment, or an import path.")
 
 
 class ValueConfig(Section):
-    """The value loss of `gae`. `clip`: how far a value may move from that at the start of the step, where it is set."""
+    """The value loss of `gae`."""
 
-    coefficient: Coefficient = 0.5
-    clip: Bound | None = None
+    coefficient: Coefficient = Field(default=0.5, description="Factor of the value loss.")
+    clip: Bound | None = Field(
+        default=None, description="How far a value may move from its value at the start of the step. Unset: no clip."
+    )
 
 
-class LossConfig(Section):
-    """The loss of a token, its corrections (a list: their product is taken), and the aggregation over the batch.
+class LossConfig(ExtensionSection):
+    """The loss: policy loss, corrections, aggregation, KL, entropy, value.
 
-    `clip_low`, `clip_high` bound r = pi_theta / pi_prox to [1 - clip_low, 1 + clip_high]. `dual_clip` c caps the loss
-    of a token with A < 0 at c |A|. The KL to the reference is added to the loss or taken from the reward.
+    The other keys are the options of the policy loss that `use` names.
     """
 
-    policy_loss: Literal["ppo", "gspo", "cispo"] = "ppo"
-    clip_low: Fraction = 0.2
-    clip_high: Coefficient = 0.2
-    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
-    corrections: tuple[Correction, ...] = (TruncateConfig(),)
-    aggregation: Literal["trajectory", "context", "token", "constant"] = "trajectory"
-    constant: Bound = 1024.0
-    minibatches: Positive = 1
-    kl_coefficient: Coefficient = 0.0
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    kl_in: Literal["loss", "reward"] = "loss"
-    entropy_coefficient: Coefficient = 0.0
-    value: ValueConfig = ValueConfig()
-
-    @model_validator(mode="after")
-    def _fits(self) -> LossConfig:
-        if self.policy_loss == "cispo" and self.dual_clip is not None:
-            raise ValueError(f"dual_clip must not be set where policy_loss is 'cispo', got {self.dual_clip}")
-        return self
+    use: Use = Field(default="ppo", description="Policy loss: ppo, gspo, cispo, or an import path.")
+    corrections: tuple[CorrectionConfig, ...] = Field(
+        default=(CorrectionConfig(use="truncate"),),
+        description="Off-policy corrections; a token's weight is the product of all of them.",
+    )
+    aggregation: Literal["trajectory", "context", "token", "constant"] = Field(
+        default="trajectory",
+        description="What counts equally in the loss; `constant` divides by `constant` per trajectory.",
+    )
+    constant: Bound = Field(default=1024.0, description="Denominator per trajectory of aggregation `constant`.")
+    minibatches: Positive = Field(default=1, description="Optimizer steps per batch, split by trajectory.")
+    kl_coefficient: Coefficient = Field(
+        default=0.0, description="Factor of the KL to the reference; 0: no reference is loaded."
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(default="k3", description="Per-token estimator of the KL.")
+    kl_in: Literal["loss", "reward"] = Field(
+        default="loss", description="Add the KL to the loss or subtract it from rewards."
+    )
+    entropy_coefficient: Coefficient = Field(default=0.0, description="Factor of the entropy bonus.")
+    value: ValueConfig = Field(default=ValueConfig(), description="The value loss of `gae`.")

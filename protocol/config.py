@@ -1,4 +1,4 @@
-"""The one config of a run: a TOML file read into models that refuse unknown keys and name the path of a bad value."""
+"""The config of a run: one TOML file, read into models that refuse unknown keys. docs/config.md lists every key."""
 
 from __future__ import annotations
 
@@ -8,29 +8,36 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from protocol.algorithm_config import AdvantageConfig, LossConfig
-from protocol.config_base import Fraction, NonNegative, Port, Positive, Seconds, Section
+from protocol.config_base import ExtensionSection, Fraction, NonNegative, Port, Positive, Seconds, Section, Use
 from protocol.errors import DataError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+ToolName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,63}$")]
 
 
 class RunConfig(Section):
-    """Where a run lives. `name` stands in every weight version, so that tokens of another run are refused."""
+    """Identity and folder of a run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,48}$")] = "run"
-    dir: Path = Path("runs/run")
-    seed: NonNegative = 0
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,48}$")] = Field(
+        default="run", description="Part of every weight version, so that tokens of another run are refused."
+    )
+    dir: Path = Field(default=Path("runs/run"), description="Folder of the run: store, checkpoints, logs, metrics.")
+    seed: NonNegative = Field(default=0, description="Seed of question order, sampling and initialization.")
+    base_dir: Path | None = Field(
+        default=None,
+        description="Folder that relative paths in extension options are taken from. Unset: the run file's.",
+    )
 
 
 class NetworkConfig(Section):
-    """Addresses. Port 0 takes a free one at launch. A host beyond loopback needs `keys` (see `palimpsest keys`)."""
+    """Addresses. A host beyond loopback needs `keys` (see `palimpsest keys`)."""
 
-    host: str = "127.0.0.1"
-    control_port: Port = 0
-    weights_port: Port = 0
-    announce_port: Port = 0
-    keys: Path | None = None
-    api_key_file: Path | None = None
+    host: str = Field(default="127.0.0.1", description="Host that the roles listen on and connect to.")
+    control_port: Port = Field(default=0, description="Leases and groups. 0: a free port is chosen at launch.")
+    weights_port: Port = Field(default=0, description="Weights. 0: a free port is chosen at launch.")
+    announce_port: Port = Field(default=0, description="Announcements of versions. 0: a free port is chosen at launch.")
+    keys: Path | None = Field(default=None, description="Folder of CURVE keys; required beyond loopback.")
+    api_key_file: Path | None = Field(default=None, description="File with the bearer token for HTTP to engines.")
 
     @property
     def control_address(self) -> str:
@@ -55,198 +62,216 @@ class NetworkConfig(Section):
 
 
 class ModelConfig(Section):
-    """A Hugging Face folder: config, safetensors, tokenizer."""
+    """The first policy."""
 
-    path: Path
+    path: Path = Field(description="Hugging Face folder: config, safetensors, tokenizer.")
 
 
-class TaskConfig(Section):
-    """`qa`: question-answer JSONL files. `toy`: worlds made from seeds; training questions rotate over `worlds`."""
+class TaskConfig(ExtensionSection):
+    """Where questions come from. The other keys are the options of the task that `use` names."""
 
-    kind: Literal["qa", "toy"] = "qa"
-    questions: tuple[Path, ...] = ()
-    eval_questions: tuple[Path, ...] = ()
-    worlds: tuple[NonNegative, ...] = ()
-    eval_worlds: tuple[NonNegative, ...] = ()
-    reward: Literal["em", "f1", "memsearcher"] = "em"
+    use: Use = Field(default="qa", description="qa, toy, or an import path to a `Task`.")
+
+
+class RewardConfig(ExtensionSection):
+    """What a trajectory is worth. The other keys are the options of the reward that `use` names."""
+
+    use: Use = Field(default="em", description="em, f1, memsearcher, or an import path to a `Reward`.")
+
+
+class ToolConfig(ExtensionSection):
+    """One tool, `[[tool]]`. The other keys are the options of the tool that `use` names."""
+
+    use: Use = Field(description="search, or an import path to a `Tool`.")
+    name: ToolName = Field(
+        default="", description="Name under which the workflow finds it; default: `use` of a built-in."
+    )
 
     @model_validator(mode="after")
-    def _has_questions(self) -> TaskConfig:
-        if self.kind == "qa" and not self.questions:
-            raise ValueError("task.questions must name at least one JSONL file where task.kind is 'qa'")
-        if self.kind == "toy" and not self.worlds:
-            raise ValueError("task.worlds must name at least one seed where task.kind is 'toy'")
+    def _has_a_name(self) -> ToolConfig:
+        if not self.name and ":" in self.use:
+            raise ValueError(f"name must be set for a tool that is named by an import path ({self.use})")
         return self
 
+    @property
+    def lookup_name(self) -> str:
+        """The name under which a workflow finds the tool."""
+        return self.name or self.use
 
-class WorkflowConfig(Section):
-    """How an episode runs. Budgets are tokens of the model's own tokenizer, the same in training and evaluation.
 
-    `memory_overflow`: what happens to a memory that reaches `memory_tokens`: `truncate` keeps its first tokens,
-    `fail` ends the trajectory. Turns or context tokens that run out end the trajectory as over_budget.
+class WorkflowConfig(ExtensionSection):
+    """How an episode runs. The other keys are the options of the workflow that `use` names.
+
+    Budgets are tokens of the model's own tokenizer, the same in training and evaluation.
     """
 
-    name: Literal["memsearcher"] = "memsearcher"
-    rendering: Literal["chat", "toy"] = "chat"
-    fidelity: Literal["mended", "paper"] = "mended"
-    max_turns: Positive = 5
-    action_tokens: Positive = 512
-    memory_tokens: Positive = 1024
-    context_tokens: Positive = 6024
-    top_n: Annotated[int, Field(ge=1, le=100)] = 5
-    memory_overflow: Literal["truncate", "fail"] = "truncate"
-
-    @model_validator(mode="after")
-    def _fits(self) -> WorkflowConfig:
-        if self.action_tokens + self.memory_tokens >= self.context_tokens:
-            raise ValueError(
-                "workflow.action_tokens + workflow.memory_tokens must be < workflow.context_tokens = "
-                f"{self.context_tokens}, got {self.action_tokens} + {self.memory_tokens}: raise context_tokens, which "
-                "holds the prompt, an action, an observation and a memory"
-            )
-        return self
+    use: Use = Field(default="memsearcher", description="memsearcher, or an import path to a `Workflow`.")
+    context_tokens: Annotated[int, Field(ge=2)] = Field(
+        default=6024, description="Most tokens of a context: prompt, observations and generations."
+    )
+    tools: tuple[ToolName, ...] | None = Field(
+        default=None, description="Names of the tools that the workflow gets. Unset: those that its class names."
+    )
 
 
 class SamplingConfig(Section):
-    """Training samples from the whole distribution: under a truncating sampler the recorded log-probs, which are those
-    of the whole distribution, are not those of the behaviour policy, and pi_prox / pi_behave is wrong."""
+    """How training samples.
 
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    A truncating sampler (top_p, top_k, min_p) is refused: engines record log-probs of the whole distribution, so the
+    importance weights pi_prox / pi_behave would be wrong.
+    """
+
+    temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Sampling temperature in training.")
 
     @model_validator(mode="before")
     @classmethod
     def _not_truncating(cls, values: object) -> object:
         if isinstance(values, dict) and (given := sorted({"top_p", "top_k", "min_p"} & values.keys())):
             raise ValueError(
-                f"{given[0]} is refused: a truncating sampler's log-probs are not those that it records, so that "
-                "importance weights would be wrong; set temperature"
+                f"{given[0]} is refused: engines record log-probs of the whole distribution, so with a truncating "
+                "sampler the importance weights would be wrong; set temperature"
             )
         return values
 
 
 class ActorConfig(Section):
-    """`max_trajectories` run at once in each of `count` actor processes."""
+    """Actor processes."""
 
-    count: NonNegative = 1
-    max_trajectories: Positive = 64
-    request_timeout_s: Seconds = 120.0
-    search_timeout_s: Seconds = 30.0
-    heartbeat_s: Seconds = 0.5
+    count: NonNegative = Field(default=1, description="Actor processes started by `palimpsest up`.")
+    max_trajectories: Positive = Field(default=64, description="Trajectories that one actor runs at once.")
+    request_timeout_s: Seconds = Field(default=120.0, description="Time limit of one generation request.")
+    search_timeout_s: Seconds = Field(default=30.0, description="Time limit of one search.")
+    heartbeat_s: Seconds = Field(default=0.5, description="Interval of heartbeats to the learner.")
 
 
 class EngineConfig(Section):
-    """`count` embedded engines started here, and `urls` of SGLang servers that are attached to (one agent each).
+    """Inference engines: embedded ones that are started here, and SGLang servers that run already."""
 
-    `canary_tolerance`: by so many nats, on average, an engine's log-probs of the canary may differ from the learner's.
-    """
-
-    count: NonNegative = 1
-    urls: tuple[str, ...] = ()
-    ports: tuple[Port, ...] = ()
-    max_running_requests: Positive = 128
-    max_total_tokens: Positive = 65_536
-    torch_threads: Positive = 1
-    canary_tolerance: Annotated[float, Field(gt=0)] = 0.1
+    count: NonNegative = Field(default=1, description="Embedded engines started by `palimpsest up`.")
+    urls: tuple[str, ...] = Field(default=(), description="SGLang servers to attach to, one weight agent each.")
+    ports: tuple[Port, ...] = Field(default=(), description="HTTP ports of the embedded engines. Empty: free ports.")
+    max_running_requests: Positive = Field(default=128, description="Requests that an embedded engine decodes at once.")
+    max_total_tokens: Positive = Field(default=65_536, description="Tokens in the KV cache of an embedded engine.")
+    torch_threads: Positive = Field(default=1, description="Torch threads of an embedded engine.")
+    canary_tolerance: Annotated[float, Field(gt=0)] = Field(
+        default=0.1,
+        description="Largest mean difference in nats between an engine's and the learner's canary log-probs.",
+    )
 
 
 class RetrieverConfig(Section):
-    """`indexes`: name → index folder made by `palimpsest index`, all served by one process."""
+    """The retriever process. It is started if `indexes` names one; only tools that search need it."""
 
-    indexes: dict[str, Path] = Field(default_factory=dict)
-    port: Port = 0
-    max_batch: Positive = 64
-    threads: Positive = 1
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    indexes: dict[str, Path] = Field(
+        default_factory=dict, description="Name → index folder made by `palimpsest index`; one process serves all."
+    )
+    port: Port = Field(default=0, description="Port of the retriever. 0: a free port is chosen at launch.")
+    max_batch: Positive = Field(default=64, description="Queries that are encoded and searched together.")
+    threads: Positive = Field(default=1, description="Threads of the encoder and of the index.")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Precision of the encoder.")
 
 
 class OptimizerConfig(Section):
-    """AdamW. After `warmup_steps` of linear warm-up, `linear` and `cosine` decay to `final_fraction` of the rate.
+    """AdamW and its schedule."""
 
-    `max_consecutive_skips`: an update whose loss or gradient is not finite is skipped; so many in a row end the run.
-    """
-
-    learning_rate: Annotated[float, Field(ge=0)] = 1e-6
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: NonNegative = 0
-    final_fraction: Fraction = 0.1
-    max_consecutive_skips: Positive = 5
+    learning_rate: Annotated[float, Field(ge=0)] = Field(default=1e-6, description="Learning rate after warm-up.")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="AdamW betas.")
+    eps: Annotated[float, Field(gt=0)] = Field(default=1e-8, description="AdamW epsilon.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW weight decay.")
+    clip_norm: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="Largest gradient norm; larger ones are scaled."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="Decay of the rate after warm-up, to `final_fraction` of it at the last step."
+    )
+    warmup_steps: NonNegative = Field(default=0, description="Steps of linear warm-up.")
+    final_fraction: Fraction = Field(default=0.1, description="Final rate as a fraction of `learning_rate`.")
+    max_consecutive_skips: Positive = Field(
+        default=5, description="Updates with a non-finite loss or gradient are skipped; so many in a row end the run."
+    )
 
 
 class LoraConfig(Section):
-    """Adapters W + (alpha / rank) B A on the linear layers named `targets`; nothing else trains."""
+    """Adapters W + (alpha / rank) B A; nothing else is trained."""
 
-    rank: Positive = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    targets: Annotated[tuple[str, ...], Field(min_length=1)] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
+    rank: Positive = Field(default=16, description="Rank of the adapters.")
+    alpha: Annotated[float, Field(gt=0)] = Field(default=32.0, description="The adapters are scaled by alpha / rank.")
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        description="Names of the linear layers that get an adapter.",
     )
 
 
 class CheckpointConfig(Section):
-    """Every `every_steps` a checkpoint is written; the newest `keep` stay, and all of steps that `keep_every_steps`
-    divides."""
+    """When checkpoints are written and which are kept."""
 
-    every_steps: Positive = 20
-    keep: Positive = 2
-    keep_every_steps: Positive | None = None
+    every_steps: Positive = Field(default=20, description="Steps between checkpoints.")
+    keep: Positive = Field(default=2, description="How many of the newest checkpoints are kept.")
+    keep_every_steps: Positive | None = Field(
+        default=None, description="Checkpoints at multiples of this step are kept for good. Unset: none."
+    )
 
 
 class RetentionConfig(Section):
-    """Which tokens of trained batches stay in the store: those of the last `keep_steps` steps before a checkpoint, and
-    of no more than `keep_bytes`. None is dropped before a durable checkpoint. Without either, all stay, so that the
-    whole run can be replayed."""
+    """Which tokens of trained batches stay in the store. None is dropped before a durable checkpoint covers it. Without
+    either key all stay, so the whole run can be replayed."""
 
-    keep_steps: NonNegative | None = None
-    keep_bytes: NonNegative | None = None
+    keep_steps: NonNegative | None = Field(default=None, description="Keep the last so many steps before a checkpoint.")
+    keep_bytes: NonNegative | None = Field(default=None, description="Keep at most so many bytes.")
 
 
 class LearnerConfig(Section):
-    """A step takes `groups_per_batch` B groups of `group_size` G; ages stay <= `staleness_bound` by construction.
+    """The learner: batch, staleness bound, algorithm, hardware."""
 
-    `lease_timeout_s`: a lease without a heartbeat that names it for so long is expired and issued again.
-    `straggler_timeout_s`: a group that has run for so long and alone holds up the batch is overtaken, and those of its
-    tokens that are over age when it is trained are masked; None waits for it, and batches do not depend on timing.
-    `tokens_per_micro_batch`: computed at once; `prefix_sharing`: whether common prefixes of contexts are computed once
-    (`auto`: where it pays). `reference`: the model folder that a KL is taken to; model.path if not given.
-    `check_drift`: train with rate 0, so that the mismatch between engines and learner must stay flat.
-    `dtype`: that of the computation and of published weights; the masters of bfloat16 are float32.
-    `ranks`: processes over which the learner is sharded on this machine, a GPU each with device cuda.
-    `activation_checkpointing`: keep the inputs of layers only, and compute the rest again in the backward.
-    """
-
-    num_steps: Positive = 100
-    groups_per_batch: Positive = 16
-    group_size: Positive = 8
-    staleness_bound: NonNegative = 2
-    skip_zero_variance: bool = False
-    tokens_per_micro_batch: Positive = 16_384
-    prefix_sharing: bool | Literal["auto"] = "auto"
-    reference: Path | None = None
-    check_drift: bool = False
-    device: str = "cpu"
-    ranks: Positive = 1
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    activation_checkpointing: bool = False
-    lora: LoraConfig | None = None
-    torch_threads: Positive = 1
-    lease_timeout_s: Seconds = 10.0
-    straggler_timeout_s: Seconds | None = None
-    ablation: Literal["none", "last-context"] = "none"
-    advantage: AdvantageConfig = AdvantageConfig()
-    loss: LossConfig = LossConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    retention: RetentionConfig = RetentionConfig()
+    num_steps: Positive = Field(default=100, description="Training steps of the run.")
+    groups_per_batch: Positive = Field(default=16, description="Groups B of a batch.")
+    group_size: Positive = Field(default=8, description="Trajectories G of a group.")
+    staleness_bound: NonNegative = Field(
+        default=2, description="Largest age of a trained token in steps, enforced by the lease rule; 0 is synchronous."
+    )
+    skip_zero_variance: bool = Field(
+        default=False, description="Give the slot of a group of equal rewards to another group."
+    )
+    tokens_per_micro_batch: Positive = Field(default=16_384, description="Tokens that are computed at once.")
+    prefix_sharing: bool | Literal["auto"] = Field(
+        default="auto", description="Compute common prefixes of contexts once; `auto`: if that saves time."
+    )
+    reference: Path | None = Field(default=None, description="Model folder of the KL reference. Unset: model.path.")
+    check_drift: bool = Field(
+        default=False, description="Train with rate 0: the mismatch between engines and learner must stay flat."
+    )
+    device: str = Field(default="cpu", description="torch device: cpu, cuda, cuda:1 …")
+    ranks: Positive = Field(
+        default=1, description="Processes over which the learner is sharded here; one GPU each with cuda."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Type of computation and of published weights; masters stay float32."
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="Keep only the layers' inputs and recompute the rest in the backward pass."
+    )
+    lora: LoraConfig | None = Field(default=None, description="Train adapters only. Unset: all weights.")
+    torch_threads: Positive = Field(default=1, description="Torch threads of the learner.")
+    lease_timeout_s: Seconds = Field(
+        default=10.0, description="A lease that no heartbeat has named for this long expires and is granted again."
+    )
+    straggler_timeout_s: Seconds | None = Field(
+        default=None,
+        description="A group that alone delays the batch for this long is overtaken; its over-age tokens are masked. "
+        "Unset: wait for it, so that batches do not depend on timing.",
+    )
+    ablation: Literal["none", "last-context"] = Field(
+        default="none", description="`last-context` trains only the last context of each trajectory."
+    )
+    advantage: AdvantageConfig = Field(default=AdvantageConfig(), description="How sampled tokens are credited.")
+    loss: LossConfig = Field(default=LossConfig(), description="Policy loss, corrections, aggregation.")
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="AdamW and its schedule.")
+    checkpoint: CheckpointConfig = Field(
+        default=CheckpointConfig(), description="When checkpoints are written and kept."
+    )
+    retention: RetentionConfig = Field(
+        default=RetentionConfig(), description="Which tokens of trained batches are kept."
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> LearnerConfig:
@@ -255,35 +280,42 @@ class LearnerConfig(Section):
                 f"learner.loss.minibatches must be <= groups_per_batch * group_size = "
                 f"{self.groups_per_batch * self.group_size}, got {self.loss.minibatches}"
             )
-        if self.skip_zero_variance and not self.advantage.is_zero_without_variance:
-            raise ValueError(
-                "learner.skip_zero_variance must be false where groups of equal rewards can have advantages (gae, "
-                "reinforce_pp, context_rewards, a KL in the reward), got true"
-            )
         kl_in_reward = self.loss.kl_in == "reward" and self.loss.kl_coefficient > 0
         if self.skip_zero_variance and (kl_in_reward or not self.advantage.is_zero_without_variance):
             raise ValueError(
-                "learner.skip_zero_variance must be false where groups of equal rewards can have advantages (gae, "
-                "reinforce_pp, context_rewards, a KL in the reward), got true"
+                "learner.skip_zero_variance must be false unless groups of equal rewards have advantage 0 "
+                "(gae, reinforce_pp, imported estimators, context_rewards and a KL in the reward do not), got true"
             )
-        if self.advantage.estimator == "maxrl" and kl_in_reward:
+        if self.advantage.use == "maxrl" and kl_in_reward:
             raise ValueError(
-                "learner.loss.kl_in must be 'loss' where learner.advantage.estimator is 'maxrl', whose rewards must "
-                "be >= 0, got 'reward'"
+                "learner.loss.kl_in must be 'loss' with learner.advantage.use = 'maxrl', whose rewards must be >= 0, "
+                "got 'reward'"
             )
         return self
 
 
 class Config(Section):
-    """Everything of a run. The resolved one is saved as config.json in the run's folder."""
+    """Everything of a run. The resolved config is saved as config.json in the run's folder."""
 
-    run: RunConfig = RunConfig()
-    network: NetworkConfig = NetworkConfig()
-    model: ModelConfig
-    task: TaskConfig
-    workflow: WorkflowConfig = WorkflowConfig()
-    sampling: SamplingConfig = SamplingConfig()
-    actor: ActorConfig = ActorConfig()
-    engine: EngineConfig = EngineConfig()
-    retriever: RetrieverConfig = RetrieverConfig()
-    learner: LearnerConfig = LearnerConfig()
+    run: RunConfig = Field(default=RunConfig(), description="Identity and folder of the run.")
+    network: NetworkConfig = Field(default=NetworkConfig(), description="Addresses and keys.")
+    model: ModelConfig = Field(description="The first policy.")
+    task: TaskConfig = Field(default=TaskConfig(), description="Where questions come from.")
+    reward: RewardConfig = Field(default=RewardConfig(), description="What a trajectory is worth.")
+    tool: tuple[ToolConfig, ...] = Field(
+        default=(), description="Tools of the workflow; unlisted built-ins have defaults."
+    )
+    workflow: WorkflowConfig = Field(default=WorkflowConfig(), description="How an episode runs.")
+    sampling: SamplingConfig = Field(default=SamplingConfig(), description="How training samples.")
+    actor: ActorConfig = Field(default=ActorConfig(), description="Actor processes.")
+    engine: EngineConfig = Field(default=EngineConfig(), description="Inference engines.")
+    retriever: RetrieverConfig = Field(default=RetrieverConfig(), description="The retriever process.")
+    learner: LearnerConfig = Field(default=LearnerConfig(), description="The learner.")
+
+    @model_validator(mode="after")
+    def _tool_names_differ(self) -> Config:
+        names = [tool.lookup_name for tool in self.tool]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"tool: two tools have the name {name!r}; give one of them another `name`")
+        return self

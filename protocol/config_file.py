@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from protocol.algorithm_config import ADVANTAGE_OPTIONS, CORRECTION_OPTIONS, LOSS_OPTIONS
+from protocol.atomic_write import atomic_write
 from protocol.config import Config
+from protocol.config_base import ExtensionSection
 from protocol.errors import ConfigError, DataError
+from protocol.extensions import problems, suggestion, validated_options
 
 _PATH_KEYS = {
     ("run", "dir"),
+    ("run", "base_dir"),
     ("model", "path"),
     ("network", "keys"),
     ("network", "api_key_file"),
@@ -25,10 +30,11 @@ _PATH_KEYS = {
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a .toml or .json config; relative paths in it are taken from its folder, those in `overrides` (and the
-    default of run.dir) from here. All paths of the result are absolute, so that what is saved reads the same anywhere.
+    """Reads a .toml or .json config. All paths of the result are absolute, so the saved config is the same everywhere.
 
-    `overrides` are `section.key=value` with a TOML value (a bare word counts as a string).
+    Relative paths in the file are taken from its folder, those in `overrides` (and the default of run.dir) from the
+    current folder. Relative paths in the options of imported extensions are taken from run.base_dir, which is set to
+    the file's folder here. `overrides` are `section.key=value` with a TOML value; a bare word is a string.
     Raises: ConfigError (names the key), DataError (no such file, not TOML).
     """
     try:
@@ -41,41 +47,54 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise DataError(f"config {path} is not valid {path.suffix.lstrip('.') or 'TOML'}: {error}") from error
     if not isinstance(tree, dict):
         raise DataError(f"config {path} must hold a table of sections, got {type(tree).__name__}")
+    folder = path.resolve().parent
     for key in _PATH_KEYS:
-        _resolve(tree, key, path.resolve().parent)
+        _resolve(tree, key, folder)
     for override in overrides:
         _apply(tree, override)
     for key in _PATH_KEYS:
         _resolve(tree, key, Path.cwd())
     config = parse_config(tree, source=str(path))
-    return config.model_copy(update={"run": config.run.model_copy(update={"dir": config.run.dir.absolute()})})
+    run = {"dir": config.run.dir.absolute(), "base_dir": config.run.base_dir or folder}
+    return config.model_copy(update={"run": config.run.model_copy(update=run)})
 
 
 def parse_config(tree: dict[str, object], *, source: str) -> Config:
     """Raises: ConfigError with the path, the bound and the value of each problem."""
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
+        _check_algorithm_options(config)
     except ValidationError as error:
-        problems = []
-        for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"])
-            message = problem["msg"].removeprefix("Value error, ")
-            if problem["type"] == "extra_forbidden":
-                message = "unknown key; " + _known_keys(problem["loc"])
-            elif problem["type"] == "missing":
-                message = "must be set"
-            else:
-                message += f", got {problem['input']!r:.80}"
-            problems.append(f"{key}: {message}" if key else message)
-        raise ConfigError(f"{source}: " + "; ".join(problems)) from error
+        raise ConfigError(f"{source}: " + "; ".join(problems(error, Config))) from error
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    return config
+
+
+def _check_algorithm_options(config: Config) -> None:
+    """Options of built-in algorithms; those of imported classes are checked by the learner. Raises: ConfigError."""
+    sections: list[tuple[str, ExtensionSection, Mapping[str, type[BaseModel]]]] = [
+        ("learner.advantage", config.learner.advantage, ADVANTAGE_OPTIONS),
+        ("learner.loss", config.learner.loss, LOSS_OPTIONS),
+        *(
+            (f"learner.loss.corrections[{i}]", correction, CORRECTION_OPTIONS)
+            for i, correction in enumerate(config.learner.loss.corrections)
+        ),
+    ]
+    for key, section, builtins in sections:
+        if ":" in section.use:
+            continue
+        if section.use not in builtins:
+            raise ConfigError(
+                f"{key}.use: there is no built-in {section.use!r}{suggestion(section.use, builtins)}; built-in: "
+                f"{', '.join(builtins)}; your own code is named by an import path package.module:Name"
+            )
+        validated_options(builtins[section.use], section, key=key)
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Writes the resolved config as JSON, aside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(config.model_dump_json(indent=2) + "\n")
-    aside.replace(path)
+    """Writes the resolved config as JSON; readers see the old file or the new one."""
+    atomic_write(path, config.model_dump_json(indent=2) + "\n")
 
 
 def require_ports(config: Config, *keys: str) -> None:
@@ -122,13 +141,3 @@ def _apply(tree: dict[str, object], override: str) -> None:
             raise ConfigError(f"--set {override}: {part} is a value, not a section")
         tree = child
     tree[parts[-1]] = value
-
-
-def _known_keys(location: tuple[int | str, ...]) -> str:
-    section: type[BaseModel] = Config
-    for part in location[:-1]:
-        field = section.model_fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
-            return "remove it"
-        section = field.annotation
-    return "known here: " + ", ".join(section.model_fields)

@@ -92,6 +92,10 @@ class TrainingStopped(PalimpsestError):
     """Training itself cannot go on, and starting the learner again would not help."""
 
 
+class ExtensionError(TrainingStopped):
+    """An imported advantage estimator, policy loss or correction raised an error."""
+
+
 class DivergenceError(TrainingStopped):
     """So many updates in a row were not finite that training cannot go on."""
 

@@ -16,7 +16,8 @@ import importlib
 import inspect
 import logging
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from protocol.config_base import ExtensionSection, Options
-from protocol.errors import ConfigError, PalimpsestError
+from protocol.errors import ConfigError, ExtensionError, PalimpsestError
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class ExtensionPoint:
         Relative paths among the options are taken from `base_dir`. Raises: ConfigError.
         """
         extension = self.load(section.use, key=key)
-        options = options_of(extension, section.options, key=key or self.key, base_dir=base_dir)
+        options = options_of(extension, section, key=key or self.key, base_dir=base_dir)
         try:
             return extension(options, **resources)
         except PalimpsestError:
@@ -74,6 +75,24 @@ class ExtensionPoint:
         except Exception as error:
             log.exception("%s could not be created", section.use)
             raise ConfigError(f"{key or self.key}.use: creating {section.use} raised {described(error)}") from error
+
+    @contextmanager
+    def running(self, use: object) -> Iterator[None]:
+        """Around a call into learner code that `use` (an import path, or the object itself) names.
+
+        An exception of an imported class ends the run with one sentence; the traceback is in the log. Exceptions of
+        built-ins pass through. Raises: ExtensionError.
+        """
+        name = use if isinstance(use, str) else f"{type(use).__module__}:{type(use).__qualname__}"
+        try:
+            yield
+        except PalimpsestError:
+            raise
+        except Exception as error:
+            if ":" not in name or name in self.builtins.values():
+                raise
+            log.exception("the %s %s failed", self.noun, name)
+            raise ExtensionError(f"{self.key}: the {self.noun} {name} raised {described(error)}") from error
 
     def _check(self, found: object, *, key: str, use: str) -> None:
         if not inspect.isclass(found):
@@ -88,34 +107,39 @@ class ExtensionPoint:
             raise ConfigError(f"{key}: {use}.Options must be a subclass of palimpsest.Options")
 
 
-def options_of(extension: type, values: Mapping[str, object], *, key: str, base_dir: Path | None) -> Options:
-    """`values` validated by the extension's `Options` model. Raises: ConfigError that names `key` and the bad value."""
-    return validated_options(getattr(extension, "Options", Options), values, key=key, base_dir=base_dir)
+def options_of(extension: type, section: ExtensionSection, *, key: str, base_dir: Path | None) -> Any:
+    """The section's options, validated by the extension's `Options` model. Raises: ConfigError."""
+    return validated_options(getattr(extension, "Options", Options), section, key=key, base_dir=base_dir)
 
 
 def validated_options(
-    model: type[BaseModel], values: Mapping[str, object], *, key: str, base_dir: Path | None = None
+    model: type[BaseModel], section: ExtensionSection, *, key: str, base_dir: Path | None = None
 ) -> Any:
-    """`values` as an instance of `model`, relative paths taken from `base_dir`. Raises: ConfigError."""
+    """The section's options as an instance of `model`, relative paths taken from `base_dir`. Raises: ConfigError."""
     try:
-        options = model.model_validate(dict(values))
+        options = model.model_validate(section.options)
     except ValidationError as error:
-        raise ConfigError("; ".join(problems(error, model, key=key))) from error
+        own_keys = tuple(type(section).model_fields)
+        raise ConfigError("; ".join(problems(error, model, key=key, own_keys=own_keys))) from error
     if base_dir is None:
         return options
-    absolute = {name: _absolute(value, base_dir) for name, value in options}
-    return options.model_copy(update=absolute)
+    return options.model_copy(update={name: _absolute(value, base_dir) for name, value in options})
 
 
-def problems(error: ValidationError, model: type[BaseModel], *, key: str = "") -> list[str]:
-    """One clause for each problem that pydantic found in a config: its key, the bound and the value."""
-    return [_problem(each, model, key=key) for each in error.errors()]
+def problems(
+    error: ValidationError, model: type[BaseModel], *, key: str = "", own_keys: tuple[str, ...] = ()
+) -> list[str]:
+    """One clause for each problem that pydantic found in a config: its key, the bound and the value.
+
+    `own_keys` are known at the top level beside the fields of `model`.
+    """
+    return [_problem(each, model, key=key, own_keys=own_keys) for each in error.errors()]
 
 
 def suggestion(word: str, known: Mapping[str, object] | list[str]) -> str:
-    """ "; did you mean 'x'?" where a known word is close to `word`, else nothing."""
+    """`; did you mean 'x'` if a known word is close to `word`, else nothing."""
     close = get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}" if close else ""
 
 
 def described(error: BaseException) -> str:
@@ -146,9 +170,7 @@ def _attribute(module: object, name: str, *, key: str, use: str) -> Any:
     for part in name.split("."):
         if not hasattr(found, part):
             public = [each for each in vars(found) if not each.startswith("_")]
-            raise ConfigError(
-                f"{key}: {use} cannot be imported: its module has no {name!r}{suggestion(name, public)}"
-            )
+            raise ConfigError(f"{key}: {use} cannot be imported: its module has no {name!r}{suggestion(name, public)}")
         found = getattr(found, part)
     return found
 
@@ -169,25 +191,43 @@ def _absolute(value: object, base_dir: Path) -> object:
             return value
 
 
-def _problem(problem: Any, model: type[BaseModel], *, key: str) -> str:
-    location = ".".join(str(part) for part in problem["loc"])
-    name = ".".join(part for part in (key, location) if part)
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        message = "unknown key" + _known_keys(model, problem["loc"])
-    elif problem["type"] == "missing":
+def _problem(problem: Any, model: type[BaseModel], *, key: str, own_keys: tuple[str, ...]) -> str:
+    kind, location = problem["type"], problem["loc"]
+    name = ".".join(part for part in (key, *map(str, location)) if part)
+    if kind == "extra_forbidden":
+        message = "unknown key" + _known_keys(model, location, own_keys)
+    elif kind == "missing":
         message = "must be set"
-    elif problem["loc"]:
-        message += f", got {problem['input']!r:.80}"
+    else:
+        message = _plain(problem)
+        if location:
+            message += f", got {problem['input']!r:.80}"
     return f"{name}: {message}" if name else message
 
 
-def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
+_BOUNDS = {"greater_than_equal": ("ge", ">="), "greater_than": ("gt", ">"), "less_than_equal": ("le", "<=")}
+_BOUNDS["less_than"] = ("lt", "<")
+
+
+def _plain(problem: Any) -> str:
+    """Pydantic's message in the words of this project's other errors."""
+    if problem["type"] in _BOUNDS:
+        bound, sign = _BOUNDS[problem["type"]]
+        return f"must be {sign} {problem['ctx'][bound]:g}"
+    if problem["type"] == "literal_error":
+        return f"must be one of {problem['ctx']['expected']}"
+    if problem["type"] == "string_pattern_mismatch" and problem["loc"] and problem["loc"][-1] == "use":
+        return "must be a built-in name or an import path package.module:Name"
+    return problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+
+
+def _known_keys(model: type[BaseModel], location: tuple[int | str, ...], own_keys: tuple[str, ...]) -> str:
     for part in location[:-1]:
         found = model.model_fields.get(str(part))
         if found is None or not _is_model(found.annotation):
             return "; remove it"
-        model = found.annotation  # pyright: ignore[reportAssignmentType]
-    known = list(model.model_fields)
-    close = suggestion(str(location[-1]), known)
-    return f"{close or ';'} known here: {', '.join(known)}" if known else "; there are no keys here"
+        model, own_keys = found.annotation, ()  # pyright: ignore[reportAssignmentType]
+    known = [*model.model_fields, *own_keys]
+    if not known:
+        return "; there are no keys here"
+    return f"{suggestion(str(location[-1]), known)}; known here: {', '.join(known)}"

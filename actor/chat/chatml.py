@@ -1,4 +1,4 @@
-r"""The real texts: Qwen2's chat tokens, a JSON tool, passages with titles, an answer in `\boxed{}`.
+r"""MemSearcher's texts in ChatML: JSON tool calls, numbered passages, an answer in `\boxed{}`.
 
     prompt        <|im_start|>system … <|im_end|> <|im_start|>user question, memory … <|im_start|>assistant <think>
     policy        … </think> <tool_call>{"name": …, "arguments": {"query": …}}</tool_call><|im_end|>
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from typing import Any
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 
@@ -26,14 +27,12 @@ from actor.chat.rendering import (
     Fidelity,
     Malformed,
     Result,
-    Search,
-    Searches,
+    ToolCall,
+    ToolCalls,
 )
 from actor.rewards.format import check_chat, last_boxed
 from protocol.types import Passage
 
-TOOL_NAME = "wikipedia_search"
-MAX_QUERY_CHARS = 2_000
 _START, _END = "<|im_start|>", "<|im_end|>"
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _CALL_TAG = re.compile(r"</?tool_call>")
@@ -43,17 +42,22 @@ _TEMPLATES = ("system", "user", "observation")
 
 
 class ChatRendering:
-    """Implements `Rendering`. `paper` joins passages with a literal backslash-n, as the original does."""
+    """Implements `Rendering`. `tools` are schemas (`Tool.schema`), at least one.
+
+    `paper` joins passages with a literal backslash-n, as the original does.
+    """
 
     end_token = _END
 
-    def __init__(self, *, fidelity: Fidelity = "mended", top_n: int = 5) -> None:
+    def __init__(self, *, tools: Sequence[Mapping[str, Any]], fidelity: Fidelity = "mended") -> None:
         folder = files("actor.chat") / "templates"
         sources = {name: (folder / f"{name}.jinja").read_text(encoding="utf-8") for name in _TEMPLATES}
-        # Not HTML: autoescape would change the text. `plain` is what keeps foreign text from being read as control.
+        # Not HTML: autoescape would change the text. `plain` keeps foreign text from being read as control tokens.
         self._templates = Environment(loader=DictLoader(sources), undefined=StrictUndefined, autoescape=False)
         self._separator = r"\n" if fidelity == "paper" else "\n"
-        self._system = self._render("system", tool=_tool_schema(top_n), tool_name=TOOL_NAME)
+        self._names = tuple(tool["name"] for tool in tools)
+        schemas = "\n".join(json.dumps({"type": "function", "function": dict(tool)}) for tool in tools)
+        self._system = self._render("system", tools=schemas, tool_name=self._names[0])
 
     def prompt(self, question: str, memory: str) -> str:
         user = self._render("user", question=plain(question), memory=plain(memory))
@@ -69,9 +73,9 @@ class ChatRendering:
         if _CALL_TAG.findall(text) != ["<tool_call>", "</tool_call>"] * opened:
             fault = fault or "<tool_call> and </tool_call> do not alternate"
         if bodies := _CALL.findall(text):
-            calls = tuple(parse_call(body) for body in bodies)
+            calls = tuple(parse_call(body, names=self._names) for body in bodies)
             broken = next((c.error for c in calls if isinstance(c, BadCall) and c.breaks_format), "")
-            return Searches(calls, fault or broken)
+            return ToolCalls(calls, fault or broken)
         answer = last_boxed(text)
         return Malformed(r"neither a tool call nor \boxed{}") if answer is None else Answer(answer.strip(), fault)
 
@@ -92,7 +96,7 @@ class ChatRendering:
 
     def write_action_search(self, thought: str, queries: Sequence[str]) -> str:
         calls = (
-            json.dumps({"name": TOOL_NAME, "arguments": {"query": query}}, ensure_ascii=False) for query in queries
+            json.dumps({"name": self._names[0], "arguments": {"query": query}}, ensure_ascii=False) for query in queries
         )
         tagged = "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
         return f"\n{thought}\n</think>\n{tagged}{_END}"
@@ -107,40 +111,28 @@ class ChatRendering:
         return self._templates.get_template(name).render(values)
 
     def _response(self, result: Result) -> str:
-        if isinstance(result.call, BadCall):
-            return plain(f"Error: {result.call.error}")
-        if not result.passages:
-            return "Nothing was found."
-        return self._separator.join(
-            _passage(number, passage) for number, passage in enumerate(result.passages, start=1)
-        )
+        observation = result.observation
+        if error := result.call.error if isinstance(result.call, BadCall) else observation.error:
+            return plain(f"Error: {error}")
+        passages = [_passage(number, passage) for number, passage in enumerate(observation.passages, start=1)]
+        texts = ([plain(observation.text)] if observation.text else []) + passages
+        return self._separator.join(texts) or "Nothing was found."
 
 
-def parse_call(body: str) -> Search | BadCall:
-    """What stands between a pair of tool-call tags, validated."""
+def parse_call(body: str, *, names: Sequence[str]) -> ToolCall | BadCall:
+    """The text between a pair of tool-call tags. `names` are the functions that exist."""
     try:
         call = json.loads(body)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or an integer of thousands of digits
         return BadCall(f"the tool call is not valid JSON: {error}", breaks_format=True)
     if not isinstance(call, dict) or not {"name", "arguments"} <= call.keys():
         return BadCall("a tool call is a JSON object with `name` and `arguments`", breaks_format=True)
-    if call["name"] != TOOL_NAME:
-        return BadCall(f"there is no tool {call['name']!r:.80}; the only one is {TOOL_NAME}")
-    arguments = call["arguments"]
-    query = arguments.get("query") if isinstance(arguments, dict) else None
-    if not isinstance(query, str) or not query.strip():
-        return BadCall("`arguments` needs `query`, a text that is not empty")
-    if len(query) > MAX_QUERY_CHARS or not _is_unicode(query):
-        return BadCall(f"`query` must be a text of at most {MAX_QUERY_CHARS} characters")
-    top_n = arguments.get("top_n")
-    if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1):
-        return BadCall(f"`top_n` must be an integer >= 1, got {top_n!r:.80}")
-    return Search(query.strip(), top_n)
-
-
-def _is_unicode(text: str) -> bool:
-    r"""False where JSON escapes left half of a character (`\ud800`), which cannot be sent."""
-    return not any("\ud800" <= char <= "\udfff" for char in text)
+    if call["name"] not in names:
+        known = f"the only one is {names[0]}" if len(names) == 1 else f"there are {', '.join(names)}"
+        return BadCall(f"there is no tool {call['name']!r:.80}; {known}")
+    if not isinstance(call["arguments"], dict):
+        return BadCall("`arguments` must be a JSON object")
+    return ToolCall(call["name"], call["arguments"])
 
 
 def plain(text: str) -> str:
@@ -155,16 +147,3 @@ def _turn(role: str, text: str) -> str:
 def _passage(number: int, passage: Passage) -> str:
     title = f"{plain(passage.title)}: " if passage.title else ""
     return f"[{number}] {title}{plain(passage.text)}"
-
-
-def _tool_schema(top_n: int) -> str:
-    properties = {
-        "query": {"type": "string", "description": "What to look up."},
-        "top_n": {"type": "integer", "description": "How many passages to return.", "default": top_n},
-    }
-    function = {
-        "name": TOOL_NAME,
-        "description": "Finds the passages of Wikipedia that are closest to the query.",
-        "parameters": {"type": "object", "properties": properties, "required": ["query"]},
-    }
-    return json.dumps({"type": "function", "function": function})

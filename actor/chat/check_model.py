@@ -1,4 +1,4 @@
-"""What of a model folder's config.json an actor has to agree with, read without torch."""
+"""Checks config.json of a model folder against tokenizer and context budget, without torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from actor.chat.rendering import Rendering
 from actor.chat.tokenizer import Tokenizer
 from protocol.errors import ConfigError, DataError
 from protocol.framing import describe
 
 
 class _Fields(BaseModel):
-    """config.json has many more; a model of several parts has those of its text in `text_config`."""
+    """The fields that are read; a multimodal model has those of its text part in `text_config`."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -25,14 +24,14 @@ class _Fields(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """Both None where config.json does not say."""
+    """None if config.json does not have the field."""
 
     vocab_size: int | None
     max_position_embeddings: int | None
 
 
 def read_limits(folder: Path) -> ModelLimits:
-    """Raises: DataError where the folder has no config.json that can be read."""
+    """Raises: DataError if the folder has no readable config.json."""
     path = folder / "config.json"
     try:
         fields = _Fields.model_validate_json(path.read_bytes())
@@ -47,11 +46,11 @@ def read_limits(folder: Path) -> ModelLimits:
     )
 
 
-def check_model(folder: Path, *, tokenizer: Tokenizer, rendering: Rendering, context_tokens: int) -> None:
-    """What would otherwise fail every episode.
+def check_model(folder: Path, *, tokenizer: Tokenizer, context_tokens: int) -> None:
+    """Checks what would otherwise fail every episode.
 
-    Raises: DataError where the tokenizer has ids that the model has not, or lacks the rendering's end token;
-    ConfigError where contexts are longer than the model's positions.
+    Raises: DataError if the tokenizer has ids that the model does not have; ConfigError if contexts are longer than the
+    model's positions.
     """
     limits = read_limits(folder)
     if limits.vocab_size is not None and tokenizer.num_ids > limits.vocab_size:
@@ -64,4 +63,3 @@ def check_model(folder: Path, *, tokenizer: Tokenizer, rendering: Rendering, con
             f"workflow.context_tokens must be <= max_position_embeddings = {limits.max_position_embeddings} of "
             f"{folder / 'config.json'}, got {context_tokens}: lower it or take a model of longer contexts"
         )
-    tokenizer.token_id(rendering.end_token)

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from actor.chat.rendering import Rendering, Result
 from actor.chat.tokenizer import Tokenizer
+from actor.tools.tool import Observation
 
-# Cutting text at a token border can change how its neighbours are encoded, so a first fit may be a few tokens off.
+# Cutting text at a token boundary can change how its neighbours are encoded: the first fit may be a few tokens off.
 _MAX_ROUNDS = 4
 
 
@@ -17,12 +18,12 @@ def fit_observation(
 ) -> tuple[list[int], bool] | None:
     """The observation's ids [<= num_tokens], and whether passages were shortened to get there.
 
-    The longest passages are cut first, all to the same length. None where it does not fit even without their texts.
+    The longest passages are cut first, all to the same length. None if it does not fit even without their texts.
     """
     ids = tokenizer.encode(rendering.observation(results))
     if len(ids) <= num_tokens:
         return ids, False
-    lengths = [len(tokenizer.encode(p.text)) for result in results for p in result.passages]
+    lengths = [len(tokenizer.encode(p.text)) for result in results for p in result.observation.passages]
     bare = len(tokenizer.encode(rendering.observation(_shortened(tokenizer, results, 0))))
     available = num_tokens - bare
     for _ in range(_MAX_ROUNDS):
@@ -37,7 +38,7 @@ def fit_observation(
 
 
 def longest_that_fits(lengths: Sequence[int], available: int) -> int:
-    """The largest m with sum(min(length, m)) <= available; the longest length where all of them fit."""
+    """The largest m with sum(min(length, m)) <= available; the longest length if all of them fit."""
     remaining, count = available, len(lengths)
     for length in sorted(lengths):
         if length * count > remaining:
@@ -48,7 +49,9 @@ def longest_that_fits(lengths: Sequence[int], available: int) -> int:
 
 
 def _shortened(tokenizer: Tokenizer, results: Sequence[Result], num_tokens: int) -> list[Result]:
-    return [
-        replace(r, passages=tuple(replace(p, text=tokenizer.truncate(p.text, num_tokens)) for p in r.passages))
-        for r in results
-    ]
+    return [replace(result, observation=_cut(tokenizer, result.observation, num_tokens)) for result in results]
+
+
+def _cut(tokenizer: Tokenizer, observation: Observation, num_tokens: int) -> Observation:
+    passages = (replace(p, text=tokenizer.truncate(p.text, num_tokens)) for p in observation.passages)
+    return replace(observation, passages=tuple(passages))

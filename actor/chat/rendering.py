@@ -1,37 +1,37 @@
-"""How a workflow's turns are written and read: the seam between one workflow and its texts.
+"""The texts of MemSearcher: how its prompts are written and how the policy's pieces are read.
 
-One context of a turn, and who writes what (`|` marks a border at which tokens are cut; each piece is encoded alone):
+One context of a turn, and who writes what (`|` marks a piece boundary; each piece is encoded alone):
 
     prompt(question, memory) | action, by the policy | observation(results) | memory, by the policy
 
 A policy's pieces end in `end_token`. `parse_*` read a policy's piece, with or without that token; `write_*` are the
-scripted inverse, with it, used for demonstrations: `parse_action(write_answer(t, a)) == Answer(a)`.
+inverse, with the token, for scripted demonstrations: `parse_action(write_answer(t, a)) == Answer(a)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from protocol.types import Passage
+from actor.tools.tool import Observation
 
 Fidelity = Literal["paper", "mended"]
 
 
 @dataclass(frozen=True, slots=True)
-class Search:
-    """One call of the search tool. `top_n` is None where the policy left it out."""
+class ToolCall:
+    """One call as the policy wrote it. The arguments are validated by the tool. `name` is that of the tool's schema."""
 
-    query: str
-    top_n: int | None = None
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class BadCall:
-    """A tool call that could not be read; `error` is what the policy is told.
+    """A tool call that could not be read; `error` is shown to the policy.
 
-    `breaks_format`: it is no tool call at all, rather than one with wrong arguments.
+    `breaks_format`: it does not have the form of a tool call at all.
     """
 
     error: str
@@ -40,21 +40,21 @@ class BadCall:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The policy's final answer: the trajectory ends. `fault` as in `Searches`."""
+    """The policy's final answer: the trajectory ends. `fault` as in `ToolCalls`."""
 
     text: str
     fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Searches:
+class ToolCalls:
     """One or more tool calls, in the order written.
 
-    `fault`: a format rule that the action breaks, though it can be run. The trajectory goes on, and cannot end as
-    COMPLETED.
+    `fault`: a format rule that the action breaks although it can be carried out. The trajectory continues and cannot
+    end as COMPLETED.
     """
 
-    calls: tuple[Search | BadCall, ...]
+    calls: tuple[ToolCall | BadCall, ...]
     fault: str = ""
 
 
@@ -65,44 +65,44 @@ class Malformed:
     reason: str
 
 
-Action = Answer | Searches | Malformed
+Action = Answer | ToolCalls | Malformed
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one call brought: passages, best first (none for a bad call)."""
+    """What one call returned."""
 
-    call: Search | BadCall
-    passages: tuple[Passage, ...] = field(default=())
+    call: ToolCall | BadCall
+    observation: Observation = field(default_factory=Observation)
 
 
 class Rendering(Protocol):
-    """The texts of a search-and-remember workflow. Stateless: the same arguments give the same text."""
+    """Stateless: the same arguments give the same text."""
 
     @property
     def end_token(self) -> str:
-        """The token that ends each of the policy's pieces, as text; the tokenizer knows it as one token."""
+        """The token that ends each of the policy's pieces, as text; it must be one token of the tokenizer."""
         ...
 
     def prompt(self, question: str, memory: str) -> str:
-        """What a context begins with. `memory` is empty on the first turn."""
+        """The first piece of a context. `memory` is empty on the first turn."""
         ...
 
     def parse_action(self, text: str) -> Action: ...
 
     def observation(self, results: Sequence[Result]) -> str:
-        """The glue from the end token of the action to where the policy writes its memory."""
+        """The text from the end token of the action to the place where the policy writes its memory."""
         ...
 
     def parse_memory(self, text: str, *, truncated: bool = False) -> str | None:
-        """The memory, stripped; None where it is missing, empty or malformed.
+        """The memory, stripped; None if it is missing, empty or malformed.
 
-        `truncated`: the piece was cut off at its token limit, and what stands there shall be used.
+        `truncated`: the piece was cut off at its token limit; the memory up to there is used.
         """
         ...
 
     def format_fault(self, transcript: str) -> str:
-        """What the paper's format rules find wrong in a trajectory's last context; empty where that is nothing."""
+        """What the paper's format rules find wrong in a trajectory's last context; empty if nothing."""
         ...
 
     def write_action_search(self, thought: str, queries: Sequence[str]) -> str: ...

@@ -13,16 +13,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import blake2b
 
-from actor.chat.rendering import Action, Answer, Malformed, Result, Search, Searches
+from actor.chat.rendering import Action, Answer, Malformed, Result, ToolCall, ToolCalls
 from protocol.types import Passage
 
 _EMPTY = "none"
 
 
 class ToyRendering:
-    """Implements `Rendering`. Words are separated by one space; a tag is a word."""
+    """Implements `Rendering`. Words are separated by one space; a tag is a word. `tool_name`: the function called."""
 
     end_token = "<end>"
+
+    def __init__(self, *, tool_name: str = "search") -> None:
+        self._tool_name = tool_name
 
     def prompt(self, question: str, memory: str) -> str:
         return f"<question> {question} <memory> {memory or _EMPTY} <think>"
@@ -35,7 +38,9 @@ class ToyRendering:
         argument = " ".join(words[words.index(tags[0]) + 1 :])
         if not argument:
             return Malformed(f"nothing follows {tags[0]}")
-        return Answer(argument) if tags[0] == "<answer>" else Searches((Search(argument),))
+        if tags[0] == "<answer>":
+            return Answer(argument)
+        return ToolCalls((ToolCall(self._tool_name, {"query": argument}),))
 
     def observation(self, results: Sequence[Result]) -> str:
         passages = [p.text for result in results for p in shuffled(result)]
@@ -69,5 +74,7 @@ class ToyRendering:
 
 def shuffled(result: Result) -> list[Passage]:
     """The passages in an order that depends on the query and their ids only, so that position is no shortcut."""
-    query = result.call.query if isinstance(result.call, Search) else ""
-    return sorted(result.passages, key=lambda p: blake2b(f"{query}\0{p.id}".encode(), digest_size=8).digest())
+    query = result.call.arguments.get("query", "") if isinstance(result.call, ToolCall) else ""
+    return sorted(
+        result.observation.passages, key=lambda p: blake2b(f"{query}\0{p.id}".encode(), digest_size=8).digest()
+    )

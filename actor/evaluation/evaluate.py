@@ -1,4 +1,4 @@
-"""Runs the workflow on a task's evaluation questions: accuracy, and what it cost in tokens."""
+"""Runs the workflow on a task's evaluation questions: accuracy and cost in tokens."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from actor.build import open_parts
 from actor.engines.pool import EngineInfo
 from actor.engines.sampling import SamplingParams
 from actor.engines.sglang_client import SGLangClient
-from actor.tasks.build import evaluation_task
-from actor.tasks.task import Task
-from actor.workflows.workflow import Episode
+from actor.episode import Episode
+from actor.extensions import make_task
+from actor.tasks.task import Split
 from protocol.config import Config
 from protocol.errors import ConfigError, DataError, EngineError, EngineUnavailable, UnknownVersion, UnreachableError
 from protocol.types import PolicyTag, Question, Status, Trajectory
@@ -30,9 +30,9 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class EvaluationPlan:
-    """`engines`: urls, else those that the config starts; `temperature` 0 is greedy; `version`: wait for it.
+    """`engines`: urls; empty takes those of the config. `temperature` 0 is greedy. `version`: wait until it is served.
 
-    `out` gets the summary as JSON, `trajectories` one JSON object a trajectory and line.
+    The summary is written to `out` as JSON, trajectories to `trajectories` as JSONL.
     """
 
     engines: tuple[str, ...]
@@ -45,11 +45,11 @@ class EvaluationPlan:
 
 
 async def run_evaluation(config: Config, plan: EvaluationPlan) -> dict[str, float | int | str]:
-    """Raises: UserError (files that could not be written, no engine, one that does not answer, task files)."""
+    """Raises: UserError (unwritable files, no engine, an engine that does not answer, task files, extensions)."""
     for path in (plan.out, plan.trajectories):
         if path is not None:
             _check_writable(path)
-    task = evaluation_task(config.task, seed=config.run.seed)
+    task = make_task(config, split="eval")
     urls = plan.engines or (
         *(f"http://{config.network.host}:{port}" for port in config.engine.ports),
         *config.engine.urls,
@@ -61,7 +61,7 @@ async def run_evaluation(config: Config, plan: EvaluationPlan) -> dict[str, floa
     questions = [task.question(cursor) for cursor in range(num_questions)]
     sampling = SamplingParams(temperature=plan.temperature, seed=config.run.seed, allow_truncation=True)
     started = time.perf_counter()
-    results = await play(config, task, questions, urls=urls, sampling=sampling, concurrency=plan.concurrency)
+    results = await play(config, questions, urls=urls, sampling=sampling, concurrency=plan.concurrency)
     if plan.trajectories is not None:
         _save(plan.trajectories, "".join(_lines(questions, results)))
     summary = summarise([trajectory for trajectory, _ in results])
@@ -78,16 +78,18 @@ async def run_evaluation(config: Config, plan: EvaluationPlan) -> dict[str, floa
 
 async def play(
     config: Config,
-    task: Task,
     questions: Sequence[Question],
     *,
     urls: Sequence[str],
     sampling: SamplingParams,
     concurrency: int,
+    split: Split = "eval",
 ) -> list[tuple[Trajectory, Episode]]:
-    """One episode a question on the engines at `urls`, in the questions' order. Raises: UserError."""
+    """One episode per question on the engines at `urls`, in the questions' order. Raises: UserError."""
     async with AsyncExitStack() as stack:
-        parts = await open_parts(config, task, stack, sampling=sampling, run_id=None, max_trajectories=concurrency)
+        parts = await open_parts(
+            config, stack, split=split, sampling=sampling, run_id=None, max_trajectories=concurrency
+        )
         parts.pool.set_engines([EngineInfo(url=url, version=0) for url in urls])
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(parts.episodes.run(question, rid=question.id)) for question in questions]
@@ -95,7 +97,7 @@ async def play(
 
 
 def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float | int]:
-    """Means over the trajectories that the environment did not fail; those that it failed are counted."""
+    """Means over trajectories that did not fail; failed ones are counted."""
     counted = [t for t in trajectories if t.status is not Status.FAILED]
     names = sorted({name for t in counted for name in t.reward_parts})
     stats = sorted({name for t in counted for name in t.stats})
@@ -111,7 +113,7 @@ def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float | int]:
 
 
 async def _served_version(urls: Sequence[str], *, api_key: str | None, wanted: int | None) -> str:
-    """What the engines serve, once it is `wanted` where that is given. Raises: UnreachableError."""
+    """The weight versions that the engines serve; waits until it is `wanted`, if given. Raises: UnreachableError."""
     served = set()
     for url in urls:
         async with SGLangClient(url, api_key=api_key) as client:

@@ -1,83 +1,96 @@
-"""From an answer to a reward: pure functions behind one protocol, chosen by name."""
+"""What a trajectory is worth: the base class, and the rewards for questions with gold answers."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+from pydantic import BaseModel, Field
+
+from actor.episode import Episode
 from actor.rewards.text import exact_match, f1
-from protocol.errors import ConfigError
-from protocol.types import Question, Status
+from protocol.config_base import Options
+from protocol.types import Question, Status, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """`parts` are named scalars for metrics: em, f1, format. They are measured whatever the reward makes of them."""
+    """The reward of a trajectory, a finite number. `parts` are named scalars for metrics (em, f1, format …)."""
 
     reward: float
-    parts: Mapping[str, float]
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
-class Reward(Protocol):
-    def score(self, *, question: Question, answer: str | None, status: Status) -> Score:
-        """`answer` is what the workflow parsed, None where the policy gave none; `status` how the episode ended.
+class Reward(ABC):
+    """Base class of rewards. `Options` describes the keys of the `[reward]` section.
 
-        A trajectory has the format exactly where its status is COMPLETED: the workflow applies the format's rules.
+    An exception from `score` fails the trajectory, not the actor: its reason is counted, its traceback is logged.
+    """
+
+    Options: ClassVar[type[BaseModel]] = Options
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @abstractmethod
+    async def score(self, question: Question, episode: Episode, trajectory: Trajectory) -> Score:
+        """The reward of one trajectory; not called for those that the environment failed.
+
+        `trajectory` has the contexts and no reward yet. A call to a judge can be awaited here.
         """
-        ...
+
+    async def start(self) -> None:
+        """Called once in the actor's event loop, before the first episode."""
+
+    async def stop(self) -> None:
+        """Called once after the last episode."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExactMatchReward:
-    """1 where the answer is right, else 0; 0 after a format error."""
+class ExactMatchReward(Reward):
+    """1 if the answer is right, else 0; 0 after a format error."""
 
-    def score(self, *, question: Question, answer: str | None, status: Status) -> Score:
-        parts = measure(question=question, answer=answer, status=status)
+    async def score(self, question: Question, episode: Episode, trajectory: Trajectory) -> Score:
+        parts = measure(question, episode)
         return Score(parts["em"], parts)
 
 
-@dataclass(frozen=True, slots=True)
-class F1Reward:
+class F1Reward(Reward):
     """The largest token F1 over the gold answers; 0 after a format error."""
 
-    def score(self, *, question: Question, answer: str | None, status: Status) -> Score:
-        parts = measure(question=question, answer=answer, status=status)
+    async def score(self, question: Question, episode: Episode, trajectory: Trajectory) -> Score:
+        parts = measure(question, episode)
         return Score(parts["f1"], parts)
 
 
-@dataclass(frozen=True, slots=True)
-class MemSearcherReward:
-    """0 where the format fails; else the largest F1 where it is above 0, else 0.1 (arXiv 2511.02805)."""
+class MemSearcherOptions(Options):
+    """Options of the reward of MemSearcher."""
 
-    well_formed_reward: float = 0.1
+    well_formed_reward: float = Field(default=0.1, description="Reward of a well-formed answer with F1 0.")
 
-    def score(self, *, question: Question, answer: str | None, status: Status) -> Score:
-        parts = measure(question=question, answer=answer, status=status)
+
+class MemSearcherReward(Reward):
+    """0 if the format fails; else the largest F1 if it is above 0, else 0.1 (arXiv 2511.02805)."""
+
+    Options = MemSearcherOptions
+    options: MemSearcherOptions
+
+    async def score(self, question: Question, episode: Episode, trajectory: Trajectory) -> Score:
+        parts = measure(question, episode)
         if not parts["format"]:
             return Score(0.0, parts)
-        return Score(parts["f1"] or self.well_formed_reward, parts)
+        return Score(parts["f1"] or self.options.well_formed_reward, parts)
 
 
-REWARDS: Mapping[str, Reward] = MappingProxyType(
-    {"em": ExactMatchReward(), "f1": F1Reward(), "memsearcher": MemSearcherReward()}
-)
+def measure(question: Question, episode: Episode) -> dict[str, float]:
+    """em, f1 and format of an episode. Without a well-formed answer em and f1 are 0.
 
-
-def reward_named(name: str) -> Reward:
-    """Raises: ConfigError for a name that is not in REWARDS."""
-    if name not in REWARDS:
-        raise ConfigError(f"reward must be one of {', '.join(sorted(REWARDS))}, got {name!r}")
-    return REWARDS[name]
-
-
-def measure(*, question: Question, answer: str | None, status: Status) -> dict[str, float]:
-    """em, f1 and format of a trajectory. Without a well-formed answer em and f1 are 0."""
-    well_formed = status is Status.COMPLETED and answer is not None
-    given = answer if well_formed and answer is not None else None
+    An episode has the format exactly if its status is COMPLETED: the workflow applies the rules of its format.
+    """
+    given = episode.answer if episode.status is Status.COMPLETED else None
     return {
         "em": exact_match(given, question.answers) if given is not None else 0.0,
         "f1": f1(given, question.answers) if given is not None else 0.0,
-        "format": float(well_formed),
+        "format": float(given is not None),
     }

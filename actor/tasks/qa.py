@@ -9,8 +9,9 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
-from actor.rewards.reward import Reward
-from protocol.errors import DataError
+from actor.tasks.task import Split, Task
+from protocol.config_base import Options
+from protocol.errors import ConfigError, DataError
 from protocol.messages import MAX_ANSWER_CHARS, MAX_NAME_CHARS, MAX_QUESTION_CHARS
 from protocol.types import Question
 
@@ -27,35 +28,44 @@ class _Row(BaseModel):
     dataset: str | None = None
 
 
-class QuestionAnswering:
-    """Implements `Task`. Every epoch has each question once, in an order of its own, or in file order (`seed` None)."""
+class QuestionAnsweringOptions(Options):
+    """Options of the task qa."""
 
-    def __init__(self, questions: Sequence[Question], *, reward: Reward, seed: int | None) -> None:
-        """Raises: DataError where there is no question or two have one id."""
-        if not questions:
-            raise DataError("a question-answer task needs at least one question, got none; check the files' content")
+    questions: tuple[Path, ...] = Field(default=(), description="JSONL files of training questions.")
+    eval_questions: tuple[Path, ...] = Field(default=(), description="JSONL files of evaluation questions.")
+
+
+class QuestionAnswering(Task):
+    """Questions from JSONL files: in training each once per epoch, shuffled by epoch; in evaluation in file order."""
+
+    Options = QuestionAnsweringOptions
+    options: QuestionAnsweringOptions
+
+    def __init__(self, options: QuestionAnsweringOptions, *, split: Split, seed: int) -> None:
+        """Raises: ConfigError if no file is named; DataError if a file cannot be used or two questions have one id."""
+        super().__init__(options, split=split, seed=seed)
+        key = "questions" if split == "train" else "eval_questions"
+        paths = options.questions if split == "train" else options.eval_questions
+        if not paths:
+            raise ConfigError(f"task.{key} must name at least one JSONL file, got none")
+        self._questions = tuple(read_questions(paths))
+        if not self._questions:
+            raise DataError(f"task.{key} must hold at least one question, got none; check the files' content")
         seen: set[str] = set()
-        for question in questions:
+        for question in self._questions:
             if question.id in seen:
                 raise DataError(f"question id {question.id!r} occurs twice; ids must be unique over all files")
             seen.add(question.id)
-        self._questions = tuple(questions)
-        self._reward = reward
-        self._seed = seed
         self._order = (-1, np.arange(len(self._questions)))
 
     @property
     def num_questions(self) -> int:
         return len(self._questions)
 
-    @property
-    def reward(self) -> Reward:
-        return self._reward
-
     def question(self, cursor: int) -> Question:
         epoch, place = divmod(cursor, len(self._questions))
-        if self._seed is not None and self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._questions)))
+        if self.split == "train" and self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self._questions)))
         return self._questions[int(self._order[1][place])]
 
 

@@ -1,22 +1,34 @@
-"""What a task is: questions in an order that a seed fixes, and what an answer is worth."""
+"""What a task is: questions in an order that a seed fixes."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
 
-from actor.rewards.reward import Reward
+from pydantic import BaseModel
+
+from protocol.config_base import Options
 from protocol.types import Question
 
+Split = Literal["train", "eval"]
 
-class Task(Protocol):
+
+class Task(ABC):
+    """Base class of tasks. `Options` describes the keys of the `[task]` section."""
+
+    Options: ClassVar[type[BaseModel]] = Options
+
+    def __init__(self, options: Any, *, split: Split, seed: int) -> None:
+        """`split`: the questions to train on, or those to evaluate on. `seed` is `run.seed`."""
+        self.options = options
+        self.split = split
+        self.seed = seed
+
     @property
     def num_questions(self) -> int | None:
-        """Questions an epoch; None where they are drawn without end."""
-        ...
+        """Questions of one epoch; None if they are drawn without end."""
+        return None
 
-    @property
-    def reward(self) -> Reward: ...
-
+    @abstractmethod
     def question(self, cursor: int) -> Question:
-        """The question of a lease: a function of the task's seed and `cursor` >= 0, in any process at any time."""
-        ...
+        """The question of a lease: a function of options, split, seed and `cursor` >= 0 only, in any process."""

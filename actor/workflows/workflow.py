@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+from pydantic import BaseModel
+
+from actor.chat.tokenizer import Tokenizer
+from actor.episode import Episode
 from actor.session import Session
-from protocol.types import Question, Status
+from actor.tools.tool import Tool
+from protocol.config_base import Options
+from protocol.types import Question
 
 
-@dataclass(frozen=True, slots=True)
-class Episode:
-    """How one trajectory ended. Its tokens are in the session's contexts.
+class Workflow(ABC):
+    """Base class of workflows. One instance runs many episodes at once, each with a session of its own.
 
-    status       COMPLETED only where the format holds in every context
-    answer       the policy's final answer, as written; None where it gave none
-    reason       why it ended otherwise, for people and metrics; empty where it completed
-    transcripts  each context as text, special tokens included: what format rules are checked against
-    memories     the memory that each context but the first began with
-    stats        counts for metrics
-    context_rewards  of single contexts, beside the trajectory's; empty where the workflow gives none
+    `Options` describes the keys of the `[workflow]` section, `tool_names` the tools that `self.tools` holds unless
+    `workflow.tools` names others. Keep no state of an episode in `self`.
+
+    An exception from `run` fails the trajectory, which is then not trained; its reason is counted and its traceback is
+    in the actor's log. `BudgetExceeded` of the session ends the trajectory as OVER_BUDGET.
     """
 
-    status: Status
-    answer: str | None = None
-    reason: str = ""
-    transcripts: tuple[str, ...] = ()
-    memories: tuple[str, ...] = ()
-    stats: dict[str, float] = field(default_factory=dict)
-    context_rewards: tuple[float, ...] = ()
+    Options: ClassVar[type[BaseModel]] = Options
+    tool_names: ClassVar[tuple[str, ...]] = ()
 
+    def __init__(self, options: Any, *, tools: Mapping[str, Tool], context_tokens: int) -> None:
+        """`tools` by name; `context_tokens` is the most that a context of the session can hold."""
+        self.options = options
+        self.tools = dict(tools)
+        self.context_tokens = context_tokens
 
-class Workflow(Protocol):
-    """Stateless between runs: many episodes run on one workflow at once, each with a session of its own."""
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Called once at start-up. Raises: UserError if the workflow cannot run with this tokenizer."""
 
+    @abstractmethod
     async def run(self, question: Question, session: Session) -> Episode:
-        """Never raises for the environment's failures: they are `Status.FAILED`."""
-        ...
+        """Plays one episode: opens contexts, samples, calls tools, rewrites its memory."""

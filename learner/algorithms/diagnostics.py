@@ -101,7 +101,7 @@ def diagnose(terms: TokenTerms) -> Diagnostics:
     """The sums and maxima of one micro-batch of N trained tokens, with one transfer to the CPU."""
     if terms.tokens.age.numel() == 0:
         return Diagnostics()
-    age, context_index = (each.clamp(0, NUM_BUCKETS - 1) for each in (terms.tokens.age, terms.tokens.turn))
+    age, context_index = (each.clamp(0, NUM_BUCKETS - 1) for each in (terms.tokens.age, terms.tokens.context_index))
     sums = [torch.bincount(bucket, minlength=NUM_BUCKETS) for bucket in (age, context_index)]
     maxima: list[Tensor] = []
     for metric in TOKEN_METRICS:

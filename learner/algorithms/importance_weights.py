@@ -1,24 +1,171 @@
-"""What is done about tokens that an older policy sampled: weights from w = sg(pi_prox / pi_behave), in [0, inf).
+"""Off-policy corrections: weights from w = sg(pi_prox / pi_behave), in [0, inf), for tokens of an older policy.
 
-Each function is pure, over flat trained tokens [N], without gradient; `segment` int64 [N] names the scope (context,
+Functions are pure, over flat trained tokens [N], without gradient; `segment` int64 [N] names the scope (context or
 trajectory) of each token, None is token scope. A token that a mask drops keeps its part of the loss's denominator.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from protocol.algorithm_config import (
-    Correction,
-    MaskConfig,
-    RejectConfig,
-    RejectNegativeConfig,
-    SecondMomentConfig,
-    TruncateConfig,
+    CorrectionConfig,
+    MaskOptions,
+    RejectNegativeOptions,
+    RejectOptions,
+    SecondMomentOptions,
+    TruncateOptions,
 )
+from protocol.config_base import Options
+from protocol.extensions import ExtensionPoint
+
+CorrectionScope = Literal["token", "context", "trajectory", "batch"]
+
+
+class Correction(ABC):
+    """Base class of corrections. `Options` describes their keys in an entry of `learner.loss.corrections`."""
+
+    Options: ClassVar[type[BaseModel]] = Options
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @property
+    def scope(self) -> CorrectionScope:
+        """What a token's weight depends on. `trajectory` and `batch` cost a forward pass before the step: their tokens
+        may lie in several micro-batches, so pi_prox must be known for all tokens first."""
+        return getattr(self.options, "scope", "token")
+
+    @abstractmethod
+    def __call__(self, log_weight: Tensor, *, advantages: Tensor, segment: Tensor | None) -> Tensor:
+        """The factor [N] on the policy loss of each token, >= 0.
+
+        log_weight [N] = log(pi_prox / pi_behave), without gradient; segment int64 [N]: the context or trajectory of
+        each token if that is the scope, else None.
+        """
+
+
+class Truncate(Correction):
+    """`truncated_weights`."""
+
+    Options = TruncateOptions
+    options: TruncateOptions
+
+    def __call__(self, log_weight: Tensor, *, advantages: Tensor, segment: Tensor | None) -> Tensor:
+        product = self.options.ratio == "product"
+        return truncated_weights(scoped_log_ratio(log_weight, segment, product=product), high=self.options.high)
+
+
+class Mask(Correction):
+    """`masked_weights`."""
+
+    Options = MaskOptions
+    options: MaskOptions
+
+    def __call__(self, log_weight: Tensor, *, advantages: Tensor, segment: Tensor | None) -> Tensor:
+        scoped = scoped_log_ratio(log_weight, segment, product=self.options.ratio == "product")
+        return masked_weights(scoped, low=self.options.low, high=self.options.high)
+
+
+class Reject(Correction):
+    """`inside` of the scope's weight, or `without_outliers`."""
+
+    Options = RejectOptions
+    options: RejectOptions
+
+    def __call__(self, log_weight: Tensor, *, advantages: Tensor, segment: Tensor | None) -> Tensor:
+        low, high = self.options.low, self.options.high
+        if self.options.ratio == "worst":
+            return without_outliers(log_weight, segment, low=low, high=high).to(log_weight.dtype)
+        scoped = scoped_log_ratio(log_weight, segment, product=self.options.ratio == "product")
+        return inside(scoped, low=low, high=high).to(log_weight.dtype)
+
+
+class RejectNegative(Correction):
+    """`negative_on_policy`."""
+
+    Options = RejectNegativeOptions
+    options: RejectNegativeOptions
+
+    def __call__(self, log_weight: Tensor, *, advantages: Tensor, segment: Tensor | None) -> Tensor:
+        kept = negative_on_policy(log_weight, segment, advantages, threshold=self.options.threshold)
+        return kept.to(log_weight.dtype)
+
+
+class SecondMoment(Correction):
+    """`second_moment_mask` over the whole batch."""
+
+    Options = SecondMomentOptions
+    options: SecondMomentOptions
+    scope = "batch"
+
+    def __call__(self, log_weight: Tensor, *, advantages: Tensor, segment: Tensor | None) -> Tensor:
+        return second_moment_mask(log_weight, threshold=self.options.threshold).to(log_weight.dtype)
+
+
+CORRECTIONS = ExtensionPoint(
+    key="learner.loss.corrections",
+    noun="correction",
+    builtins={
+        "truncate": "learner.algorithms.importance_weights:Truncate",
+        "mask": "learner.algorithms.importance_weights:Mask",
+        "reject": "learner.algorithms.importance_weights:Reject",
+        "reject_negative": "learner.algorithms.importance_weights:RejectNegative",
+        "second_moment": "learner.algorithms.importance_weights:SecondMoment",
+    },
+    methods={"__call__": "def __call__(self, log_weight, *, advantages, segment) -> weight"},
+)
+
+
+def make_corrections(configs: Sequence[CorrectionConfig], *, base_dir: Path | None = None) -> tuple[Correction, ...]:
+    """Raises: ConfigError."""
+    return tuple(
+        CORRECTIONS.create(config, base_dir=base_dir, key=f"learner.loss.corrections[{i}]")
+        for i, config in enumerate(configs)
+    )
+
+
+def needs_prepass(corrections: Sequence[Correction]) -> bool:
+    """Whether the weights of a token depend on tokens that may lie in other micro-batches.
+
+    A context always lies in one micro-batch; a trajectory and the batch do not, so the proximal log-probs of the whole
+    batch must be known before the first weight is computed.
+    """
+    return any(each.scope in ("trajectory", "batch") for each in corrections)
+
+
+def correction_weights(
+    proximal: Tensor,
+    behavior: Tensor,
+    *,
+    advantages: Tensor,
+    context: Tensor,
+    trajectory: Tensor,
+    corrections: Sequence[Correction],
+) -> Tensor:
+    """w~ [N]: the product of the weights of all corrections, each over all given tokens; ones without corrections.
+
+    proximal, behavior: log-probabilities [N] under the proximal and the behaviour policy; advantages [N];
+    context, trajectory: int64 [N]. The tokens must hold whole scopes: the whole batch if `needs_prepass`.
+    Raises: ExtensionError if an imported correction raises or returns another shape.
+    """
+    segments = {"context": context, "trajectory": trajectory}
+    log_weight = (proximal - behavior).detach()
+    weights = torch.ones_like(log_weight)
+    for each in corrections:
+        with CORRECTIONS.running(each):
+            factor = each(log_weight, advantages=advantages, segment=segments.get(each.scope))
+            if factor.shape != weights.shape:
+                raise ValueError(f"a correction must return [{len(weights)}] weights, got {list(factor.shape)}")
+        weights = weights * factor.detach()
+    return weights
 
 
 def scoped_log_ratio(log_ratio: Tensor, segment: Tensor | None, *, product: bool = False) -> Tensor:
@@ -92,56 +239,6 @@ def second_moment_mask(log_ratio: Tensor, *, threshold: float) -> Tensor:
     if num_kept == len(squares):
         return torch.ones_like(squares, dtype=torch.bool)
     return squares < ascending[num_kept]
-
-
-def needs_prepass(corrections: Sequence[Correction]) -> bool:
-    """Whether the weights of a token depend on tokens that may lie in other micro-batches.
-
-    A context always lies in one micro-batch; a trajectory and the batch do not, so that the proximal log-probs of the
-    whole batch must be known before the first weight is.
-    """
-    return any(isinstance(each, SecondMomentConfig) or each.scope == "trajectory" for each in corrections)
-
-
-def correction_weights(
-    proximal: Tensor,
-    behavior: Tensor,
-    *,
-    advantages: Tensor,
-    context: Tensor,
-    trajectory: Tensor,
-    corrections: Sequence[Correction],
-) -> Tensor:
-    """w~ [N]: the product of the weights of all corrections, each over all given tokens; ones where there are none.
-
-    proximal, behavior: log-probabilities [N] under the proximal and the behaviour policy; advantages [N];
-    context, trajectory: int64 [N]. The tokens must hold whole scopes: the whole batch where `needs_prepass`.
-    """
-    segments = {"token": None, "context": context, "trajectory": trajectory}
-    log_ratio = (proximal - behavior).detach()
-    weights = torch.ones_like(log_ratio)
-    for each in corrections:
-        segment = None if isinstance(each, SecondMomentConfig) else segments[each.scope]
-        weights = weights * _weights(log_ratio, segment, advantages, each)
-    return weights
-
-
-def _weights(log_ratio: Tensor, segment: Tensor | None, advantages: Tensor, correction: Correction) -> Tensor:
-    match correction:
-        case TruncateConfig(ratio=ratio, high=high):
-            return truncated_weights(scoped_log_ratio(log_ratio, segment, product=ratio == "product"), high=high)
-        case MaskConfig(ratio=ratio, low=low, high=high):
-            scoped = scoped_log_ratio(log_ratio, segment, product=ratio == "product")
-            return masked_weights(scoped, low=low, high=high)
-        case RejectConfig(ratio="worst", low=low, high=high):
-            return without_outliers(log_ratio, segment, low=low, high=high).to(log_ratio.dtype)
-        case RejectConfig(ratio=ratio, low=low, high=high):
-            scoped = scoped_log_ratio(log_ratio, segment, product=ratio == "product")
-            return inside(scoped, low=low, high=high).to(log_ratio.dtype)
-        case RejectNegativeConfig(threshold=threshold):
-            return negative_on_policy(log_ratio, segment, advantages, threshold=threshold).to(log_ratio.dtype)
-        case SecondMomentConfig(threshold=threshold):
-            return second_moment_mask(log_ratio, threshold=threshold).to(log_ratio.dtype)
 
 
 def _segment_sum(values: Tensor, segment: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The loss of an optimiser step: a policy loss by name, and what may be added to it.
+"""The loss of an optimizer step: a policy loss that `learner.loss.use` names, and optional terms.
 
     sum over trained tokens t of weight_t * ( w~_t * policy loss_t  +  KL to a reference  -  entropy  +  value loss )
 
@@ -7,96 +7,147 @@ Everything is over flat trained tokens [N]; sums, never means: the weights hold 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from learner.algorithms.diagnostics import Diagnostics, diagnose
 from learner.algorithms.importance_weights import scoped_log_ratio
+from learner.algorithms.token_data import TokenData
 from learner.algorithms.token_metrics import TokenTerms
-from protocol.algorithm_config import LossConfig
+from protocol.algorithm_config import CispoOptions, GspoOptions, LossConfig, PpoOptions
+from protocol.config_base import Options
+from protocol.extensions import ExtensionPoint
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LossTokens:
-    """N trained tokens of one micro-batch, which holds whole contexts. Float columns [N] unless they say otherwise.
+class PolicyLoss(ABC):
+    """Base class of policy losses. `Options` describes their keys in the `[learner.loss]` section."""
 
-    logprobs, entropy, values          under pi_theta; they carry gradient (entropy only where there is a bonus)
-    proximal, behavior, reference      log-probs under pi_prox, pi_behave and the reference policy
-    importance                         w~, of `correction_weights`
-    advantages, returns, old_values    returns and the values at the start of the step are those of `gae`
-    weight                             of the aggregation
-    context, age, turn                 int64 [N]: the token's context, its age in versions, its context's index
-    """
+    Options: ClassVar[type[BaseModel]] = Options
 
-    logprobs: Tensor
-    entropy: Tensor
-    proximal: Tensor
-    behavior: Tensor
-    importance: Tensor
-    advantages: Tensor
-    weight: Tensor
-    context: Tensor
-    age: Tensor
-    turn: Tensor
-    reference: Tensor | None = None
-    values: Tensor | None = None
-    old_values: Tensor | None = None
-    returns: Tensor | None = None
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @abstractmethod
+    def __call__(self, tokens: TokenData) -> tuple[Tensor, Tensor]:
+        """(loss [N], clipped bool [N]) of N >= 0 trained tokens of whole contexts, for minimization.
+
+        The loss carries gradient through `tokens.log_ratio` or `tokens.logprobs`. It must not be weighted or summed:
+        importance weights, aggregation, KL, entropy and value terms are applied by the caller. `clipped` marks tokens
+        whose clip is binding, for metrics.
+        """
 
 
-def total_loss(tokens: LossTokens, config: LossConfig) -> tuple[Tensor, Diagnostics]:
-    """(loss [], diagnostics) of N >= 0 trained tokens.
+class PPO(PolicyLoss):
+    """`clipped_surrogate` with r per token."""
 
-    KL, entropy and value terms are weighted as the policy loss is, but not by w~: a correction drops what a token says
-    about the advantage, not its place near the reference. Raises: ValueError where a column that the config needs is
-    None.
-    """
-    surrogate, clipped = _policy_loss(tokens, config)
-    per_token = tokens.importance * surrogate
-    kl = value = None
-    if tokens.reference is not None:
-        kl = approx_kl(tokens.logprobs, tokens.reference, estimator=config.kl_estimator)
-    if config.kl_coefficient and config.kl_in == "loss":
-        if kl is None:
-            raise ValueError(f"kl_coefficient = {config.kl_coefficient} needs reference [N], got None")
-        per_token = per_token + config.kl_coefficient * kl
-    if config.entropy_coefficient:
-        per_token = per_token - config.entropy_coefficient * tokens.entropy
-    if tokens.values is not None:
-        if tokens.old_values is None or tokens.returns is None:
-            raise ValueError("values [N] need old_values [N] and returns [N], got None")
-        value = value_loss(tokens.values, tokens.old_values, tokens.returns, clip=config.value.clip)
-        per_token = per_token + config.value.coefficient * value
-    loss = (tokens.weight * per_token).sum()
-    return loss, diagnose(
-        TokenTerms(
-            tokens=tokens,
-            loss=loss,
-            clipped=clipped,
-            kl_behavior=approx_kl(tokens.behavior, tokens.logprobs.detach()),
-            kl_reference=kl,
-            value_loss=value,
+    Options = PpoOptions
+    options: PpoOptions
+
+    def __call__(self, tokens: TokenData) -> tuple[Tensor, Tensor]:
+        return self._clipped(tokens.log_ratio, tokens)
+
+    def _clipped(self, log_ratio: Tensor, tokens: TokenData) -> tuple[Tensor, Tensor]:
+        o = self.options
+        return clipped_surrogate(
+            log_ratio, tokens.advantages, clip_low=o.clip_low, clip_high=o.clip_high, dual_clip=o.dual_clip
         )
-    )
 
 
-def _policy_loss(tokens: LossTokens, config: LossConfig) -> tuple[Tensor, Tensor]:
-    log_ratio = tokens.logprobs - tokens.proximal
-    low, high = config.clip_low, config.clip_high
-    if config.policy_loss == "cispo":
-        return cispo(tokens.logprobs, log_ratio, tokens.advantages, clip_low=low, clip_high=high)
-    if config.policy_loss == "gspo":
-        log_ratio = sequence_log_ratio(log_ratio, tokens.context)
-    return clipped_surrogate(log_ratio, tokens.advantages, clip_low=low, clip_high=high, dual_clip=config.dual_clip)
+class GSPO(PPO):
+    """`clipped_surrogate` with the geometric mean of r over the token's context (`sequence_log_ratio`)."""
+
+    Options = GspoOptions
+
+    def __call__(self, tokens: TokenData) -> tuple[Tensor, Tensor]:
+        return self._clipped(sequence_log_ratio(tokens.log_ratio, tokens.context), tokens)
+
+
+class CISPO(PolicyLoss):
+    """`cispo`: the clipped ratio is a weight without gradient."""
+
+    Options = CispoOptions
+    options: CispoOptions
+
+    def __call__(self, tokens: TokenData) -> tuple[Tensor, Tensor]:
+        low, high = self.options.clip_low, self.options.clip_high
+        return cispo(tokens.column("logprobs"), tokens.log_ratio, tokens.advantages, clip_low=low, clip_high=high)
+
+
+POLICY_LOSSES = ExtensionPoint(
+    key="learner.loss",
+    noun="policy loss",
+    builtins={
+        "ppo": "learner.algorithms.losses:PPO",
+        "gspo": "learner.algorithms.losses:GSPO",
+        "cispo": "learner.algorithms.losses:CISPO",
+    },
+    methods={"__call__": "def __call__(self, tokens) -> (loss, clipped)"},
+)
+
+
+class Loss:
+    """The loss that a `[learner.loss]` section describes. Raises (on creation): ConfigError."""
+
+    def __init__(self, config: LossConfig, *, base_dir: Path | None = None) -> None:
+        self.config = config
+        self._policy_loss: PolicyLoss = POLICY_LOSSES.create(config, base_dir=base_dir)
+
+    def __call__(self, tokens: TokenData) -> tuple[Tensor, Diagnostics]:
+        """(loss [], diagnostics) of N >= 0 trained tokens.
+
+        KL, entropy and value terms have the weight of the aggregation but not w~: a correction drops what a token says
+        about the advantage, not its distance from the reference. Raises: ValueError if a column that the config needs
+        is None; ExtensionError if an imported policy loss raises or returns other shapes.
+        """
+        config = self.config
+        with POLICY_LOSSES.running(config.use):
+            surrogate, clipped = self._policy_loss(tokens)
+            _check_shapes(surrogate, clipped, num_tokens=len(tokens))
+        per_token = tokens.column("importance") * surrogate
+        kl = value = None
+        if tokens.reference is not None:
+            kl = approx_kl(tokens.column("logprobs"), tokens.reference, estimator=config.kl_estimator)
+        if config.kl_coefficient and config.kl_in == "loss":
+            if kl is None:
+                raise ValueError(f"kl_coefficient = {config.kl_coefficient} needs reference [N], got None")
+            per_token = per_token + config.kl_coefficient * kl
+        if config.entropy_coefficient:
+            per_token = per_token - config.entropy_coefficient * tokens.column("entropy")
+        if tokens.values is not None:
+            if tokens.old_values is None or tokens.returns is None:
+                raise ValueError("values [N] need old_values [N] and returns [N], got None")
+            value = value_loss(tokens.values, tokens.old_values, tokens.returns, clip=config.value.clip)
+            per_token = per_token + config.value.coefficient * value
+        loss = (tokens.weight * per_token).sum()
+        return loss, diagnose(
+            TokenTerms(
+                tokens=tokens,
+                loss=loss,
+                clipped=clipped,
+                kl_behavior=approx_kl(tokens.behavior, tokens.column("logprobs").detach()),
+                kl_reference=kl,
+                value_loss=value,
+            )
+        )
+
+
+def _check_shapes(loss: Tensor, clipped: Tensor, *, num_tokens: int) -> None:
+    if loss.shape != (num_tokens,) or clipped.shape != (num_tokens,):
+        raise ValueError(
+            f"a policy loss must return loss and clipped of shape [{num_tokens}], got {list(loss.shape)} and "
+            f"{list(clipped.shape)}"
+        )
 
 
 def clipped_surrogate(
     log_ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(loss [N], clipped bool [N]): -min(r A, clip(r) A) with r = pi_theta / pi_prox, and where a clip is binding.
+    """(loss [N], clipped bool [N]): -min(r A, clip(r) A) with r = pi_theta / pi_prox; `clipped` where it binds.
 
     With `dual_clip` c > 1 the loss of a token with A < 0 is at most c |A|.
     Source: Schulman et al. 2017 (PPO), equation 7; decoupled from the behaviour policy: Hilton et al. 2022, equation 5;
@@ -114,8 +165,8 @@ def sequence_log_ratio(log_ratio: Tensor, context: Tensor) -> Tensor:
     """[N]: the mean of `log_ratio` over the trained tokens of a context, with the gradient of the token's own.
 
     log s_(i,t) = sg(mean log r) + log r_t - sg(log r_t): its value is the log of the sequence's geometric mean ratio.
-    Source: Zheng et al. 2025 (GSPO), equations 7 and 14 (GSPO-token); the sequence is a context, not a trajectory,
-    whose contexts may lie in several micro-batches.
+    Source: Zheng et al. 2025 (GSPO), equations 7 and 14 (GSPO-token). Here the sequence is a context; a trajectory's
+    contexts may lie in several micro-batches.
     """
     fixed = log_ratio.detach()
     return scoped_log_ratio(fixed, context) + (log_ratio - fixed)
@@ -126,8 +177,7 @@ def cispo(
 ) -> tuple[Tensor, Tensor]:
     """(loss [N], clipped bool [N]): -sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi_theta.
 
-    What is clipped is the weight: no token loses its gradient.
-
+    The weight is clipped, so no token loses its gradient.
     Source: MiniMax 2025 (MiniMax-M1, CISPO), equations 4 and 5.
     """
     ratio = log_ratio.detach().exp()
@@ -138,15 +188,19 @@ def cispo(
 def approx_kl(logprobs: Tensor, other: Tensor, *, estimator: Literal["k1", "k2", "k3"] = "k3") -> Tensor:
     """[N]: per-token estimates of KL(p || q) from tokens sampled by p (`logprobs`), q being `other`.
 
-    k1 = log p - log q (unbiased); k2 = k1^2 / 2 (biased, never negative); k3 = q/p - 1 - log q/p (both virtues).
+    k1 = log p - log q (unbiased); k2 = k1^2 / 2 (biased, never negative); k3 = q/p - 1 - log q/p (unbiased and never
+    negative). Raises: ValueError for another estimator.
     Source: Schulman 2020, "Approximating KL divergence".
     """
     log_ratio = other - logprobs
-    if estimator == "k1":
-        return -log_ratio
-    if estimator == "k2":
-        return log_ratio.square() / 2
-    return log_ratio.expm1() - log_ratio
+    match estimator:
+        case "k1":
+            return -log_ratio
+        case "k2":
+            return log_ratio.square() / 2
+        case "k3":
+            return log_ratio.expm1() - log_ratio
+    raise ValueError(f"the KL estimator must be one of k1, k2, k3, got {estimator!r}")
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float | None = None) -> Tensor:

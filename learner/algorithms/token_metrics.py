@@ -16,7 +16,7 @@ from torch import Tensor
 from protocol.metric import Metric
 
 if TYPE_CHECKING:
-    from learner.algorithms.losses import LossTokens
+    from learner.algorithms.token_data import TokenData
 
 NUM_BUCKETS = 16
 """Number of ages and of context indices that are told apart; the last bucket holds all larger ones."""
@@ -33,7 +33,7 @@ class TokenTerms:
     value_loss     None without a value head
     """
 
-    tokens: LossTokens
+    tokens: TokenData
     loss: Tensor
     clipped: Tensor
     kl_behavior: Tensor
@@ -43,12 +43,12 @@ class TokenTerms:
     @property
     def importance_weight(self) -> Tensor:
         """pi_prox / pi_behave, before any correction."""
-        return (self.tokens.proximal - self.tokens.behavior).exp()
+        return self.tokens.log_importance.exp()
 
     @property
     def corrected_weight(self) -> Tensor:
         """The importance weight after all corrections."""
-        return self.tokens.importance
+        return self.tokens.column("importance")
 
 
 class Reduction(StrEnum):

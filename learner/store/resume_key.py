@@ -17,6 +17,8 @@ def resume_key(config: Config) -> dict[str, str]:
         "run_id": config.run.name,
         "run.seed": config.run.seed,
         "task": config.task.model_dump(mode="json"),
+        "reward": config.reward.model_dump(mode="json"),
+        "tool": [tool.model_dump(mode="json") for tool in config.tool],
         "workflow": config.workflow.model_dump(mode="json"),
         "sampling": config.sampling.model_dump(mode="json"),
         "groups_per_batch": learner.groups_per_batch,

@@ -1,11 +1,11 @@
 """One training step: advantages, corrected and clipped policy gradient over micro-batches, gradient clip, AdamW.
 
-    groups ─► flatten ─► plan ─► pre-pass, where something must be known of all tokens first ─► credit, corrections
+    groups ─► flatten ─► plan ─► pre-pass, if a token's loss depends on other micro-batches ─► advantages, corrections
         ─► for each minibatch: forward, loss, backward of its micro-batches ─► update
 
 The proximal policy is the policy at the start of the step. With one minibatch that is the model itself, and its
-log-probs are those of the training forward, detached. A pre-pass is paid for with several minibatches, for corrections
-that reach over micro-batches, for values (`gae`) and for a KL in the reward.
+log-probs are those of the training forward, detached. A pre-pass (one more forward of the batch) is needed with several
+minibatches, corrections over trajectories or the batch, a value head, and a KL in the reward.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from learner.algorithms.advantages import token_advantages
 from learner.algorithms.diagnostics import Diagnostics
-from learner.algorithms.importance_weights import correction_weights, needs_prepass
-from learner.algorithms.losses import LossTokens, approx_kl, total_loss
+from learner.algorithms.estimators import make_estimator, token_advantages
+from learner.algorithms.importance_weights import correction_weights, make_corrections, needs_prepass
+from learner.algorithms.losses import Loss, approx_kl
+from learner.algorithms.token_data import TokenData
 from learner.batch.flatten import Batch, flatten
-from learner.batch.microbatches import MicroBatch, Plan, make_plan
-from learner.batch.token_data import Columns, make_columns
+from learner.batch.microbatches import MicroBatch, StepPlan, make_plan
+from learner.batch.step_tokens import step_tokens
 from learner.metrics.step_metrics import Clock, StepMetrics, Work, summarise
 from learner.model.attention import to_device
 from learner.model.flops import peak_flops, training_flops
@@ -38,10 +40,14 @@ from protocol.types import TrajectoryGroup
 
 
 class Trainer:
-    """Owns the optimiser of a policy. `temperature` is that of sampling: learner logits are divided by it.
+    """Owns the optimizer of a policy and the algorithm that the config names.
 
-    It shards policy and reference over the ranks of `world`. Every rank calls `train_step` with the same groups and
-    trains its own micro-batches of them.
+    temperature   of sampling: learner logits are divided by it
+    world         the ranks over which policy and reference are sharded; every rank calls `train_step` with the same
+                  groups and trains its own micro-batches of them
+    base_dir      folder that relative paths in options of imported algorithms are taken from
+
+    Raises (on creation): ConfigError if an algorithm cannot be loaded.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class Trainer:
         temperature: float = 1.0,
         reference: Policy | None = None,
         world: World | None = None,
+        base_dir: Path | None = None,
     ) -> None:
         if config.loss.kl_coefficient and reference is None:
             raise ValueError(f"learner.loss.kl_coefficient = {config.loss.kl_coefficient} needs a reference policy")
@@ -59,7 +66,10 @@ class Trainer:
         self.config = config
         self.temperature = temperature
         self.world = world or World()
-        self.scorer = Scorer(policy.model, with_value_head=config.advantage.estimator == "gae")
+        self.estimator = make_estimator(config.advantage, base_dir=base_dir)
+        self.loss = Loss(config.loss, base_dir=base_dir)
+        self.corrections = make_corrections(config.loss.corrections, base_dir=base_dir)
+        self.scorer = Scorer(policy.model, with_value_head=self.estimator.needs_values)
         shard(self.scorer, self.world, dtype=config.dtype)
         self.reference = None
         if reference is not None:
@@ -78,11 +88,11 @@ class Trainer:
         batch = flatten(groups, last_context_only=self.config.ablation == "last-context")
         plan = self.plan(batch, step=step)
         clock.lap("plan")
-        columns = self.columns(batch, plan, step=step, clock=clock)
+        tokens = self.prepare(batch, plan, step=step, clock=clock)
         rate = self._rate(step)
         watched, norms = Diagnostics(), []
         for minibatch in plan.minibatches:
-            seen = self.accumulate(minibatch, columns, clock=clock)
+            seen = self.accumulate(minibatch, tokens, clock=clock)
             norms.append(self._update(seen, rate=rate))
             watched += seen
             clock.lap("update")
@@ -90,16 +100,16 @@ class Trainer:
             batch,
             plan,
             self.world.reduce(watched),
-            self._work(plan, columns),
+            self._work(plan, tokens),
             norms=norms,
-            advantage_mean=float(columns.advantage.double().mean()) if len(batch.sampled) else 0.0,
+            advantage_mean=float(tokens.advantages.double().mean()) if len(batch.sampled) else 0.0,
             step=step,
             rate=rate,
             num_skipped=sum(not math.isfinite(norm) for norm in norms),
             clock=clock,
         )
 
-    def plan(self, batch: Batch, *, step: int) -> Plan:
+    def plan(self, batch: Batch, *, step: int) -> StepPlan:
         """Minibatches and this rank's micro-batches. Raises: MalformedMessage."""
         config = self.config
         return make_plan(
@@ -115,8 +125,11 @@ class Trainer:
             num_ranks=self.world.size,
         )
 
-    def columns(self, batch: Batch, plan: Plan, *, step: int, clock: Clock | None = None) -> Columns:
-        """Advantages and weights of a batch's tokens, and what the policy says of them before the step if needed."""
+    def prepare(self, batch: Batch, plan: StepPlan, *, step: int, clock: Clock | None = None) -> TokenData:
+        """Advantages and weights of a batch's tokens.
+
+        Runs up to two forward passes of the batch: the pre-pass, if it is needed, and that of a reference policy.
+        """
         clock, loss = clock or Clock(self.policy.device), self.config.loss
         proximal = values = reference = penalty = importance = None
         if self._needs_prepass(plan):
@@ -128,29 +141,29 @@ class Trainer:
         if loss.kl_in == "reward" and reference is not None and proximal is not None:
             kl = approx_kl(proximal, reference, estimator=loss.kl_estimator)
             penalty = (loss.kl_coefficient * kl).double().cpu().numpy()
-        earned = token_advantages(
+        credit = replace(
             batch.credit(plan.trained),
-            self.config.advantage,
             values=None if values is None else values.double().cpu().numpy()[plan.trained],
             kl_penalty=None if penalty is None else penalty[plan.trained],
         )
-        columns = make_columns(batch, plan, earned, step=step, device=self.policy.device)
+        earned = token_advantages(credit, self.config.advantage, self.estimator)
+        tokens = step_tokens(batch, plan, earned, step=step, device=self.policy.device)
         if proximal is not None:
             trained = self._tensor(plan.trained)
             importance = torch.zeros_like(proximal)
-            importance[trained] = self._importance(columns.select(trained), proximal[trained])
+            importance[trained] = self._importance(tokens.select(trained), proximal[trained])
         clock.lap("advantage")
-        return replace(columns, proximal=proximal, importance=importance, reference=reference, old_values=values)
+        return replace(tokens, proximal=proximal, importance=importance, reference=reference, old_values=values)
 
     def accumulate(
-        self, minibatch: Sequence[MicroBatch], columns: Columns, *, clock: Clock | None = None
+        self, minibatch: Sequence[MicroBatch], tokens: TokenData, *, clock: Clock | None = None
     ) -> Diagnostics:
-        """Adds the gradient of this rank's part of one minibatch to the parameters' and returns what was watched."""
+        """Adds the gradient of this rank's part of one minibatch to the parameters' and returns its diagnostics."""
         clock, watched = clock or Clock(self.policy.device), Diagnostics()
         for micro_batch in minibatch:
             scores, gather = self._score(self.scorer, micro_batch)
-            tokens = self._loss_tokens(columns.select(self._tensor(micro_batch.tokens)), scores, gather)
-            loss, seen = total_loss(tokens, self.config.loss)
+            scored = self._scored(tokens.select(self._tensor(micro_batch.tokens)), scores, gather)
+            loss, seen = self.loss(scored)
             clock.lap("forward")
             loss.backward()
             clock.lap("backward")
@@ -174,17 +187,17 @@ class Trainer:
         self.guard.record(norm)
         return norm
 
-    def _needs_prepass(self, plan: Plan) -> bool:
+    def _needs_prepass(self, plan: StepPlan) -> bool:
         loss = self.config.loss
         return (
             len(plan.minibatches) > 1
-            or needs_prepass(loss.corrections)
-            or self.config.advantage.estimator == "gae"
+            or needs_prepass(self.corrections)
+            or self.estimator.needs_values
             or (loss.kl_in == "reward" and self.reference is not None)
         )
 
     @torch.no_grad()
-    def _pass(self, scorer: Scorer, batch: Batch, plan: Plan) -> tuple[Tensor, Tensor | None]:
+    def _pass(self, scorer: Scorer, batch: Batch, plan: StepPlan) -> tuple[Tensor, Tensor | None]:
         """(log-probs [N], values [N] or None) of all trained tokens, on all ranks; 0 for those that are not trained."""
         dtype = torch.promote_types(self.policy.model.dtype, torch.float32)
         logprobs, values = torch.zeros(2, len(batch.sampled), dtype=dtype, device=self.policy.device)
@@ -207,41 +220,33 @@ class Trainer:
         )
         return scores, self._tensor(placement.gather)
 
-    def _loss_tokens(self, columns: Columns, scores: Scores, gather: Tensor) -> LossTokens:
-        """`columns` are those of the micro-batch's tokens."""
+    def _scored(self, tokens: TokenData, scores: Scores, gather: Tensor) -> TokenData:
+        """`tokens` of a micro-batch with the columns of the training forward."""
         logprobs = scores.logprob[gather]
-        proximal, importance = columns.proximal, columns.importance
+        proximal, importance = tokens.proximal, tokens.importance
         if proximal is None or importance is None:
             proximal = logprobs.detach()
-            importance = self._importance(columns, proximal)
-        return LossTokens(
+            importance = self._importance(tokens, proximal)
+        return replace(
+            tokens,
             logprobs=logprobs,
             entropy=scores.entropy[gather],
             values=None if scores.value is None else scores.value[gather],
             proximal=proximal,
             importance=importance,
-            behavior=columns.behavior,
-            advantages=columns.advantage,
-            weight=columns.weight,
-            context=columns.context,
-            age=columns.age,
-            turn=columns.turn,
-            reference=columns.reference,
-            old_values=columns.old_values,
-            returns=columns.returns,
         )
 
-    def _importance(self, columns: Columns, proximal: Tensor) -> Tensor:
+    def _importance(self, tokens: TokenData, proximal: Tensor) -> Tensor:
         return correction_weights(
             proximal,
-            columns.behavior,
-            advantages=columns.advantage,
-            context=columns.context,
-            trajectory=columns.trajectory,
-            corrections=self.config.loss.corrections,
+            tokens.behavior,
+            advantages=tokens.advantages,
+            context=tokens.context,
+            trajectory=tokens.trajectory,
+            corrections=self.corrections,
         )
 
-    def _work(self, plan: Plan, columns: Columns) -> Work:
+    def _work(self, plan: StepPlan, tokens: TokenData) -> Work:
         own = [each for minibatch in plan.minibatches for each in minibatch]
         counts = [
             sum(each.pack.num_unique_tokens for each in own),
@@ -249,7 +254,7 @@ class Trainer:
             sum(len(each.placement.source) for each in own),
         ]
         num_tokens, num_padding, num_scored = self.world.sum(torch.tensor(counts, device=self.policy.device)).tolist()
-        num_forwards = (columns.proximal is not None) + (columns.reference is not None)
+        num_forwards = (tokens.proximal is not None) + (tokens.reference is not None)
         peak = peak_flops(self.policy.device)
         return Work(
             num_computed_tokens=num_tokens,

@@ -21,20 +21,17 @@ def main(out: Path, worlds: tuple[int, ...], eval_worlds: tuple[int, ...], episo
     Demonstrations are played in the training worlds only.
     """
     from actor.chat.tokenizer import Tokenizer
-    from actor.chat.toy import ToyRendering
     from actor.tasks.toy.demonstrations import write_demonstrations
     from actor.tasks.toy.task import write_corpus
     from actor.tasks.toy.tokenizer import write_tokenizer
     from actor.tasks.toy.world import make_world
 
-    training = [make_world(world) for world in worlds]
-    for world in [*training, *map(make_world, eval_worlds)]:
+    for world in map(make_world, (*worlds, *eval_worlds)):
         write_corpus(out / "corpora" / f"{world.collection}.jsonl", world)
     write_tokenizer(out / "tokenizer")
     share = write_demonstrations(
         out / "demonstrations.safetensors",
-        training,
-        rendering=ToyRendering(),
+        worlds,
         tokenizer=Tokenizer.load(out / "tokenizer"),
         num_episodes=episodes,
         seed=seed,

@@ -1,4 +1,4 @@
-"""Scripted episodes of the toy: a demonstrator that knows the way, and errs on purpose.
+"""Scripted episodes of the toy: a demonstrator that knows the answer's path and makes errors on purpose.
 
 It takes the policy's place in the MemSearcher workflow (actor/evaluation/demonstrations.py). Its errors are what
 reinforcement learning removes: a demonstrator that never errs would leave nothing to improve.
@@ -16,27 +16,27 @@ import numpy as np
 from actor.chat.rendering import Rendering
 from actor.chat.tokenizer import Tokenizer
 from actor.engines.sampling import SamplingParams
-from actor.evaluation.demonstrations import ScriptedGenerator, save_demonstrations
-from actor.rewards.reward import ExactMatchReward
+from actor.episode import Episode
 from actor.session import Session
 from actor.tasks.toy.search import ExactSearch
-from actor.tasks.toy.task import ToyQuestions, documents
+from actor.tasks.toy.task import ToyOptions, ToyTask, documents
 from actor.tasks.toy.tokenizer import syllable_ids, symbol_ids
 from actor.tasks.toy.world import RELATIONS, Fact, Walk, World
-from actor.workflows.memsearcher import MemSearcher
-from actor.workflows.workflow import Episode
-from protocol.config import WorkflowConfig
+from actor.tools.search import SearchOptions, SearchTool
+from actor.tools.tool import Services
+from actor.workflows.demonstrations import ScriptedGenerator, save_demonstrations
+from actor.workflows.memsearcher import MemSearcher, MemSearcherOptions
 from protocol.types import Context, Passage
 
 # No scripted piece comes near these limits.
-_WORKFLOW = WorkflowConfig(
-    rendering="toy", max_turns=5, action_tokens=32, memory_tokens=32, context_tokens=256, top_n=3
-)
+_OPTIONS = MemSearcherOptions(rendering="toy", max_turns=5, action_tokens=32, memory_tokens=32)
+_CONTEXT_TOKENS = 256
+_TOP_N = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """Probability of each error, drawn once a turn in which it can be made."""
+    """Probability of each error, drawn once per turn in which it can be made."""
 
     answer_early: float = 0.15
     wrong_relation: float = 0.15
@@ -54,9 +54,9 @@ class Demonstration:
 
 
 class Demonstrator:
-    """Implements `Script` for one question: it writes an action, then a memory, in turn.
+    """Implements `Script` for one question: it writes actions and memories alternately.
 
-    It reads the passages from its context; the question's way and the fact in memory it simply knows.
+    It reads the passages from its context; the question's path and the fact in memory it knows.
     """
 
     def __init__(
@@ -108,37 +108,38 @@ class WorldSearch:
 
 
 async def demonstrate(
-    worlds: Sequence[World],
+    worlds: Sequence[int],
     *,
-    rendering: Rendering,
     tokenizer: Tokenizer,
     num_episodes: int,
     seed: int,
     noise: Noise | None = None,
 ) -> AsyncIterator[Demonstration]:
-    """Episodes on questions that rotate over the worlds."""
+    """Episodes on questions that rotate over the worlds with the given seeds."""
     rng = np.random.default_rng([seed, 0xDE40])
-    questions = ToyQuestions(worlds, reward=ExactMatchReward(), seed=seed)
-    workflow = MemSearcher(config=_WORKFLOW, rendering=rendering, search=WorldSearch(worlds))
+    task = ToyTask(ToyOptions(worlds=tuple(worlds)), split="train", seed=seed)
+    search = SearchTool(SearchOptions(top_n=_TOP_N), services=Services(searcher=WorldSearch(task.worlds)))
+    workflow = MemSearcher(_OPTIONS, tools={"search": search}, context_tokens=_CONTEXT_TOKENS)
     for cursor in range(num_episodes):
-        world, walk = questions.walk(cursor)
-        script = Demonstrator(world=world, walk=walk, rendering=rendering, noise=noise or Noise(), rng=rng)
+        world, walk = task.walk(cursor)
+        question = task.question(cursor)
+        script = Demonstrator(world=world, walk=walk, rendering=workflow.rendering, noise=noise or Noise(), rng=rng)
         session = Session(
             pool=ScriptedGenerator(script=script, tokenizer=tokenizer),
             tokenizer=tokenizer,
             sampling=SamplingParams(),
             run_id=None,
-            max_context_tokens=_WORKFLOW.context_tokens,
+            max_context_tokens=_CONTEXT_TOKENS,
+            question=question,
         )
-        episode = await workflow.run(questions.question(cursor), session)
+        episode = await workflow.run(question, session)
         yield Demonstration(walk, episode, session.contexts)
 
 
 def write_demonstrations(
     path: Path,
-    worlds: Sequence[World],
+    worlds: Sequence[int],
     *,
-    rendering: Rendering,
     tokenizer: Tokenizer,
     num_episodes: int = 4000,
     seed: int,
@@ -146,13 +147,11 @@ def write_demonstrations(
 ) -> float:
     """Saves the contexts of `demonstrate` (`save_demonstrations`); returns the share that is answered right.
 
-    metadata: the ranges of ids `symbols` and `permutable`, as `start:stop`. Not for a running event loop.
+    metadata: the ranges of ids `symbols` and `permutable`, as `start:stop`. Must not be called in an event loop.
     """
 
     async def play() -> list[Demonstration]:
-        episodes = demonstrate(
-            worlds, rendering=rendering, tokenizer=tokenizer, num_episodes=num_episodes, seed=seed, noise=noise
-        )
+        episodes = demonstrate(worlds, tokenizer=tokenizer, num_episodes=num_episodes, seed=seed, noise=noise)
         return [played async for played in episodes]
 
     demonstrations = asyncio.run(play())
@@ -170,7 +169,7 @@ def _written(memory: Fact | None) -> str:
 
 
 def _next_relation(walk: Walk, memory: Fact | None) -> str | None:
-    """The relation to look up; None when the question's last one is in memory."""
+    """The relation to look up; None if the question's last one is in memory."""
     if memory is None or memory.relation not in walk.relations:
         return walk.relations[0]
     place = walk.relations.index(memory.relation) + 1
@@ -185,7 +184,7 @@ def _facts_in(context: str) -> list[Fact]:
 
 
 def _fact_found(facts: Sequence[Fact], entity: str, relation: str, rng: np.random.Generator) -> Fact:
-    """The fact that was asked for; where no passage states it, one that was found."""
+    """The fact that was asked for; if no passage states it, a random one of those found."""
     for fact in facts:
         if (fact.subject, fact.relation) == (entity, relation):
             return fact

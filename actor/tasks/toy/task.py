@@ -2,43 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import orjson
+from pydantic import Field
 
-from actor.rewards.reward import Reward
-from actor.tasks.toy.world import Walk, World
+from actor.tasks.task import Split, Task
+from actor.tasks.toy.world import Walk, World, make_world
+from protocol.config_base import NonNegative, Options
 from protocol.errors import ConfigError
 from protocol.types import Passage, Question
 
 
-class ToyQuestions:
-    """Implements `Task`. Questions rotate over the worlds; each is drawn from (seed, cursor), without end.
+class ToyOptions(Options):
+    """Options of the task toy."""
+
+    worlds: tuple[NonNegative, ...] = Field(default=(), description="Seeds of the training worlds.")
+    eval_worlds: tuple[NonNegative, ...] = Field(default=(), description="Seeds of the evaluation worlds.")
+
+
+class ToyTask(Task):
+    """Questions rotate over the worlds; each is drawn from (seed, cursor), without end.
 
     metadata: `collection`, the index to search, and `hops`.
     """
 
-    def __init__(self, worlds: Sequence[World], *, reward: Reward, seed: int) -> None:
-        if not worlds:
-            raise ConfigError("the toy task needs at least one world, got none")
-        self._worlds = tuple(worlds)
-        self._reward = reward
-        self._seed = seed
+    Options = ToyOptions
+    options: ToyOptions
+
+    def __init__(self, options: ToyOptions, *, split: Split, seed: int) -> None:
+        """Raises: ConfigError if no world is named."""
+        super().__init__(options, split=split, seed=seed)
+        key, seeds = ("worlds", options.worlds) if split == "train" else ("eval_worlds", options.eval_worlds)
+        if not seeds:
+            raise ConfigError(f"task.{key} must name at least one seed, got none")
+        self._worlds = tuple(make_world(each) for each in seeds)
 
     @property
-    def num_questions(self) -> None:
-        return None
-
-    @property
-    def reward(self) -> Reward:
-        return self._reward
+    def worlds(self) -> tuple[World, ...]:
+        """The worlds that questions are drawn from."""
+        return self._worlds
 
     def walk(self, cursor: int) -> tuple[World, Walk]:
-        """The world of question `cursor` and the way through it."""
+        """The world of question `cursor`, and the facts that lead to its answer."""
         world = self._worlds[cursor % len(self._worlds)]
-        return world, world.draw_walk(np.random.default_rng([self._seed, world.seed, cursor]))
+        return world, world.draw_walk(np.random.default_rng([self.seed, world.seed, cursor]))
 
     def question(self, cursor: int) -> Question:
         world, walk = self.walk(cursor)

@@ -1,8 +1,8 @@
-"""Scripted episodes, played by the workflow itself: the texts, tokens and masks are those of a rollout.
+"""Scripted episodes, played by the workflow itself, so that texts, tokens and masks are those of a rollout.
 
-    Script.write(context) ─► ScriptedGenerator, where an engine pool would stand ─► Session, Workflow ─► contexts
+    Script.write(context) ─► ScriptedGenerator, in place of an engine pool ─► Session, Workflow ─► contexts
 
-What is recorded is what a policy would have to sample, so that it can be learned by supervised fine-tuning
+The recorded tokens are those that a policy would have to sample: supervised fine-tuning learns them
 (learner/warmstart/sft.py).
 """
 
@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from actor.chat.tokenizer import Tokenizer
 from actor.engines.completion import Completion, Finish, Span
 from actor.engines.sampling import SamplingParams
+from protocol.atomic_write import atomic_path
 from protocol.errors import ConfigError, DataError
 from protocol.types import Context
 
@@ -25,15 +26,15 @@ _VERSION = "script"
 
 
 class Script(Protocol):
-    """What a demonstrator writes, one episode long."""
+    """Writes the policy's pieces of one episode."""
 
     def write(self, context: str) -> str:
-        """The policy's next piece, its end token included. `context` is all that the policy can see."""
+        """The policy's next piece, its end token included. `context` is the text of the open context."""
         ...
 
 
 class ScriptedGenerator:
-    """Implements `Generator` with a script. Its tokens have log-probability 0 and no version: they are no rollout."""
+    """Implements `Generator` with a script. Its tokens have log-prob 0 and no version: not for training by RL."""
 
     def __init__(self, *, script: Script, tokenizer: Tokenizer) -> None:
         self._script = script
@@ -42,9 +43,9 @@ class ScriptedGenerator:
     async def generate(
         self, input_ids: Sequence[int], sampling: SamplingParams, *, min_version: int, prefer: str = "", rid: str = ""
     ) -> Completion:
-        """What the script writes, cut off at `max_new_tokens` as an engine would.
+        """The script's next piece, cut off at `max_new_tokens` as an engine would.
 
-        Raises: ConfigError where the script's piece does not end in a stop token.
+        Raises: ConfigError if the piece does not end in a stop token.
         """
         ids = self._tokenizer.encode(self._script.write(self._tokenizer.decode(input_ids)))
         if not ids or ids[-1] not in sampling.stop_token_ids:
@@ -65,22 +66,20 @@ class ScriptedGenerator:
 
 
 def save_demonstrations(path: Path, contexts: Sequence[Context], *, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes contexts as the arrays that learner/warmstart/sft.py reads, aside and renamed.
+    """Writes contexts as the arrays that learner/warmstart/sft.py reads.
 
     safetensors: token_ids int32 [N], loss_mask bool [N], offsets int64 [C + 1] with context c at
     [offsets[c], offsets[c + 1]).
 
-    Raises: DataError where there is no context.
+    Raises: DataError if there is no context.
     """
     if not contexts:
-        raise DataError(f"there is no demonstration to write to {path}: check what the script refuses")
+        raise DataError(f"no demonstration to write to {path}: every scripted episode was rejected")
     lengths = [len(context) for context in contexts]
     columns = {
         "token_ids": np.concatenate([context.token_ids for context in contexts]).astype(np.int32),
         "loss_mask": np.concatenate([context.loss_mask for context in contexts]).astype(np.bool_),
         "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".writing-{path.name}")
-    save_file(columns, aside, metadata=dict(metadata or {}))
-    aside.replace(path)
+    with atomic_path(path) as temporary:
+        save_file(columns, temporary, metadata=dict(metadata or {}))
