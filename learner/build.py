@@ -87,7 +87,12 @@ def load_trainer(config: Config, world: World) -> tuple[Trainer, int]:
     if learner.loss.kl_coefficient:
         reference = load_policy(learner.reference or config.model.path, device=str(world.device))
     trainer = Trainer(
-        policy=policy, config=learner, temperature=config.sampling.temperature, reference=reference, world=world
+        policy=policy,
+        config=learner,
+        temperature=config.sampling.temperature,
+        reference=reference,
+        world=world,
+        base_dir=config.run.base_dir,
     )
     if not checkpoint:
         return trainer, 0
