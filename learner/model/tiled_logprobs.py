@@ -35,12 +35,12 @@ def token_scores(
     depends neither on M nor on V.
     """
     elements = tile_elements or _TILE_ELEMENTS[hidden.device.type]
-    tile = _tile_shape(len(hidden), len(weight), elements)
+    tile = tile_shape(len(hidden), len(weight), elements)
     logprob, entropy = _TokenScores.apply(hidden, weight, bias, target, temperature, tile)  # pyright: ignore[reportGeneralTypeIssues]
     return logprob, entropy if entropy_grad else entropy.detach()
 
 
-def _tile_shape(num_rows: int, num_columns: int, elements: int) -> tuple[int, int]:
+def tile_shape(num_rows: int, num_columns: int, elements: int) -> tuple[int, int]:
     """(rows, columns) of at most `elements`: whole rows where 128 fit, else about square, so that neither hidden
     states nor the output embedding are read more often than they must."""
     columns = num_columns

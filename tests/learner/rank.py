@@ -22,7 +22,7 @@ from learner.model.loading import Policy
 from learner.model.lora import add_adapters
 from learner.model.parallel import World, checkpoint_activations, clip_gradients, full, join, shard
 from learner.model.scorer import Scorer
-from learner.training.checkpoint import TrainingState, restore_training, save_checkpoint
+from learner.training.checkpoint import TrainingProgress, restore_checkpoint, save_checkpoint
 from learner.training.optimizer import apply_update, build_optimizer
 from learner.training.trainer import Trainer
 from protocol.algorithm_config import AdvantageConfig, LossConfig, TruncateConfig
@@ -125,14 +125,14 @@ class Learner:
             root,
             policy=self.policy,
             optimizer=self.optimizer,
-            state=TrainingState(step, num_skipped_updates=3, num_consecutive_skips=1),
+            progress=TrainingProgress(step, num_skipped_updates=3, num_consecutive_skips=1),
             keep=1,
             value_head=self.scorer.value_head,
             world=self.world,
         )
 
-    def restore(self, folder: Path) -> TrainingState:
-        return restore_training(
+    def restore(self, folder: Path) -> TrainingProgress:
+        return restore_checkpoint(
             folder,
             policy=self.policy,
             optimizer=self.optimizer,

@@ -12,6 +12,7 @@ from learner.model.attention import choose, install, to_device
 from learner.model.attention_flex import block_mask, compiled, flex_inputs
 from protocol.errors import DataError
 from tests.learner.forests import Ids, forests, grown, model_of, plain_attention
+from tests.learner.properties import deterministic
 
 STRETCHES = {"short": (1, 2, 9), "mixed": (1, 12, 40, 150), "long": (130, 160)}
 
@@ -51,24 +52,26 @@ def check(row: Pack, inputs: list[Tensor], *, tolerance: float) -> None:
 @pytest.mark.parametrize("stretches", STRETCHES)
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_blocks_are_the_dense_mask(stretches: str, share: bool, dtype: torch.dtype, tolerance: float) -> None:
+def test_block_attention_equals_the_dense_mask(
+    stretches: str, share: bool, dtype: torch.dtype, tolerance: float
+) -> None:
     row = pack(contexts_of(stretches), share=share)
     check(row, heads(row, dtype=dtype), tolerance=tolerance)
 
 
-@settings(max_examples=40)
+@settings(deterministic, max_examples=40)
 @given(contexts=forests())
-def test_blocks_are_the_dense_mask_on_any_small_forest(contexts: list[Ids]) -> None:
+def test_block_attention_equals_the_dense_mask_on_random_small_forests(contexts: list[Ids]) -> None:
     row = pack(contexts, share=True, min_share=1)
     check(row, heads(row), tolerance=1e-11)
 
 
-def test_heads_need_not_be_grouped() -> None:
+def test_block_attention_supports_ungrouped_heads() -> None:
     row = pack(contexts_of("mixed"), share=True)
     check(row, heads(row, num_query=3, num_key=3), tolerance=1e-12)
 
 
-def test_bf16_is_as_near_as_its_rounding() -> None:
+def test_bf16_block_attention_is_within_rounding_of_fp64() -> None:
     row = pack(contexts_of("mixed"), share=True)
     inputs = heads(row, dtype=torch.bfloat16)
     exact = [each.detach().double().requires_grad_() for each in inputs]
@@ -80,7 +83,7 @@ def test_bf16_is_as_near_as_its_rounding() -> None:
         assert (each.double() - other).norm() <= 0.01 * other.norm()
 
 
-def test_padding_of_batched_blocks_is_seen_by_nothing_and_does_not_overflow() -> None:
+def test_padding_of_batched_blocks_is_ignored_and_does_not_overflow() -> None:
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 40, size=size) for size in (57, 59, 64)]
     contexts = [np.concatenate([prompts[n % 3], rng.integers(0, 40, size=13 + n)]) for n in range(9)]
@@ -92,7 +95,7 @@ def test_padding_of_batched_blocks_is_seen_by_nothing_and_does_not_overflow() ->
     check(row, [(12 * each).detach().requires_grad_() for each in inputs], tolerance=1e-9)
 
 
-def test_hundreds_of_small_nodes_are_few_kernel_calls() -> None:
+def test_hundreds_of_small_nodes_need_few_kernel_calls() -> None:
     rng = np.random.default_rng(0)
     groups = [rng.integers(0, 40, size=24) for _ in range(40)]
     contexts = [np.concatenate([groups[n % 40], rng.integers(0, 40, size=rng.integers(20, 30))]) for n in range(400)]
@@ -103,7 +106,7 @@ def test_hundreds_of_small_nodes_are_few_kernel_calls() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
-def test_one_graph_serves_every_size_whatever_sizes_coincide() -> None:
+def test_one_compiled_graph_serves_every_size() -> None:
     """What would be compiled, run as it is: 4 heads and 4 blocks first, then other numbers of blocks."""
     torch.compiler.reset()
     counter = CompileCounterWithBackend("eager")
@@ -119,7 +122,7 @@ def test_one_graph_serves_every_size_whatever_sizes_coincide() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
 @pytest.mark.parametrize("stretches", STRETCHES)
-def test_flex_attention_agrees_with_blocks(stretches: str) -> None:
+def test_flex_attention_equals_the_dense_mask(stretches: str) -> None:
     row = pack(contexts_of(stretches), share=True)
     inputs = [each.detach() for each in heads(row, dtype=torch.float32)]
     flex = to_device(row, "cpu", implementation="flex")
@@ -130,7 +133,7 @@ def test_flex_attention_agrees_with_blocks(stretches: str) -> None:
     torch.testing.assert_close(found, by_ancestors(row, *inputs, scale=0.3), rtol=1e-5, atol=1e-5)
 
 
-def test_the_block_mask_is_that_of_the_dense_mask() -> None:
+def test_the_flex_block_mask_equals_the_dense_mask() -> None:
     prompt = np.arange(300)
     row = pack([np.concatenate([prompt, each]) for each in contexts_of("mixed")], share=True)
     size = row.num_unique_tokens // 128 * 128
@@ -145,7 +148,7 @@ def test_the_block_mask_is_that_of_the_dense_mask() -> None:
     assert (mask.full_kv_num_blocks[0, 0].numpy() == blocks.all(axis=2).sum(axis=1)).all()
 
 
-def test_without_a_plan_attention_is_causal() -> None:
+def test_attention_without_a_plan_is_causal() -> None:
     model = model_of()
     token_ids = torch.randint(0, 40, (2, 30))
     install(model)
@@ -154,13 +157,13 @@ def test_without_a_plan_attention_is_causal() -> None:
         torch.testing.assert_close(found, model(input_ids=token_ids).logits)
 
 
-def test_the_choice_is_by_device_and_others_are_refused() -> None:
+def test_the_implementation_depends_on_the_device_and_other_devices_are_refused() -> None:
     assert (choose("cpu"), choose("cuda")) == ("blocks", "flex")
     with pytest.raises(DataError, match="type cpu or cuda, got mps"):
         choose("mps")
 
 
-def test_a_window_shorter_than_a_context_is_refused() -> None:
+def test_a_sliding_window_shorter_than_a_context_is_refused() -> None:
     model = model_of()
     install(model)
     row = pack([np.arange(12)])

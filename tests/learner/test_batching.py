@@ -12,7 +12,7 @@ from tests.learner.reference import Token, tokens_of
 from tests.learner.tiny import group
 
 
-def test_columns_are_those_of_the_contexts_in_order() -> None:
+def test_columns_follow_the_order_of_contexts() -> None:
     failed = (Status.COMPLETED, Status.FAILED, Status.COMPLETED, Status.COMPLETED)
     groups = [group(0, versions=(1, 2)), group(1, statuses=failed, versions=(3,))]
     batch = flatten(groups)
@@ -35,7 +35,7 @@ def test_columns_are_those_of_the_contexts_in_order() -> None:
     assert batch.context_reward.tolist() == [c.reward for c in contexts]
 
 
-def test_aggregations_by_hand() -> None:
+def test_aggregation_weights_on_hand_computed_values() -> None:
     """Trajectory 0 has contexts of 2 and 1 tokens, trajectory 2 one of 1; trajectory 1 sampled nothing."""
     trajectory, context = np.array([0, 0, 0, 2]), np.array([0, 0, 1, 3])
 
@@ -49,14 +49,14 @@ def test_aggregations_by_hand() -> None:
     assert aggregation_weights(trajectory[:0], context[:0], aggregation="token").tolist() == []
 
 
-def test_the_last_context_alone() -> None:
+def test_last_context_only_keeps_one_context_per_trajectory() -> None:
     groups = [group(0)]
     batch = flatten(groups, last_context_only=True)
     assert batch.num_contexts == 4
     assert len(batch.sampled) == sum(t.contexts[-1].num_trained_tokens for t in groups[0].trajectories)
 
 
-def test_a_first_token_that_was_sampled_is_refused() -> None:
+def test_a_sampled_first_token_and_incomplete_version_spans_are_refused() -> None:
     one = group(0, num_contexts=(1,), rewards=(1.0,))
     context = one.trajectories[0].contexts[0]
     mask = context.loss_mask.copy()
@@ -71,6 +71,6 @@ def test_a_first_token_that_was_sampled_is_refused() -> None:
             flatten([dataclasses.replace(one, trajectories=(trajectory,))])
 
 
-def test_nothing_gives_nothing() -> None:
+def test_no_groups_give_an_empty_batch() -> None:
     batch = flatten([])
     assert (batch.num_contexts, batch.num_trajectories, len(batch.sampled)) == (0, 0, 0)

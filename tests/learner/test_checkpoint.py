@@ -15,10 +15,10 @@ from learner.model import export as weights
 from learner.model.loading import load_policy
 from learner.training import checkpoint
 from learner.training.checkpoint import (
-    TrainingState,
+    TrainingProgress,
     latest_checkpoint,
     list_checkpoints,
-    restore_training,
+    restore_checkpoint,
     save_checkpoint,
 )
 from learner.training.trainer import Trainer
@@ -54,12 +54,14 @@ def save(
     dtype: torch.dtype | None = None,
 ) -> Path:
     guard = trainer.guard
-    state = TrainingState(step, num_skipped_updates=guard.num_skipped, num_consecutive_skips=guard.num_consecutive)
+    progress = TrainingProgress(
+        step, num_skipped_updates=guard.num_skipped, num_consecutive_skips=guard.num_consecutive
+    )
     return save_checkpoint(
         root,
         policy=trainer.policy,
         optimizer=trainer.optimizer,
-        state=state,
+        progress=progress,
         keep=keep,
         keep_every_steps=keep_every_steps,
         value_head=trainer.scorer.value_head,
@@ -67,7 +69,7 @@ def save(
     )
 
 
-def test_four_steps_equal_two_then_resume_then_two_bit_for_bit(trainer: Trainer, tmp_path: Path) -> None:
+def test_four_steps_equal_two_steps_a_resume_and_two_steps_bit_exactly(trainer: Trainer, tmp_path: Path) -> None:
     trainer.guard.num_skipped = 7
 
     for step in range(2):
@@ -78,8 +80,8 @@ def test_four_steps_equal_two_then_resume_then_two_bit_for_bit(trainer: Trainer,
 
     torch.manual_seed(99)
     resumed = Trainer(policy=load_policy(folder), config=CONFIG)
-    state = restore_training(folder, policy=resumed.policy, optimizer=resumed.optimizer)
-    assert state == TrainingState(step=2, num_skipped_updates=7)
+    progress = restore_checkpoint(folder, policy=resumed.policy, optimizer=resumed.optimizer)
+    assert progress == TrainingProgress(step=2, num_skipped_updates=7)
     assert torch.equal(torch.rand(4), noise)
     found = [resumed.train_step(groups_of(step), step=step) for step in (2, 3)]
 
@@ -91,7 +93,7 @@ def test_four_steps_equal_two_then_resume_then_two_bit_for_bit(trainer: Trainer,
             assert torch.equal(resumed.optimizer.state[a][kind], trainer.optimizer.state[b][kind])
 
 
-def test_a_checkpoint_is_a_plain_model_folder(trainer: Trainer, tmp_path: Path) -> None:
+def test_a_checkpoint_is_a_hugging_face_folder(trainer: Trainer, tmp_path: Path) -> None:
     trainer.train_step(groups_of(0), step=0)
     folder = save(trainer, tmp_path / "checkpoints", 1)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -101,13 +103,13 @@ def test_a_checkpoint_is_a_plain_model_folder(trainer: Trainer, tmp_path: Path) 
     assert {file.suffix for file in folder.rglob("*") if file.is_file()} == {".json", ".safetensors"}
 
 
-def test_weights_computed_in_bf16_are_served_in_bf16_and_trained_on_in_fp32(trainer: Trainer, tmp_path: Path) -> None:
+def test_a_bf16_checkpoint_is_served_in_bf16_and_resumed_in_fp32(trainer: Trainer, tmp_path: Path) -> None:
     trainer.train_step(groups_of(0), step=0)
     folder = save(trainer, tmp_path / "checkpoints", 1, dtype=torch.bfloat16)
     served = AutoModelForCausalLM.from_pretrained(folder)
     assert served.dtype is torch.bfloat16
     resumed = Trainer(policy=load_policy(folder), config=CONFIG)
-    restore_training(folder, policy=resumed.policy, optimizer=resumed.optimizer)
+    restore_checkpoint(folder, policy=resumed.policy, optimizer=resumed.optimizer)
     masters = list(trainer.policy.model.parameters())
     for found, wanted in zip(served.parameters(), masters, strict=True):
         assert torch.equal(found, wanted.bfloat16())
@@ -115,7 +117,7 @@ def test_weights_computed_in_bf16_are_served_in_bf16_and_trained_on_in_fp32(trai
         assert torch.equal(found, wanted)
 
 
-def test_the_newest_are_kept_and_the_newest_complete_one_is_found(trainer: Trainer, tmp_path: Path) -> None:
+def test_the_newest_checkpoints_are_kept_and_the_newest_complete_one_is_found(trainer: Trainer, tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     assert latest_checkpoint(root) is None
     folders = [save(trainer, root, step, keep=2) for step in (1, 2, 10)]
@@ -123,11 +125,11 @@ def test_the_newest_are_kept_and_the_newest_complete_one_is_found(trainer: Train
     (folders[2] / "model.safetensors").write_bytes(b"cut short")
     assert latest_checkpoint(root) == folders[1]
     with pytest.raises(DataError, match="is not complete"):
-        restore_training(folders[2], policy=trainer.policy, optimizer=trainer.optimizer)
+        restore_checkpoint(folders[2], policy=trainer.policy, optimizer=trainer.optimizer)
     assert save(trainer, root, 10) == latest_checkpoint(root)
 
 
-def test_every_third_step_is_kept_for_ever(trainer: Trainer, tmp_path: Path) -> None:
+def test_multiples_of_keep_every_steps_are_never_deleted(trainer: Trainer, tmp_path: Path) -> None:
     for step in range(1, 9):
         save(trainer, tmp_path / "checkpoints", step, keep=1, keep_every_steps=3)
     kept = sorted((tmp_path / "checkpoints").iterdir())
@@ -138,7 +140,7 @@ class Killed(BaseException):
     """What a process that is killed would not live to see."""
 
 
-def test_killed_before_any_file_operation_a_whole_checkpoint_stays(
+def test_a_kill_before_any_file_operation_leaves_a_complete_checkpoint(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dies at the first, second ... operation of a save, until one is not reached; what is found then can be used."""
@@ -156,7 +158,7 @@ def test_killed_before_any_file_operation_a_whole_checkpoint_stays(
                 break
         latest = latest_checkpoint(root)
         assert latest is not None
-        restore_training(latest, policy=trainer.policy, optimizer=trainer.optimizer)
+        restore_checkpoint(latest, policy=trainer.policy, optimizer=trainer.optimizer)
         found.append(latest.name)
         assert save(trainer, root, 1, keep=1) == latest_checkpoint(root)
         assert [child.name for child in root.iterdir()] == ["step-00000001"]
@@ -183,12 +185,12 @@ def die_at(number: int, patched: pytest.MonkeyPatch) -> None:
     for owner, name in (
         (Path, "mkdir"), (Path, "rename"), (Path, "unlink"), (Path, "write_text"),
         (os, "fsync"), (os, "unlink"), (os, "rmdir"), (os, "rename"),
-        (shutil, "copyfile"), (weights, "save_file"), (checkpoint, "save_training"),
+        (shutil, "copyfile"), (weights, "save_file"), (checkpoint, "save_training_tensors"),
     ):  # fmt: skip
         patched.setattr(owner, name, before(getattr(owner, name)))
 
 
-def test_what_a_crash_left_is_not_counted_and_goes_with_the_next_one(trainer: Trainer, tmp_path: Path) -> None:
+def test_unfinished_checkpoints_are_ignored_and_removed_by_the_next_save(trainer: Trainer, tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     whole = save(trainer, root, 1)
     shutil.copytree(whole, root / ".writing-step-00000002")
@@ -205,9 +207,9 @@ def test_a_checkpoint_of_another_model_is_refused(trainer: Trainer, tmp_path: Pa
     first, parameter = next(iter(trainer.policy.model.named_parameters()))
     parameter.data = parameter.data[:-1].clone()
     with pytest.raises(DataError, match=rf"{first} must have shape \(47, 32\), got \(48, 32\)"):
-        restore_training(folder, policy=trainer.policy, optimizer=trainer.optimizer)
+        restore_checkpoint(folder, policy=trainer.policy, optimizer=trainer.optimizer)
 
 
-def test_keep_must_leave_one(trainer: Trainer, tmp_path: Path) -> None:
+def test_keep_must_be_at_least_one(trainer: Trainer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep must be >= 1, got 0"):
         save(trainer, tmp_path, 1, keep=0)

@@ -43,7 +43,7 @@ def publish(model: PreTrainedModel) -> dict[str, Tensor]:
     return published_weights(model, world=World(), dtype=torch.float32)
 
 
-def test_only_adapters_train_and_they_begin_at_zero() -> None:
+def test_only_adapters_are_trained_and_their_product_starts_at_zero() -> None:
     model = adapted()
     assert torch.equal(logits(model), logits(tiny_model()))
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -51,7 +51,7 @@ def test_only_adapters_train_and_they_begin_at_zero() -> None:
     assert all(".lora_" in name for name in trained)
 
 
-def test_published_weights_give_the_adapted_model_s_logits_under_the_base_s_names() -> None:
+def test_published_weights_have_the_base_model_names_and_the_adapted_logits() -> None:
     model, base = adapted(), tiny_model()
     train(model, build_optimizer(model, OptimizerConfig()), num_steps=3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -69,7 +69,7 @@ def test_published_weights_give_the_adapted_model_s_logits_under_the_base_s_name
     torch.testing.assert_close(published[f"{name}.weight"], before[f"{name}.base_layer.weight"] + 1.5 * product)
 
 
-def test_a_checkpoint_holds_the_adapters_and_a_folder_with_them_merged(tmp_path: Path) -> None:
+def test_a_checkpoint_holds_adapters_for_training_and_merged_weights_for_serving(tmp_path: Path) -> None:
     model = adapted()
     optimizer = build_optimizer(model, OptimizerConfig())
     train(model, optimizer, num_steps=2)
@@ -96,6 +96,6 @@ def test_a_checkpoint_holds_the_adapters_and_a_folder_with_them_merged(tmp_path:
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "norm", "key_proj"])
-def test_what_is_not_a_linear_layer_of_the_decoder_is_refused(target: str) -> None:
+def test_a_target_that_is_no_linear_layer_of_the_decoder_is_refused(target: str) -> None:
     with pytest.raises(ConfigError, match=rf"learner\.lora\.targets .*got '{target}'"):
         add_adapters(tiny_model(), LoraConfig(targets=("q_proj", target)))

@@ -44,7 +44,7 @@ def test_one_update_by_hand() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
+def test_a_non_finite_gradient_changes_nothing(bad: float) -> None:
     model = nn.Linear(1, 1)
     before = [p.clone() for p in model.parameters()]
     optimizer = build_optimizer(model, OptimizerConfig(learning_rate=1.0))
@@ -54,7 +54,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
     assert not optimizer.state
 
 
-def test_a_loss_that_is_not_finite_changes_nothing_and_clears_the_gradient() -> None:
+def test_a_non_finite_loss_changes_nothing_and_clears_the_gradient() -> None:
     model = nn.Linear(1, 1)
     before = [p.clone() for p in model.parameters()]
     optimizer = build_optimizer(model, OptimizerConfig(learning_rate=1.0))
@@ -65,7 +65,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_clears_the_gradient() -> 
     assert not optimizer.state
 
 
-def test_updates_skipped_in_a_row_end_the_run_and_a_good_one_starts_the_count_anew() -> None:
+def test_consecutive_skips_end_the_run_and_a_finite_update_resets_the_count() -> None:
     guard = SkipGuard(max_consecutive=3, num_skipped=4, num_consecutive=2)
     guard.record(1.0)
     for norm in (math.nan, math.inf):

@@ -64,7 +64,7 @@ def assert_alike(found: dict[str, Tensor], wanted: dict[str, Tensor], *, bound: 
         assert float((found[name] - each).abs().max()) <= bound * largest, name
 
 
-def test_ranks_hear_each_other(ranks: list[dict]) -> None:
+def test_collectives_reach_every_rank(ranks: list[dict]) -> None:
     for found in ranks:
         assert found["sum"] == [2, 10]
         assert found["bytes"] == [True, True, True]
@@ -88,7 +88,7 @@ def test_two_processes_give_the_gradient_of_one(out: Path, ranks: list[dict], na
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_two_ranks_train_groups_as_one_does(out: Path, ranks: list[dict], name: str) -> None:
+def test_two_ranks_train_like_one(out: Path, ranks: list[dict], name: str) -> None:
     trainer, stepped = train_groups(TRAINERS[name], World())
     wanted = published_weights(trainer.policy.model, world=World(), dtype=torch.float32)
     assert_alike(load_file(out / f"{name}.safetensors"), wanted, bound=1e-5)
@@ -98,7 +98,7 @@ def test_two_ranks_train_groups_as_one_does(out: Path, ranks: list[dict], name: 
         assert norm == pytest.approx(each.values["learner/grad_norm"], rel=1e-4)
 
 
-def test_clipping_is_torch_s_own() -> None:
+def test_clipping_equals_torch_clip_grad_norm() -> None:
     torch.manual_seed(0)
     ours, theirs = nn.Linear(8, 8), nn.Linear(8, 8)
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -111,12 +111,12 @@ def test_clipping_is_torch_s_own() -> None:
     assert clip_gradients(nn.Linear(2, 2).parameters(), 0.5) == 0.0
 
 
-def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(ranks: list[dict]) -> None:
+def test_a_non_finite_gradient_on_one_rank_skips_the_update_on_all(ranks: list[dict]) -> None:
     assert all(math.isnan(found["nan norm"]) for found in ranks)
     assert not ranks[0]["nan changed"]
 
 
-def test_two_ranks_resume_bit_for_bit_each_with_its_own_random_state(ranks: list[dict]) -> None:
+def test_two_ranks_resume_bit_exactly_each_with_its_own_rng_state(ranks: list[dict]) -> None:
     for found in ranks:
         assert found["state"] == [2, 3, 1]
         assert found["same noise"]
@@ -124,7 +124,7 @@ def test_two_ranks_resume_bit_for_bit_each_with_its_own_random_state(ranks: list
     assert ranks[0]["noise"] != ranks[1]["noise"]
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_in_one(out: Path, alone: Learner) -> None:
+def test_a_checkpoint_of_two_ranks_resumes_on_one(out: Path, alone: Learner) -> None:
     learner = Learner(World())
     learner.restore(out / "of-two-ranks" / "step-00000002")
     learner.train(2, 4)
@@ -134,7 +134,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one(out: Path, alone: Learner) -> 
     torch.testing.assert_close(learner.scorer.value_head.weight, alone.scorer.value_head.weight, rtol=1e-4, atol=1e-6)
 
 
-def test_a_checkpoint_of_one_goes_on_in_two(out: Path, alone: Learner) -> None:
+def test_a_checkpoint_of_one_rank_resumes_on_two(out: Path, alone: Learner) -> None:
     assert_alike(load_file(out / "trained-on.safetensors"), alone.published(), bound=1e-5)
 
 
@@ -147,7 +147,7 @@ def test_two_ranks_publish_merged_adapters(out: Path) -> None:
     assert_alike(load_file(out / "adapted.safetensors"), wanted, bound=1e-5)
 
 
-def test_bf16_computes_in_bf16_and_keeps_all_else_in_fp32(ranks: list[dict]) -> None:
+def test_bf16_training_keeps_weights_and_gradients_in_fp32(ranks: list[dict]) -> None:
     for found in ranks:
         assert found["gradients"] == found["masters"] == ["torch.float32"]
         assert found["bf16 norm"] != found["plain norm"]
@@ -156,7 +156,7 @@ def test_bf16_computes_in_bf16_and_keeps_all_else_in_fp32(ranks: list[dict]) -> 
     assert ranks[1]["published"] == []
 
 
-def test_one_rank_keeps_fp32_masters_too(ranks: list[dict]) -> None:
+def test_one_rank_in_bf16_keeps_fp32_weights(ranks: list[dict]) -> None:
     with join("cpu") as world:
         learner = Learner(world, dtype="bfloat16")
         learner.accumulate(0)
@@ -168,7 +168,7 @@ def test_one_rank_keeps_fp32_masters_too(ranks: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_layers_are_computed_again_in_the_backward_and_dropout_stays_off(recompute: bool) -> None:
+def test_activation_checkpointing_recomputes_layers_and_dropout_stays_off(recompute: bool) -> None:
     model = tiny_model()
     if recompute:
         checkpoint_activations(model)
@@ -179,12 +179,12 @@ def test_layers_are_computed_again_in_the_backward_and_dropout_stays_off(recompu
     assert calls == [False] * (2 if recompute else 1)
 
 
-def test_one_rank_in_fp32_is_left_as_it_is() -> None:
+def test_one_rank_in_fp32_is_not_sharded() -> None:
     model = nn.Linear(2, 2)
     shard(model, World(), dtype="float32")
     assert type(model) is nn.Linear
 
 
-def test_a_device_that_is_not_there_is_named() -> None:
+def test_an_unavailable_device_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"learner\.device 'cuda' cannot be used"), join("cuda"):
         pass

@@ -11,7 +11,7 @@ from protocol.errors import DataError
 from tests.learner.tiny import save_tiny_model, tiny_model
 
 
-def test_a_folder_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
+def test_a_saved_folder_loads_with_the_same_weights(tmp_path: Path) -> None:
     policy = load_policy(save_tiny_model(tmp_path))
     for found, wanted in zip(policy.model.parameters(), tiny_model().parameters(), strict=True):
         assert torch.equal(found, wanted)
@@ -23,13 +23,13 @@ def test_a_folder_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     ("missing", "message"),
     [("config.json", "has no config"), ("model.safetensors", "has no weights"), ("tokenizer.json", "has no tokenizer")],
 )
-def test_a_folder_without_a_part_is_refused(tmp_path: Path, missing: str, message: str) -> None:
+def test_a_folder_with_a_missing_part_is_refused(tmp_path: Path, missing: str, message: str) -> None:
     (save_tiny_model(tmp_path) / missing).unlink()
     with pytest.raises(DataError, match=message):
         load_policy(tmp_path)
 
 
-def test_weights_that_do_not_belong_to_the_config_are_refused(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
     config = json.loads((save_tiny_model(tmp_path) / "config.json").read_text())
     config["num_hidden_layers"] = 3
     config.pop("layer_types", None)

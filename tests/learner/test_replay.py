@@ -27,15 +27,16 @@ ROOT = Path(__file__).resolve().parents[2]
 KILL_AFTER_5 = """
 import os, signal, sys
 from pathlib import Path
-from learner import build as start, loop
+from learner.build import run_replay
+from learner.training.trainer import Trainer
 from protocol.config_file import load_config
-train = loop.Loop._train
-def killed(self, groups):
-    if self._step == 5:
+train_step = Trainer.train_step
+def killed(self, groups, *, step):
+    if step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-    return train(self, groups)
-loop.Loop._train = killed
-start.run_replay(load_config(Path(sys.argv[1]), [f"run.dir={sys.argv[3]}"]), Path(sys.argv[2]))
+    return train_step(self, groups, step=step)
+Trainer.train_step = killed
+run_replay(load_config(Path(sys.argv[1]), [f"run.dir={sys.argv[3]}"]), Path(sys.argv[2]))
 """
 
 
@@ -53,7 +54,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def test_ten_steps_equal_five_a_kill_and_five(tmp_path: Path) -> None:
+def test_ten_steps_equal_five_steps_a_kill_and_five_steps_bit_exactly(tmp_path: Path) -> None:
     source = record_run(tmp_path / "source", num_steps=10)
     path, config = replay_config(tmp_path)
     run_replay(config, source)
@@ -75,7 +76,7 @@ def test_ten_steps_equal_five_a_kill_and_five(tmp_path: Path) -> None:
     assert len(set(steps.values())) > 5
 
 
-def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
+def test_a_replay_on_two_ranks_equals_one_rank(tmp_path: Path) -> None:
     source = record_run(tmp_path / "source", num_steps=3)
     path, config = replay_config(tmp_path)
     run_replay(config, source)
@@ -98,7 +99,7 @@ def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_another_source_or_config_is_not_mixed_in(tmp_path: Path) -> None:
+def test_a_replay_folder_of_another_source_or_config_is_refused(tmp_path: Path) -> None:
     source = record_run(tmp_path / "source", num_steps=2)
     path, config = replay_config(tmp_path, "learner.num_steps=2", "learner.optimizer.schedule=constant")
     run_replay(config, source)
@@ -111,7 +112,7 @@ def test_another_source_or_config_is_not_mixed_in(tmp_path: Path) -> None:
         run_replay(load_config(path, [f"run.dir={source}"]), source)
 
 
-def test_a_replay_at_rate_0_changes_nothing_and_reports_the_mismatch(tmp_path: Path) -> None:
+def test_check_drift_changes_no_weight_and_reports_the_mismatch(tmp_path: Path) -> None:
     """These log-probs are no policy's: the mismatch is large, and need not be flat over random contexts."""
     source = record_run(tmp_path / "source", num_steps=2)
     _, config = replay_config(tmp_path, "learner.num_steps=2", "learner.check_drift=true")
@@ -140,7 +141,7 @@ def means(*values: float, num_tokens: int = 1000) -> dict[int, Mean]:
         (1e-3, 1e-3, means(1e-3), means(1e-3, 4e-3), False),
     ],
 )
-def test_flat_means_neither_time_nor_age_nor_context_raises_it(
+def test_drift_is_flat_if_it_rises_with_neither_step_nor_age_nor_context(
     first: float, last: float, by_age: dict[int, Mean], by_context: dict[int, Mean], flat: bool
 ) -> None:
     assert Drift(Mean(first, 1000), Mean(last, 1000), by_age, by_context).is_flat is flat
@@ -158,7 +159,7 @@ def test_drift_is_read_from_the_last_line_of_each_step(tmp_path: Path) -> None:
     assert found.by_age == {0: Mean((10 + 40 + 120) / 60, 60)}
 
 
-def test_updates_that_are_never_finite_end_the_run_and_leave_the_batch(tmp_path: Path) -> None:
+def test_updates_that_stay_non_finite_end_the_run_and_save_the_batch(tmp_path: Path) -> None:
     source = record_run(tmp_path / "source", num_steps=2)
     optimizer = ("learning_rate=1e30", "schedule=constant", "max_consecutive_skips=2")
     _, config = replay_config(tmp_path, "learner.num_steps=2", *(f"learner.optimizer.{each}" for each in optimizer))
@@ -168,7 +169,7 @@ def test_updates_that_are_never_finite_end_the_run_and_leave_the_batch(tmp_path:
     assert [each.cursor for each in kept] == [each.cursor for each in groups_of(1)]
 
 
-def test_ranks_end_with_the_status_of_the_first_that_fails(tmp_path: Path) -> None:
+def test_all_ranks_end_with_the_exit_status_of_the_first_that_fails(tmp_path: Path) -> None:
     """3: starting again would not help."""
     source = record_run(tmp_path / "source", num_steps=1)
     path, _ = replay_config(tmp_path)
@@ -188,7 +189,7 @@ def test_ranks_end_with_the_status_of_the_first_that_fails(tmp_path: Path) -> No
     assert "Traceback" not in done.stderr
 
 
-def test_groups_survive_packing_and_torn_bytes_are_refused() -> None:
+def test_packed_groups_are_read_back_and_truncated_bytes_are_refused() -> None:
     groups = groups_of(3)
     data = pack_groups(groups)
     for wanted, found in zip(groups, unpack_groups(data), strict=True):

@@ -83,7 +83,7 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], *, toleranc
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_packs_equal_contexts_computed_separately(
+def test_packed_scores_and_gradients_equal_separate_forwards(
     family: str, checkpointing: bool, dtype: torch.dtype, tolerance: float
 ) -> None:
     model, case = model_of(family, dtype=dtype), Case(0)
@@ -100,7 +100,7 @@ def test_packs_equal_contexts_computed_separately(
 
 @pytest.mark.usefixtures("norm_in_fp64")
 @pytest.mark.parametrize(("budget", "num_ranks", "seed"), [(1, 1, 1), (150, 2, 2), (400, 3, 3)])
-def test_any_order_and_split_gives_the_same_gradient(budget: int, num_ranks: int, seed: int) -> None:
+def test_gradient_does_not_depend_on_order_and_split(budget: int, num_ranks: int, seed: int) -> None:
     model, case = model_of(dtype=torch.float64), Case(seed)
     wanted, wanted_gradients = case.separately(model), gradients(model)
     scorer = Scorer(model)
@@ -113,7 +113,7 @@ def test_any_order_and_split_gives_the_same_gradient(budget: int, num_ranks: int
     assert_same(gradients(model), wanted_gradients, tolerance=1e-12)
 
 
-def test_values_are_of_the_state_before_the_token() -> None:
+def test_a_value_is_computed_from_the_hidden_state_before_the_token() -> None:
     model = model_of()
     scorer = Scorer(model, with_value_head=True)
     context = np.arange(12)
@@ -129,7 +129,7 @@ def test_values_are_of_the_state_before_the_token() -> None:
     torch.testing.assert_close(value, hidden[source].sum(dim=1), rtol=1e-5, atol=1e-5)
 
 
-def test_a_pack_without_work_gives_every_parameter_a_zero_gradient() -> None:
+def test_an_empty_pack_gives_every_parameter_a_zero_gradient() -> None:
     scorer, none = Scorer(model_of(), with_value_head=True), torch.zeros(0, dtype=torch.int64)
     scores = scorer(to_device(pack([]), "cpu"), none, none)
     assert scores.value is not None
@@ -181,7 +181,7 @@ def peak_bytes(*, vocab_size: int = 1000, length: int = 500, num_tokens: int = 4
     return peak.peak_bytes
 
 
-def test_peak_memory_depends_neither_on_the_vocabulary_nor_on_the_longest_context() -> None:
+def test_peak_memory_is_independent_of_vocabulary_size_and_context_length() -> None:
     usual = peak_bytes()
     assert usual > 4000 * 32 * 4 * 20  # activations are counted
     assert peak_bytes(vocab_size=150_000) <= 1.1 * usual

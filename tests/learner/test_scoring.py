@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.model.tiled_logprobs import _tile_shape, token_scores
+from learner.model.tiled_logprobs import tile_shape, token_scores
 
 M, H, V = 11, 6, 17
 
@@ -28,7 +28,7 @@ def plain(
 @pytest.mark.parametrize("tile_elements", [1, 9, 3 * V, 4 * V + 5, 100, None])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("entropy_grad", [False, True])
-def test_scores_and_gradients_are_those_of_all_logits_at_once(
+def test_tiled_scores_and_gradients_equal_those_of_full_logits(
     tile_elements: int | None, with_bias: bool, entropy_grad: bool
 ) -> None:
     hidden, weight, full_bias, target = inputs()
@@ -52,14 +52,14 @@ def test_scores_and_gradients_are_those_of_all_logits_at_once(
     torch.testing.assert_close(grads, wanted_grads, rtol=1e-12, atol=1e-12)
 
 
-def test_entropy_alone_may_be_differentiated() -> None:
+def test_entropy_alone_can_be_differentiated() -> None:
     hidden, weight, _, target = inputs()
     wanted = torch.autograd.grad(plain(hidden, weight, None, target, 1.0)[1].sum(), [hidden, weight])
     entropy = token_scores(hidden, weight, target, entropy_grad=True, tile_elements=2 * V)[1]
     torch.testing.assert_close(torch.autograd.grad(entropy.sum(), [hidden, weight]), wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_a_frozen_head_gets_no_gradient() -> None:
+def test_a_frozen_output_embedding_gets_no_gradient() -> None:
     hidden, weight, _, target = inputs()
     weight.requires_grad_(False)
     token_scores(hidden, weight, target)[0].sum().backward()
@@ -67,7 +67,7 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     assert weight.grad is None
 
 
-def test_softmax_of_bf16_is_in_fp32_and_tiles_add_up_in_fp32() -> None:
+def test_bf16_inputs_get_an_fp32_softmax_and_fp32_gradient_sums() -> None:
     hidden, weight, _, target = inputs(torch.bfloat16)
     logprob, entropy = token_scores(hidden, weight, target, tile_elements=V)
     assert logprob.dtype is entropy.dtype is torch.float32
@@ -92,15 +92,15 @@ def test_softmax_of_bf16_is_in_fp32_and_tiles_add_up_in_fp32() -> None:
         (3, 5, (3, 5)),
     ],
 )
-def test_tiles_are_within_their_elements_and_no_thinner_than_they_must_be(
+def test_tile_shapes_respect_the_limit_and_are_about_square(
     num_rows: int, num_columns: int, tile: tuple[int, int]
 ) -> None:
-    found = _tile_shape(num_rows, num_columns, 2**19)
+    found = tile_shape(num_rows, num_columns, 2**19)
     assert found == tile
     assert found[0] * found[1] <= 2**19
 
 
-def test_extreme_logits_neither_overflow_nor_lose_the_entropy() -> None:
+def test_extreme_logits_give_finite_exact_scores() -> None:
     """Logits of +-300 in another order than the tiles are: the largest comes last, or first."""
     logits = torch.tensor([[-300.0, 0.0, 300.0, 299.0], [300.0, 299.0, 0.0, -300.0]], dtype=torch.float64)
     hidden, weight = torch.eye(2, dtype=torch.float64), logits.T.contiguous()
@@ -109,7 +109,7 @@ def test_extreme_logits_neither_overflow_nor_lose_the_entropy() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_no_token_gives_empty_scores_that_carry_zero_gradient() -> None:
+def test_no_tokens_give_empty_scores_and_a_zero_gradient() -> None:
     hidden, weight, _, target = inputs()
     logprob, entropy = token_scores(hidden[:0], weight, target[:0])
     assert logprob.shape == entropy.shape == (0,)

@@ -149,9 +149,7 @@ def test_several_minibatches_equal_a_reference_loop_with_a_fixed_proximal_policy
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 3e-6)], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("scope", ["token", "context", "trajectory"])
-def test_the_gradient_is_the_same_for_any_split_into_micro_batches(
-    scope: str, dtype: torch.dtype, bound: float
-) -> None:
+def test_gradient_does_not_depend_on_the_split_into_micro_batches(scope: str, dtype: torch.dtype, bound: float) -> None:
     """To rounding: fp32 itself is 1e-6 from fp64 here."""
     correction = TruncateConfig(scope=scope, high=1.5)  # pyright: ignore[reportArgumentType]
     model = tiny_model(dtype=dtype)
@@ -161,7 +159,7 @@ def test_the_gradient_is_the_same_for_any_split_into_micro_batches(
         assert distance(found, wanted) < bound
 
 
-def test_the_gradient_is_the_same_for_any_order_and_grouping_of_contexts() -> None:
+def test_gradient_does_not_depend_on_order_and_grouping_of_contexts() -> None:
     """Random partitions that ignore trajectories, lengths and common prefixes, in random order."""
     model = tiny_model(dtype=torch.float64)
     settings = config(budget=100_000)
@@ -183,7 +181,7 @@ def test_the_gradient_is_the_same_for_any_order_and_grouping_of_contexts() -> No
         assert distance(gradient_of(model), wanted) < 1e-12
 
 
-def test_failed_single_and_flat_groups_give_zero_and_not_nan() -> None:
+def test_groups_that_failed_have_one_trajectory_or_equal_rewards_give_gradient_zero() -> None:
     model = tiny_model()
     before = [p.clone() for p in model.parameters()]
     flat = group(0, rewards=(0.3, 0.3, 0.3, 0.3))
@@ -198,7 +196,7 @@ def test_failed_single_and_flat_groups_give_zero_and_not_nan() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_fully_masked_tokens_give_zero_and_are_counted() -> None:
+def test_over_age_tokens_give_gradient_zero_and_are_counted() -> None:
     model = tiny_model()
     values = trainer_of(model, config()).train_step([group(0, versions=(1,))], step=9).values
     for tag in ("learner/trained_tokens", "learner/trained_contexts", "learner/grad_norm", "learner/loss"):
@@ -206,14 +204,14 @@ def test_fully_masked_tokens_give_zero_and_are_counted() -> None:
     assert values["staleness/over_age_tokens"] == sum(c.num_trained_tokens for c in group(0).contexts())
 
 
-def test_a_ratio_mask_that_drops_everything_gives_zero() -> None:
+def test_a_correction_that_drops_every_token_gives_gradient_zero() -> None:
     masked = MaskConfig(low=1e8, high=1e9)
     metrics = trainer_of(tiny_model(), config(correction=masked)).train_step([group(0)], step=0)
     assert metrics.values["learner/grad_norm"] == 0.0
     assert metrics.values["policy/corrected_weight_zero_fraction"] == 1.0
 
 
-def test_a_trajectory_weighs_the_same_whatever_its_number_of_contexts() -> None:
+def test_a_trajectory_has_the_same_weight_for_any_number_of_contexts() -> None:
     """Rewards [1 with 3 contexts, 0 with 1 context]: the baseline is 0.5, and weights sum to 1/2 each."""
     batch = flatten([group(4, num_contexts=(3, 1), rewards=(1.0, 0.0))])
     trainer = trainer_of(tiny_model(), config())
@@ -226,7 +224,7 @@ def test_a_trajectory_weighs_the_same_whatever_its_number_of_contexts() -> None:
         assert advantage.tolist() == pytest.approx([centred / (np.std([1, 0], ddof=1) + 1e-6)] * len(advantage))
 
 
-def test_masks_do_not_shift_weight() -> None:
+def test_masked_tokens_do_not_change_the_weight_of_the_others() -> None:
     """Ageing some tokens out leaves the weight of the others, and their gradient, what it was."""
     batch = flatten([group(0, versions=(2, 5))])
     for aggregation in AGGREGATIONS:
@@ -238,7 +236,7 @@ def test_masks_do_not_shift_weight() -> None:
         assert trained == len(batch.sampled) - young.num_over_age
 
 
-def test_the_ablation_trains_only_last_contexts() -> None:
+def test_the_last_context_ablation_trains_only_last_contexts() -> None:
     model = tiny_model()
     found, _ = fast_gradient(model, config(ablation="last-context"), [group(0, versions=(5,))])
     cut = group(0, versions=(5,))
@@ -262,7 +260,7 @@ def test_a_non_finite_gradient_skips_the_update_and_is_counted() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_metrics_say_what_was_trained() -> None:
+def test_metrics_count_what_was_trained() -> None:
     groups = uneven_groups()
     metrics = trainer_of(tiny_model(), config()).train_step(groups, step=STEP)
     tokens = [v for g in groups for t in g.trajectories if t.status is not Status.FAILED
@@ -285,12 +283,12 @@ def test_metrics_say_what_was_trained() -> None:
     assert values["policy/corrected_weight_mean"] <= 1.5
 
 
-def test_tokens_from_the_future_are_refused() -> None:
+def test_tokens_of_a_later_version_than_the_step_are_refused() -> None:
     with pytest.raises(MalformedMessage, match="<= the learner's step 3, got 4"):
         trainer_of(tiny_model(), config()).train_step([group(0, versions=(4,))], step=3)
 
 
-def test_training_raises_the_probability_of_what_was_rewarded() -> None:
+def test_training_raises_the_probability_of_rewarded_tokens() -> None:
     model = tiny_model()
     groups = [group(0, versions=(0,))]
     trainer = trainer_of(model, config(optimizer=OptimizerConfig(learning_rate=1e-3)))

@@ -62,7 +62,7 @@ def trainer_of(config: LearnerConfig, *, with_reference: bool = False) -> Traine
     return Trainer(policy=Policy(model, ()), config=config, temperature=TEMPERATURE, reference=reference)
 
 
-def accumulate_moved(trainer: Trainer) -> None:
+def accumulate_after_a_move(trainer: Trainer) -> None:
     """Accumulates the gradient of all minibatches after the model has moved away from the proximal policy."""
     batch = flatten(uneven_groups())
     plan = trainer.plan(batch, step=STEP)
@@ -76,7 +76,7 @@ def accumulate_moved(trainer: Trainer) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradient_away_from_the_proximal_policy_equals_the_reference(name: str) -> None:
+def test_gradient_at_other_weights_than_the_proximal_policy_equals_the_reference(name: str) -> None:
     num_parts = 1 if name == "second_moment" else 2  # that one is over the batch, whatever the minibatches
     loss = LOSSES[name].model_copy(update={"minibatches": num_parts})
     config = LearnerConfig(staleness_bound=2, tokens_per_micro_batch=64, loss=loss)
@@ -88,7 +88,7 @@ def test_gradient_away_from_the_proximal_policy_equals_the_reference(name: str) 
     contexts = [context for trajectory, _ in everything for context in trajectory.contexts]
     proximal = frozen(tiny_model(dtype=torch.float64), temperature=TEMPERATURE, contexts=contexts)
     other = frozen(tiny_model(seed=7, dtype=torch.float64), temperature=TEMPERATURE) if trainer.reference else None
-    accumulate_moved(trainer)
+    accumulate_after_a_move(trainer)
     found = gradient_of(model)
 
     model.zero_grad(set_to_none=True)
@@ -102,7 +102,7 @@ def test_gradient_away_from_the_proximal_policy_equals_the_reference(name: str) 
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "maxrl", "reinforce_pp", "gae"])
-def test_a_batch_of_which_nothing_is_young_enough_changes_nothing(estimator: str) -> None:
+def test_a_batch_of_over_age_tokens_only_changes_nothing(estimator: str) -> None:
     advantage = AdvantageConfig(estimator=estimator)  # pyright: ignore[reportArgumentType]
     trainer = trainer_of(LearnerConfig(staleness_bound=0, advantage=advantage))
     before = [parameter.clone() for parameter in trainer.scorer.parameters()]

@@ -28,7 +28,7 @@ def model(seed: int = 0):
     return build_toy_model(vocab_size=98, eos_token_id=1, pad_token_id=0, seed=seed)
 
 
-def test_the_model_has_113472_parameters_and_leaves_the_random_state_alone():
+def test_the_toy_model_has_113472_parameters_and_does_not_change_the_global_rng():
     before = torch.get_rng_state()
     made = model()
     assert sum(p.numel() for p in made.parameters()) == 113_472
@@ -59,7 +59,7 @@ def test_padding_and_neighbours_do_not_change_the_loss():
     assert together == pytest.approx(total / count, abs=1e-5)
 
 
-def test_permuting_exchanges_the_ids_of_the_range_only_and_one_to_one():
+def test_permuted_is_a_bijection_of_the_range_only():
     ids = np.tile(np.arange(30), (4, 1))
     mixed = permuted(ids, range(10, 20), np.random.default_rng(0))
     assert (mixed[:, :10] == ids[:, :10]).all()
@@ -75,7 +75,7 @@ def test_a_permutation_beyond_the_vocabulary_is_refused():
 
 
 @pytest.mark.parametrize("make", [distinct_batch, repeated_batch])
-def test_what_is_trained_in_a_copy_has_been_seen_after_the_same_symbol(make):
+def test_trained_symbols_of_a_copy_occurred_before_after_the_same_symbol(make):
     ids, mask = make(range(9, 83), batch_size=16, rng=np.random.default_rng(0))
     assert mask.any(axis=1).all()
     for row, marked in zip(ids.tolist(), mask.tolist(), strict=True):
@@ -83,7 +83,7 @@ def test_what_is_trained_in_a_copy_has_been_seen_after_the_same_symbol(make):
             assert (row[at - 1], row[at]) in set(pairwise(row[:at]))
 
 
-def test_the_wired_heads_look_one_position_back():
+def test_the_initialised_heads_attend_one_position_back():
     made = model()
     wire_induction(made, seed=0)
     made.set_attn_implementation("eager")
@@ -92,7 +92,7 @@ def test_the_wired_heads_look_one_position_back():
     assert (weights[:, 1:].argmax(-1) == torch.arange(39)).float().mean() > 0.95
 
 
-def test_copying_is_learned_within_the_bound_of_steps():
+def test_copying_is_learned_within_the_step_limit():
     made = model(seed=1)
     wire_induction(made, seed=1)
     steps: list[int] = []
@@ -108,7 +108,7 @@ def test_copying_is_learned_within_the_bound_of_steps():
     assert len(steps) < 290
 
 
-def test_fine_tuning_learns_what_is_masked_in_and_nothing_else():
+def test_fine_tuning_learns_only_tokens_with_loss_mask():
     examples = demonstrations([[5, 6, 7, 8]] * 8, [[False, True, False, False]] * 8)
     made = model()
     loss = supervised_finetune(
@@ -141,7 +141,7 @@ def write(path: Path, examples: Demonstrations, metadata: dict[str, str] | None)
 RANGES = {"symbols": "9:83", "permutable": "23:83"}
 
 
-def test_a_warm_start_is_a_folder_that_loads_with_its_tokenizer(tmp_path: Path):
+def test_the_warm_start_folder_loads_with_its_tokenizer(tmp_path: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     examples = demonstrations([[3, 30, 31, 30, 31, 1]] * 40, [[False, False, False, True, True, True]] * 40)
@@ -161,7 +161,7 @@ def test_a_warm_start_is_a_folder_that_loads_with_its_tokenizer(tmp_path: Path):
     assert phases == {"copying", "imitation"}
 
 
-def test_what_cannot_be_used_is_refused_with_its_name(tmp_path: Path):
+def test_unusable_inputs_are_refused_by_name(tmp_path: Path):
     examples = demonstrations([[3, 30, 31]], [[False, False, True]])
     tokenizer = tokenizer_folder(tmp_path / "tokenizer", size=20)
 

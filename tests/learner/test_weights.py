@@ -26,7 +26,7 @@ def plain(prompts: list[list[int]], weights: dict[str, torch.Tensor] | None = No
     return [float(row.log_softmax(-1).max()) for row in logits]
 
 
-def test_the_canary_is_a_plain_forward() -> None:
+def test_canary_log_probs_equal_a_plain_forward() -> None:
     found = canary(Scorer(tiny_model()), device=torch.device("cpu"))
     assert len(found.prompts) == len({prompt[0] for prompt in found.prompts}) == 4, "no prefix in common"
     assert all(0 <= token < VOCAB_SIZE for prompt in found.prompts for token in prompt)
@@ -35,7 +35,7 @@ def test_the_canary_is_a_plain_forward() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
-def test_a_learner_that_trains_on_says_what_it_publishes(
+def test_the_canary_matches_the_published_weights_and_does_not_change_training(
     dtype: Literal["float32", "bfloat16"], tolerance: float
 ) -> None:
     with join("cpu") as world:
