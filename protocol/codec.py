@@ -1,6 +1,7 @@
-"""A trajectory group as one header and one frame a column (many small frames cost three times as much).
+"""Encodes a trajectory group as one header frame and one frame per column (one frame per context costs three times
+as much).
 
-TrajectoryGroup ── encode_group ──► frames ── decode_group, which checks ──► GroupView ── unpack ──► TrajectoryGroup
+TrajectoryGroup ── encode_group ──► frames ── decode_group (checks) ──► GroupView ── unpack ──► TrajectoryGroup
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ _MAX_INT32 = 2**31 - 1
 
 
 def encode_group(group: TrajectoryGroup, *, lease_id: int) -> list[Buffer]:
-    """[header, token_ids, spans, behavior_logprobs]; see `SubmitGroup` for the layout.
+    """Returns the frames [header, token_ids, spans, behavior_logprobs]; see `SubmitGroup` for the layout.
 
-    Raises: MalformedMessage where a field is out of its bounds, an array is not of its type, length and contiguous, or
-    spans do not cover exactly the sampled tokens; MessageTooLarge. What it returns, a receiver can read.
+    The frames are within the limits of `protocol.framing`.
+    Raises: MalformedMessage (a field is out of its bounds; an array has another type or length, or is not contiguous;
+    spans do not cover exactly the sampled tokens), MessageTooLarge.
     """
     contexts = [context for trajectory in group.trajectories for context in trajectory.contexts]
     lengths = [len(context.token_ids) for context in contexts]
@@ -56,61 +58,62 @@ def encode_group(group: TrajectoryGroup, *, lease_id: int) -> list[Buffer]:
             **_context_columns(contexts, lengths),
         },
     )
-    spans = _packed_spans([span for context in contexts for span in context.policy_versions])
+    spans = _pack_spans([span for context in contexts for span in context.policy_versions])
     _check_masks(contexts, lengths)
     logprobs = [context.behavior_logprobs[s.start : s.end] for context in contexts for s in context.policy_versions]
-    ids = _joined([context.token_ids for context in contexts], "token_ids")
-    frames: list[Buffer] = [header, ids, spans, _joined(logprobs, "behavior_logprobs")]
+    ids = _join_arrays([context.token_ids for context in contexts], "token_ids")
+    frames: list[Buffer] = [header, ids, spans, _join_arrays(logprobs, "behavior_logprobs")]
     check_sizes(frames)
     return frames
 
 
 def decode_group(header: SubmitGroup, payload: Sequence[Buffer]) -> GroupView:
-    """The group, checked as a whole; its columns are read-only views of `payload`.
+    """Returns the group after checking it completely; its columns are read-only views of `payload`.
 
-    Raises: MalformedMessage where columns disagree in length, or a span is out of its context or of order.
+    Raises: MalformedMessage (columns differ in length, a span is outside its context, spans are not ascending, a value
+    is out of its bounds).
     """
     _check_header(header)
     lengths = np.array(header.context_lengths, dtype=np.int64)
-    ids, spans, logprobs = _views(payload, int(lengths.sum()), sum(header.context_num_spans))
-    if len(ids) and ids.view(np.uint32).max() > _MAX_INT32:  # one pass finds negative ones and the largest
+    ids, spans, logprobs = _view_columns(payload, int(lengths.sum()), sum(header.context_num_spans))
+    if len(ids) and ids.view(np.uint32).max() > _MAX_INT32:  # as uint32, negative ids are > _MAX_INT32
         raise MalformedMessage(f"group: token_ids must be >= 0, got {ids.min()}")
     num_sampled = _check_spans(spans, lengths, header.context_num_spans)
     if len(logprobs) != num_sampled:
         raise MalformedMessage(
             f"group: behavior_logprobs must have the {num_sampled} entries that spans cover, got {len(logprobs)}"
         )
-    # NaN fails the comparisons too. A small positive value is float noise around log 1.
+    # NaN fails both comparisons. A small positive value is allowed: it is rounding of log 1 = 0.
     if len(logprobs) and not (logprobs.max() <= 1e-3 and logprobs.min() > -np.inf):
         raise MalformedMessage("group: behavior_logprobs must be finite and <= 0")
     return GroupView(header, ids, spans, logprobs)
 
 
 def decode_frames(frames: Sequence[Buffer]) -> GroupView:
-    """Of the frames that `encode_group` made. Raises: ProtocolError."""
+    """Decodes the frames that `encode_group` returned. Raises: ProtocolError."""
     message, payload = decode(frames)
     return decode_group(expect(message, SubmitGroup), payload)
 
 
 def pack_groups(groups: Sequence[TrajectoryGroup]) -> bytes:
-    """Groups as one run of bytes: each frame of each group, after its length in 8 bytes, little-endian."""
+    """Serializes groups: each frame of each group, preceded by its length (8 bytes, little-endian)."""
     frames = [frame for group in groups for frame in encode_group(group, lease_id=0)]
     return b"".join(part for frame in frames for part in (struct.pack("<Q", len(frame)), frame))
 
 
 def unpack_groups(data: bytes) -> list[TrajectoryGroup]:
-    """What `pack_groups` packed. Raises: MalformedMessage."""
+    """Returns the groups that `pack_groups` serialized. Raises: ProtocolError."""
     frames, at = [], 0
     while at < len(data):
         start = at + 8
         at = start + int.from_bytes(data[at:start], "little")
         frames.append(memoryview(data)[start:at])
     if at != len(data) or len(frames) % _NUM_FRAMES:
-        raise MalformedMessage(f"groups: {len(data)} bytes are not whole frames, {_NUM_FRAMES} a group")
+        raise MalformedMessage(f"groups: {len(data)} bytes are not whole frames, {_NUM_FRAMES} per group")
     return [decode_frames(frames[first : first + _NUM_FRAMES]).unpack() for first in range(0, len(frames), _NUM_FRAMES)]
 
 
-# --- at the sender ---
+# --- encoding ---
 
 
 def _trajectory_columns(trajectories: Sequence[Trajectory]) -> dict[str, object]:
@@ -118,8 +121,8 @@ def _trajectory_columns(trajectories: Sequence[Trajectory]) -> dict[str, object]
         "rewards": [float(trajectory.reward) for trajectory in trajectories],
         "statuses": [str(trajectory.status) for trajectory in trajectories],
         "answers": [trajectory.answer for trajectory in trajectories],
-        "reward_parts": _columns_of([trajectory.reward_parts for trajectory in trajectories]),
-        "stats": _columns_of([trajectory.stats for trajectory in trajectories]),
+        "reward_parts": _to_columns([trajectory.reward_parts for trajectory in trajectories]),
+        "stats": _to_columns([trajectory.stats for trajectory in trajectories]),
         "num_contexts": [len(trajectory.contexts) for trajectory in trajectories],
     }
 
@@ -141,7 +144,7 @@ def _context_columns(contexts: Sequence[Context], lengths: list[int]) -> dict[st
 
 
 def _check_masks(contexts: Sequence[Context], lengths: list[int]) -> None:
-    """The loss masks are not sent: that the spans say the same is checked here."""
+    """Loss masks are not sent: checks that each is equal to the positions that the context's spans cover."""
     covered = []
     for context, length in zip(contexts, lengths, strict=True):
         if not length == len(context.loss_mask) == len(context.behavior_logprobs):
@@ -155,25 +158,25 @@ def _check_masks(contexts: Sequence[Context], lengths: list[int]) -> None:
             covered.append(b"\1" * (span.end - span.start))
             at = span.end
         covered.append(b"\0" * (length - at))
-    if b"".join(covered) != _joined([context.loss_mask for context in contexts], "loss_mask"):
+    if b"".join(covered) != _join_arrays([context.loss_mask for context in contexts], "loss_mask"):
         raise MalformedMessage("group: spans must cover every sampled token once and no other")
 
 
-def _packed_spans(spans: Sequence[VersionSpan]) -> bytes:
+def _pack_spans(spans: Sequence[VersionSpan]) -> bytes:
     try:
         return struct.pack(f"<{4 * len(spans)}i", *chain.from_iterable(spans))
     except struct.error as error:
         raise MalformedMessage(f"group: spans must be int32: {error}") from error
 
 
-def _joined(arrays: Sequence[NDArray[np.generic]], name: str) -> bytes:
-    """The bytes of the arrays after one another, copied once."""
+def _join_arrays(arrays: Sequence[NDArray[np.generic]], name: str) -> bytes:
+    """Returns the concatenated bytes of the arrays; they are copied once."""
     dtype = _DTYPES[name]
     for array in arrays:
         if array.dtype is not dtype and array.dtype != dtype:
             raise MalformedMessage(f"group: {name} must be of {dtype}, got {array.dtype}")
     try:
-        return b"".join(cast("Sequence[Buffer]", arrays))  # it reads any contiguous buffer
+        return b"".join(cast("Sequence[Buffer]", arrays))  # join accepts any contiguous buffer
     except (TypeError, ValueError) as error:
         raise MalformedMessage(f"group: {name} must be contiguous: {error}") from error
 
@@ -183,18 +186,18 @@ def _intern(names: list[str]) -> tuple[list[str], list[int]]:
     return list(index), [index[name] for name in names]
 
 
-def _columns_of(rows: list[dict[str, float]]) -> dict[str, list[float | None]]:
+def _to_columns(rows: list[dict[str, float]]) -> dict[str, list[float | None]]:
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-# --- at the receiver ---
+# --- decoding ---
 
 
 def _check_header(header: SubmitGroup) -> None:
     num_trajectories, num_contexts = len(header.rewards), len(header.context_lengths)
     if num_trajectories == 0:
-        raise MalformedMessage("group: it has no trajectory")
+        raise MalformedMessage("group: it must have at least 1 trajectory, got 0")
     per_trajectory = {"statuses": header.statuses, "answers": header.answers, "num_contexts": header.num_contexts}
     per_trajectory |= {f"reward_parts.{name}": column for name, column in header.reward_parts.items()}
     per_trajectory |= {f"stats.{name}": column for name, column in header.stats.items()}
@@ -217,7 +220,7 @@ def _check_header(header: SubmitGroup) -> None:
         raise MalformedMessage("group: rewards must be finite")
 
 
-def _views(
+def _view_columns(
     payload: Sequence[Buffer], num_tokens: int, num_spans: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
     if len(payload) != len(_COLUMNS):
@@ -232,7 +235,7 @@ def _views(
 
 
 def _check_spans(spans: NDArray[np.int32], lengths: NDArray[np.int64], num_spans: list[int]) -> int:
-    """Spans lie within their context, in order, and do not overlap. The number of tokens that they cover."""
+    """Checks that spans are inside their context, ascending and disjoint. Returns the number of covered tokens."""
     bounds = spans[:, :2].astype(np.int64)
     num_covered = bounds[:, 1] - bounds[:, 0]
     limits = lengths.repeat(num_spans)

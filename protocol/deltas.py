@@ -1,14 +1,14 @@
-"""Weights against the weights that a receiver holds: lossless, and as small as the fraction that changed.
+"""Lossless deltas between two versions of the weights. Their size follows the fraction of words that changed.
 
-A file of weights is taken as words of 2 bytes (bf16) or 4 (fp32), in blocks of 2 MiB, each with the codec for it:
+A weights file is treated as words of 2 bytes (bf16) or 4 bytes (fp32), in blocks of 2 MiB. Each block has a codec:
 
     sparse   few words changed: the gaps between them, and by how many representable numbers (ULP) each has moved
-    dense    many changed: the exclusive or with the base
+    dense    many words changed: the XOR with the base
 
-Both are cut into byte planes, since bytes of one significance are alike, and every plane is compressed by zstd -1. A
-snapshot is a delta against zeros. Figures: docs/weights.md.
+The columns of both are split into byte planes (bytes of equal significance are similar), and each plane is compressed
+with zstd level 1. A snapshot is a delta whose base is all zeros. Measured sizes and times: docs/weights.md.
 
-    block = codec u8, bytes a gap u8, planes u16, words written u32; the planes' sizes u32; the planes
+    block = codec u8, bytes per gap u8, number of planes u16, words written u32; the planes' sizes u32; the planes
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ Words = NDArray[np.unsignedinteger]
 
 WORD_BYTES = (2, 4)
 _BLOCK_BYTES = 2 << 20
-# Of a block's 8-byte pieces. Beyond it (a fourth of bf16 values) the exclusive or is about as small and much faster.
+# Fraction of a block's 8-byte pieces that changed. From here on (about 1/4 of bf16 values) the XOR is about as small as
+# the sparse form and much faster.
 _SPARSE_BELOW = 0.68
 _SPARSE, _DENSE = 0, 1
 _FORMS = {(_SPARSE, 1), (_SPARSE, 2), (_SPARSE, 4), (_DENSE, 0)}
@@ -37,14 +38,14 @@ _ZSTD_LEVEL = 1
 
 
 def checksum(data: Data) -> str:
-    """xxh3 of 128 bits, hex: finds what a memory, a disk or a wire did. Against a forger there is CURVE."""
+    """Returns the 128-bit xxh3 as hex. It detects accidental corruption; CURVE keys protect against forgery."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
 def encode(target: Data, base: Data | None, *, word_bytes: int) -> bytes:
-    """What makes `target` of `base`, which has the same length; None is a base of zeros.
+    """Returns the delta from `base` to `target`, which have the same length; None means a base of zeros.
 
-    Raises: WeightsError (lengths that differ, a word of other than 2 or 4 bytes).
+    Raises: WeightsError (the lengths differ, or `word_bytes` is not 2 or 4).
     """
     _check(base, num_bytes=len(target), word_bytes=word_bytes)
     word = np.dtype(f"<u{word_bytes}")
@@ -60,7 +61,7 @@ def encode(target: Data, base: Data | None, *, word_bytes: int) -> bytes:
         else:
             columns = _sparse(_changed(difference, touched, word), new.view(word), old.view(word))
             form = _SPARSE, columns[0].itemsize
-        planes = [compressor.compress(plane.data) if plane.any() else b"" for plane in _planes(columns)]
+        planes = [compressor.compress(plane.data) if plane.any() else b"" for plane in _split_planes(columns)]
         written.append(_HEADER.pack(*form, len(planes), len(columns[0])))
         written.append(struct.pack(f"<{len(planes)}I", *map(len, planes)))
         written += planes
@@ -70,11 +71,12 @@ def encode(target: Data, base: Data | None, *, word_bytes: int) -> bytes:
 def decode(
     payload: Data, base: Data | None, *, num_bytes: int, word_bytes: int, expected: str, out: bytearray | None = None
 ) -> bytearray:
-    """The target of `num_bytes` bytes that `payload` makes of `base`, whose checksum is `expected`.
+    """Applies the delta `payload` to `base` and returns the target: `num_bytes` bytes with the checksum `expected`.
 
-    It is written to `out` if that is given, which may be the base: fresh memory costs as much as decoding.
-    Raises: WeightsError (not a delta, or not of this base, or damaged: a flipped bit anywhere is found); what is in
-    `out` then is worth nothing.
+    If `out` is given, the target is written to it and `out` is returned; `out` may be `base`. Allocating new memory
+    costs as much time as decoding.
+    Raises: WeightsError (not a delta, another base, or damaged: any flipped bit is detected); the content of `out` is
+    then undefined.
     """
     _check(base, num_bytes=num_bytes, word_bytes=word_bytes)
     if out is not None and len(out) != num_bytes:
@@ -88,7 +90,7 @@ def decode(
             block[:] = 0 if base is None else _block(base, start)
         reader.apply(block.view(f"<u{word_bytes}"))
         written = block.view(np.uint8)[: num_bytes - start].data
-        if len(written) < block.nbytes:  # the last block, which is no view
+        if len(written) < block.nbytes:  # the last block: a padded copy, not a view
             data[start:] = written
         hasher.update(written)
     reader.end()
@@ -98,7 +100,7 @@ def decode(
 
 
 class _Reader:
-    """Blocks of a payload, one after another. Trusts nothing that it reads."""
+    """Reads the blocks of a payload in order, and checks every value that it reads."""
 
     def __init__(self, payload: Data, *, word_bytes: int) -> None:
         self._payload = memoryview(payload)
@@ -107,27 +109,28 @@ class _Reader:
         self._decompressor = zstandard.ZstdDecompressor()
 
     def apply(self, words: Words) -> None:
-        """Makes a block of the base, words [N], the target's by the payload's next block. In place."""
+        """Applies the payload's next block in place: `words` [N] is the base's block before and the target's after."""
         codec, gap_bytes, num_planes, num_written = _HEADER.unpack(self._take(_HEADER.size))
         if (codec, gap_bytes) not in _FORMS or num_planes != gap_bytes + self._word_bytes:
             raise WeightsError(f"a delta's block has codec {codec}, gaps of {gap_bytes} bytes and {num_planes} planes")
         if num_written > len(words) or (codec == _DENSE and num_written < len(words)):
-            raise WeightsError(f"a delta's block has {len(words)} words, and {num_written} are written")
+            raise WeightsError(f"a delta's block has {len(words)} words, got {num_written} written words")
         sizes = struct.unpack(f"<{num_planes}I", self._take(4 * num_planes))
         planes = [self._plane(size, num_written) for size in sizes]
         if codec == _DENSE:
-            words ^= _joined(planes, words.dtype, num_written)
+            words ^= _join_planes(planes, words.dtype, num_written)
         elif num_written:
-            index = np.cumsum(_joined(planes[:gap_bytes], np.dtype(np.int64), num_written) + 1) - 1
+            index = np.cumsum(_join_planes(planes[:gap_bytes], np.dtype(np.int64), num_written) + 1) - 1
             if index[-1] >= len(words):
                 raise WeightsError(f"a changed word of a block must be < {len(words)}, got {index[-1]}")
-            moves = _signed(_joined(planes[gap_bytes:], words.dtype, num_written))
+            moves = _signed(_join_planes(planes[gap_bytes:], words.dtype, num_written))
             moves = ((moves >> 1) & np.iinfo(moves.dtype).max) ^ -(moves & 1)
-            words[index] = _ordered(_ordered(_signed(words[index])) + moves).view(words.dtype)
+            words[index] = ordered_integers(ordered_integers(_signed(words[index])) + moves).view(words.dtype)
 
     def end(self) -> None:
+        """Checks that the payload has no bytes after the last block. Raises: WeightsError."""
         if self._offset != len(self._payload):
-            raise WeightsError(f"a delta of {self._offset} bytes has {len(self._payload)}")
+            raise WeightsError(f"a delta must have {self._offset} bytes, got {len(self._payload)}")
 
     def _take(self, size: int) -> memoryview:
         taken = self._payload[self._offset : self._offset + size]
@@ -137,12 +140,12 @@ class _Reader:
         return taken
 
     def _plane(self, size: int, length: int) -> NDArray[np.uint8] | None:
-        """uint8 [length]; None for zeros, which are not written."""
+        """Reads a plane: uint8 [length], or None if it is all zeros (such planes are not written)."""
         frame = self._take(size)
         if not size:
             return None
         try:
-            if zstandard.frame_content_size(frame) != length:  # asked first: that much is allocated
+            if zstandard.frame_content_size(frame) != length:  # checked before decompress allocates it
                 raise WeightsError(f"a plane of a delta must have {length} bytes")
             return np.frombuffer(self._decompressor.decompress(frame), np.uint8)
         except zstandard.ZstdError as error:
@@ -157,7 +160,7 @@ def _check(base: Data | None, *, num_bytes: int, word_bytes: int) -> None:
 
 
 def _block(data: Data, start: int) -> NDArray[np.uint64]:
-    """The block at `start` as 8-byte pieces: a view, or where the end is no whole piece, a copy filled with zeros."""
+    """Returns the block at `start` as 8-byte pieces: a view, or a zero-padded copy if its end is not a whole piece."""
     num_bytes = min(_BLOCK_BYTES, len(data) - start)
     if num_bytes % 8 == 0:
         return np.frombuffer(data, "<u8", num_bytes // 8, start)
@@ -167,18 +170,22 @@ def _block(data: Data, start: int) -> NDArray[np.uint64]:
 
 
 def _changed(difference: NDArray[np.uint64], touched: NDArray[np.intp], word: np.dtype) -> NDArray[np.intp]:
-    """Indices of the words that differ, ascending, looked for in the 8-byte pieces `touched` only."""
+    """Returns the ascending indices of the words that differ; searches only the 8-byte pieces `touched`."""
     num_lanes = 8 // word.itemsize
     lanes = np.flatnonzero(difference[touched].view(word) != 0)
     return touched[lanes // num_lanes] * num_lanes + lanes % num_lanes
 
 
 def _sparse(index: NDArray[np.intp], new: Words, old: Words) -> list[Words]:
-    """How many words lie before each changed one, and its way in ULP, 0 -1 1 -2 2 … as 0 1 2 3 4 …: [len(index)]."""
+    """Returns [gaps, moves], each [len(index)].
+
+    A gap is the number of unchanged words before a changed one. A move is its change in ULP, zigzag-coded:
+    0 -1 1 -2 2 … as 0 1 2 3 4 …
+    """
     gaps = np.diff(index, prepend=-1) - 1
     longest = int(gaps.max(initial=0))
     gap_bytes = next(size for size in (1, 2, 4) if longest < 1 << 8 * size)
-    moves = _ordered(_signed(new[index])) - _ordered(_signed(old[index]))
+    moves = ordered_integers(_signed(new[index])) - ordered_integers(_signed(old[index]))
     sign = moves >> (8 * new.itemsize - 1)
     return [gaps.astype(f"<u{gap_bytes}"), ((moves << 1) ^ sign).view(new.dtype)]
 
@@ -187,13 +194,16 @@ def _signed(words: Words) -> NDArray[np.signedinteger]:
     return words.view(f"<i{words.itemsize}")
 
 
-def _ordered(bits: NDArray[np.signedinteger]) -> NDArray[np.signedinteger]:
-    """Integers in the order of the floating-point numbers that have these bits, and back: its own inverse."""
+def ordered_integers(bits: NDArray[np.signedinteger]) -> NDArray[np.signedinteger]:
+    """Maps the bits of floating-point numbers to integers of the same order, one apart for neighbours (1 ULP).
+
+    The function is its own inverse.
+    """
     sign = bits >> (8 * bits.itemsize - 1)
     return np.bitwise_xor(bits, sign & np.iinfo(bits.dtype).max)
 
 
-def _planes(columns: Sequence[Words]) -> list[NDArray[np.uint8]]:
+def _split_planes(columns: Sequence[Words]) -> list[NDArray[np.uint8]]:
     return [
         (column >> column.dtype.type(8 * place)).astype(np.uint8)
         for column in columns
@@ -201,8 +211,8 @@ def _planes(columns: Sequence[Words]) -> list[NDArray[np.uint8]]:
     ]
 
 
-def _joined(planes: Sequence[NDArray[np.uint8] | None], dtype: np.dtype, length: int) -> NDArray:
-    """Integers [length] of their byte planes, the least significant first."""
+def _join_planes(planes: Sequence[NDArray[np.uint8] | None], dtype: np.dtype, length: int) -> NDArray:
+    """Returns integers [length] from their byte planes, the least significant plane first."""
     joined = np.zeros(length, dtype)
     for place, plane in enumerate(planes):
         if plane is not None:

@@ -3,69 +3,69 @@
 PalimpsestError
 ├── UserError                 bad input at start-up: one sentence, exit status 2
 │   ├── ConfigError           an unknown key, a value out of its bounds
-│   ├── DataError             a corpus, question file, index or model folder that cannot be used
+│   ├── DataError             a corpus, question file, index, model folder or keys folder that cannot be used
 │   ├── SecurityError         an address beyond loopback without keys, a key file that is missing
-│   └── UnreachableError      a server that must be there and does not answer; an address in use
-├── ProtocolError             a peer sent what it must not send: that message is refused, nothing else is
-│   ├── MalformedMessage      truncated, foreign, or not of the schema
-│   ├── MessageTooLarge       beyond the limit of its kind
-│   └── IncompatibleVersion   written by another protocol version
-├── RemoteError               a peer answered that it could not do what was asked
+│   └── UnreachableError      a required server that does not answer; an address that cannot be bound
+├── ProtocolError             a message that does not conform: only that message is refused
+│   ├── MalformedMessage      truncated, not a message, or not of the schema
+│   ├── MessageTooLarge       a header or frame larger than its limit
+│   └── IncompatibleVersion   of another protocol version
+├── RemoteError               a peer answered a request with an error
 ├── EngineError               an engine answered with an error, or its tokens cannot be used
 │   ├── EngineRefused         the request was wrong (HTTP 4xx): never retried
 │   ├── EngineUnavailable     no answer, HTTP 5xx, or aborted: may be retried on any engine
 │   └── UnknownVersion        the engine cannot state the policy version of its tokens: they are refused
-├── WeightsError              a weight manifest or chunk that does not verify
-├── TrainingStopped           training itself cannot go on: starting again would not help (exit status 3)
-│   ├── DivergenceError       update after update was skipped because its loss or gradient is not finite
-│   └── DriftError            engines and learner drift apart although nothing is trained
+├── WeightsError              a weight manifest, delta or chunk that fails verification
+├── TrainingStopped           training cannot continue, and a restart would not help (exit status 3)
+│   ├── DivergenceError       too many updates in a row were skipped: their loss or gradient is not finite
+│   └── DriftError            the mismatch between engines and learner grows although nothing is trained
 └── StoreError                the run's store cannot be read or written
-    └── StoreFullError        the disk has no room for it: nothing is admitted until there is
+    └── StoreFullError        the disk or a quota is full: no group is admitted until there is space
 """
 
 
 class PalimpsestError(Exception):
-    """Root of everything that this project raises on purpose."""
+    """Base of all errors that this project raises deliberately."""
 
 
 class UserError(PalimpsestError):
-    """Bad input. The message says what, where and what to do; a command exits with status 2."""
+    """Bad input at start-up. The message says what is wrong, where, and what to do; a command exits with status 2."""
 
 
 class ConfigError(UserError):
-    """A key that the config does not have, or a value out of its bounds; the path of the key is named."""
+    """An unknown config key, or a value out of its bounds. The message has the path of the key."""
 
 
 class DataError(UserError):
-    """A file or folder that was given cannot be used."""
+    """An input file or folder that cannot be used."""
 
 
 class SecurityError(UserError):
-    """What was asked for would be insecure."""
+    """An insecure setting: an address beyond loopback without keys, a secret key that other users can read."""
 
 
 class UnreachableError(UserError):
-    """A server that must be there does not answer, or an address cannot be bound."""
+    """A required server does not answer, or an address cannot be bound."""
 
 
 class ProtocolError(PalimpsestError):
-    """A message that does not conform. The message is refused; the connection and the state stay."""
+    """A message that does not conform. The message is refused; the connection and the receiver's state are kept."""
 
 
 class MalformedMessage(ProtocolError):
-    """Truncated, foreign, or not of the schema."""
+    """The message is truncated, is not a message at all, or does not match the schema."""
 
 
 class MessageTooLarge(ProtocolError):
-    """Beyond the limit of its kind."""
+    """A header or frame is larger than its limit."""
 
 
 class IncompatibleVersion(ProtocolError):
-    """Written by another version of the protocol."""
+    """The message is of another protocol version."""
 
 
 class RemoteError(PalimpsestError):
-    """A peer answered that it could not do what was asked."""
+    """A peer answered a request with an error."""
 
 
 class EngineError(PalimpsestError):
@@ -73,11 +73,11 @@ class EngineError(PalimpsestError):
 
 
 class EngineRefused(EngineError):
-    """The engine called the request wrong (HTTP 4xx). Never retried."""
+    """The engine refused the request as wrong (HTTP 4xx). Never retried."""
 
 
 class EngineUnavailable(EngineError):
-    """No answer in time, HTTP 5xx, or an abort. May be retried on any engine."""
+    """No answer in time, HTTP 5xx, or an aborted request. May be retried on any engine."""
 
 
 class UnknownVersion(EngineError):
@@ -85,11 +85,11 @@ class UnknownVersion(EngineError):
 
 
 class WeightsError(PalimpsestError):
-    """A weight manifest or chunk that does not verify."""
+    """A weight manifest, delta or chunk that fails verification."""
 
 
 class TrainingStopped(PalimpsestError):
-    """Training itself cannot go on, and starting the learner again would not help."""
+    """Training cannot continue, and restarting the learner would not help."""
 
 
 class ExtensionError(TrainingStopped):
@@ -97,7 +97,7 @@ class ExtensionError(TrainingStopped):
 
 
 class DivergenceError(TrainingStopped):
-    """So many updates in a row were not finite that training cannot go on."""
+    """Too many updates in a row had a loss or gradient that is not finite."""
 
 
 class DriftError(TrainingStopped):
@@ -109,4 +109,4 @@ class StoreError(PalimpsestError):
 
 
 class StoreFullError(StoreError):
-    """The disk, or a quota on it, has no room for what the store shall write; nothing of it was written."""
+    """The disk or a quota is full; nothing of the write was stored."""

@@ -1,8 +1,8 @@
-"""Named places where a process can be made to die, so that tests prove what survives there.
+"""Named points at which a process can be made to kill itself, so that tests can prove what survives a crash there.
 
-`PALIMPSEST_FAULT=name:count` kills the process (SIGKILL) when it comes to that place for the count-th time. The places
-are at every commit, acknowledgement and rename, one before it and one after. A launcher gives the variable to the
-first start of each process only, so that what dies comes back.
+`PALIMPSEST_FAULT=name:count` kills the process (SIGKILL) when it reaches that point for the count-th time. The points
+are before and after every commit, acknowledgement and rename. A launcher sets the variable only for the first start of
+each process, so that the restarted process does not die again.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from protocol.errors import ConfigError
 VARIABLE = "PALIMPSEST_FAULT"
 
 FAULT_POINTS = {
-    "store.claim.open": "learner: a new run's identity is written and not committed",
-    "store.claim.durable": "learner: it is committed",
-    "store.lease.open": "learner: a lease is written and not committed",
-    "store.lease.durable": "learner: it is committed, and the actor has not heard of it",
-    "store.group.open": "learner: a group and the decision on it are written and not committed",
-    "store.group.durable": "learner: they are committed, and the actor has no acknowledgement",
-    "store.end.open": "learner: the end of a lease without a group is written and not committed",
-    "store.end.durable": "learner: it is committed",
-    "store.batch.open": "learner: a trained batch is written to the log and not committed",
-    "store.batch.durable": "learner: it is committed, and its version is not published",
-    "store.retention.open": "learner: tokens of an old batch are dropped and that is not committed",
-    "store.retention.durable": "learner: it is committed",
-    "store.publication.open": "learner: a publication id is written and not committed",
-    "store.publication.durable": "learner: it is committed, and nothing is offered under it",
-    "acknowledgement.sent": "learner: an actor has been told what became of its group",
-    "checkpoint.written": "learner: a checkpoint is on the disk under its temporary name",
-    "checkpoint.renamed": "learner: it has its name, and the folder is not fsynced",
-    "checkpoint.discarded": "learner: an old checkpoint has lost its name, and its files are there",
-    "publication.offered": "learner: a publication can be fetched and is not announced",
-    "publication.announced": "learner: it is announced",
-    "run.finished": "learner: finished.json is written and has not its name",
-    "agent.prepared": "engine: a publication is verified and on the disk, and the engine has not heard of it",
-    "agent.updated": "engine: it holds the new weights and is paused",
-    "agent.committed": "engine: it runs again, and nobody has been told",
-    "actor.finished": "actor: a group is complete and not sent",
-    "actor.sent": "actor: it is sent and not acknowledged",
-    "actor.acknowledged": "actor: the acknowledgement has come",
+    "store.claim.open": "learner: a new run's identity is written, not yet committed",
+    "store.claim.durable": "learner: the identity is committed",
+    "store.lease.open": "learner: a lease is written, not yet committed",
+    "store.lease.durable": "learner: the lease is committed, not yet sent to the actor",
+    "store.group.open": "learner: a group and the decision on it are written, not yet committed",
+    "store.group.durable": "learner: both are committed, not yet acknowledged to the actor",
+    "store.end.open": "learner: the end of a lease without a group is written, not yet committed",
+    "store.end.durable": "learner: the end of the lease is committed",
+    "store.batch.open": "learner: a trained batch is written to the batch log, not yet committed",
+    "store.batch.durable": "learner: the batch is committed, its version not yet published",
+    "store.retention.open": "learner: tokens of an old batch are deleted, not yet committed",
+    "store.retention.durable": "learner: the deletion is committed",
+    "store.publication.open": "learner: a publication id is written, not yet committed",
+    "store.publication.durable": "learner: the publication id is committed, nothing can be fetched under it yet",
+    "acknowledgement.sent": "learner: the acknowledgement of a group is sent to its actor",
+    "checkpoint.written": "learner: a checkpoint is on disk under its temporary name",
+    "checkpoint.renamed": "learner: the checkpoint has its final name, the folder is not yet fsynced",
+    "checkpoint.discarded": "learner: an old checkpoint is renamed, its files are not yet deleted",
+    "publication.offered": "learner: a publication can be fetched, not yet announced",
+    "publication.announced": "learner: the publication is announced",
+    "run.finished": "learner: finished.json is written under its temporary name",
+    "agent.prepared": "engine: a publication is verified and on disk, not yet loaded by the engine",
+    "agent.updated": "engine: the engine has loaded the new weights and is paused",
+    "agent.committed": "engine: the engine runs again, the new version is not yet reported",
+    "actor.finished": "actor: a group is complete, not yet sent",
+    "actor.sent": "actor: the group is sent, not yet acknowledged",
+    "actor.acknowledged": "actor: the acknowledgement is received",
 }
 
 
@@ -54,8 +54,8 @@ class _Fault:
 
 
 def fault_point(name: str) -> None:
-    """Dies here if the environment says so; otherwise costs a look-up."""
-    fault = _armed()
+    """Kills the process if PALIMPSEST_FAULT names this point and its count is reached; otherwise costs a look-up."""
+    fault = _configured_fault()
     if fault is not None and fault.name == name:
         fault.num_left -= 1
         if fault.num_left == 0:
@@ -63,8 +63,8 @@ def fault_point(name: str) -> None:
 
 
 @cache
-def _armed() -> _Fault | None:
-    """What the environment asks for, read once. Raises: ConfigError."""
+def _configured_fault() -> _Fault | None:
+    """Reads PALIMPSEST_FAULT once. Raises: ConfigError."""
     text = os.environ.get(VARIABLE, "")
     if not text:
         return None

@@ -1,7 +1,7 @@
-"""A group as it crossed the wire: a checked header and a few columns, viewed as trajectories when somebody asks.
+"""A received group: a checked header and three columns, from which trajectories are built on demand.
 
-What the coordinator must know of a group (is it valid, by which versions was it sampled, how much of it is trained) it
-reads from the columns; contexts are made where they are trained.
+The coordinator reads what it needs (versions, numbers of sampled tokens) from the columns; contexts are built only in
+the learner's loop.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from protocol.types import Context, Edge, Question, Status, Trajectory, Trajecto
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupView:
-    """`protocol.codec.decode_group` makes it, checked as a whole.
+    """A group whose header and columns `protocol.codec.decode_group` has checked; build it with that function only.
 
-    token_ids  int32   [T]     of all contexts after one another
-    spans      int32   [S, 4]  (start, end, version, publication), within their context
-    logprobs   float32 [N]     of the sampled tokens, which are those that the spans cover
+    token_ids  int32   [T]     all contexts, concatenated
+    spans      int32   [S, 4]  (start, end, version, publication); start and end are positions in the span's context
+    logprobs   float32 [N]     of the sampled tokens: the N tokens that the spans cover, in order
     """
 
     header: SubmitGroup
@@ -47,7 +47,7 @@ class GroupView:
 
     @property
     def oldest_version(self) -> int | None:
-        """The lowest version among sampled tokens; None where nothing was sampled."""
+        """The lowest version of the sampled tokens; None if no token was sampled."""
         return int(self.spans[:, 2].min()) if len(self.spans) else None
 
     @property
@@ -55,7 +55,7 @@ class GroupView:
         return len(self.logprobs)
 
     def num_trained_tokens_each(self) -> NDArray[np.int64]:
-        """int64 [G]: the sampled tokens of each trajectory."""
+        """Returns int64 [G]: the number of sampled tokens of each trajectory."""
         header = self.header
         trajectory = np.repeat(np.arange(len(header.num_contexts)), header.num_contexts)
         lengths = self.spans[:, 1] - self.spans[:, 0]
@@ -63,7 +63,7 @@ class GroupView:
         return np.bincount(owner, weights=lengths, minlength=len(header.num_contexts)).astype(np.int64)
 
     def unpack(self) -> TrajectoryGroup:
-        """Its trajectories are made when first looked at; `token_ids` stay views of what was received."""
+        """Returns the group. Its trajectories are built at the first access; `token_ids` are views of the payload."""
         header = self.header
         question = Question(
             header.question.id,
@@ -75,51 +75,51 @@ class GroupView:
 
 
 class _Trajectories(Sequence[Trajectory]):
-    """Those of a packed group, all made at the first look at one of them."""
+    """The trajectories of a GroupView; all of them are built at the first access to one."""
 
-    def __init__(self, packed: GroupView) -> None:
-        self._packed = packed
+    def __init__(self, view: GroupView) -> None:
+        self._view = view
 
     def __len__(self) -> int:
-        return len(self._packed.header.rewards)
+        return len(self._view.header.rewards)
 
     @overload
     def __getitem__(self, index: int) -> Trajectory: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[Trajectory]: ...
     def __getitem__(self, index: int | slice) -> Trajectory | Sequence[Trajectory]:
-        return self._made[index]
+        return self._built[index]
 
     def __iter__(self) -> Iterator[Trajectory]:
-        return iter(self._made)
+        return iter(self._built)
 
     @cached_property
-    def _made(self) -> tuple[Trajectory, ...]:
-        header, contexts = self._packed.header, _contexts(self._packed)
+    def _built(self) -> tuple[Trajectory, ...]:
+        header, contexts = self._view.header, _build_contexts(self._view)
         offsets = [0, *np.cumsum(header.num_contexts).tolist()]
         return tuple(
             Trajectory(
                 contexts=tuple(contexts[first:last]),
                 reward=header.rewards[i],
                 status=Status(header.statuses[i]),
-                reward_parts=_row_of(header.reward_parts, i),
-                stats=_row_of(header.stats, i),
+                reward_parts=_row(header.reward_parts, i),
+                stats=_row(header.stats, i),
                 answer=header.answers[i],
             )
             for i, (first, last) in enumerate(pairwise(offsets))
         )
 
 
-def _contexts(packed: GroupView) -> list[Context]:
-    header, ids = packed.header, packed.token_ids
+def _build_contexts(view: GroupView) -> list[Context]:
+    header, ids = view.header, view.token_ids
     token_offsets = [0, *np.cumsum(header.context_lengths).tolist()]
     span_offsets = [0, *np.cumsum(header.context_num_spans).tolist()]
-    versions = list(map(VersionSpan._make, packed.spans.tolist()))
+    versions = list(map(VersionSpan._make, view.spans.tolist()))
     mask, logprobs = np.zeros(len(ids), dtype=np.bool_), np.zeros(len(ids), dtype=np.float32)
     for k, (first, last) in enumerate(pairwise(span_offsets)):
         for span in versions[first:last]:
             mask[token_offsets[k] + span.start : token_offsets[k] + span.end] = True
-    logprobs[mask] = packed.logprobs
+    logprobs[mask] = view.logprobs
     mask.flags.writeable = logprobs.flags.writeable = False
     return [
         Context(
@@ -139,5 +139,5 @@ def _contexts(packed: GroupView) -> list[Context]:
     ]
 
 
-def _row_of(columns: dict[str, list[float | None]], i: int) -> dict[str, float]:
+def _row(columns: dict[str, list[float | None]], i: int) -> dict[str, float]:
     return {name: value for name, column in columns.items() if (value := column[i]) is not None}

@@ -24,16 +24,16 @@ Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 Id = Annotated[int, Field(ge=0, lt=1 << 62)]
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-"""Of `protocol.deltas.checksum`."""
+"""As computed by `protocol.deltas.checksum`."""
 Counts = Annotated[list[Count], FailFast()]
-"""A column. A long one that is wrong is refused at its first wrong value."""
+"""A column. It is refused at its first wrong value: a long wrong column costs little time."""
 
 
 # --- actor <-> coordinator ---
 
 
 class QuestionFields(BaseModel):
-    """`protocol.types.Question` on the wire."""
+    """`protocol.types.Question` as it is sent."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     id: Name
@@ -43,10 +43,10 @@ class QuestionFields(BaseModel):
 
 
 class Heartbeat(Message):
-    """An actor's whole state, sent twice a second and on each change; absolute, so losing one is harmless.
+    """An actor's complete state, sent twice a second and on each change; a lost heartbeat does no harm.
 
-    `capacity` is the number of groups it can hold at once (its credits); `held` are the leases that it works on or
-    holds unacknowledged. `incarnation` is drawn at start: a new one under the same name frees the old one's leases.
+    `capacity`: the number of groups that it can hold at once. `held`: the leases that it works on or whose group is not
+    yet acknowledged. `incarnation`: drawn at start; a new one under the same name frees the old one's leases.
     """
 
     kind: ClassVar[str] = "heartbeat"
@@ -58,7 +58,7 @@ class Heartbeat(Message):
 
 
 class Goodbye(Message):
-    """The actor leaves and gives back its leases."""
+    """The actor leaves the run; its leases are freed."""
 
     kind: ClassVar[str] = "goodbye"
     actor: Name
@@ -66,7 +66,7 @@ class Goodbye(Message):
 
 
 class EngineFields(BaseModel):
-    """An engine as the coordinator knows it: where it is and what it has committed (-1: nothing yet)."""
+    """An engine: its address, and the version and publication that it has committed (-1: none yet)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: Name
@@ -76,7 +76,7 @@ class EngineFields(BaseModel):
 
 
 class RunStatus(Message):
-    """The coordinator's answer to a heartbeat: the run, its step, and the engines that may serve."""
+    """The coordinator's reply to a heartbeat: the run, its step, and the engines that actors may use."""
 
     kind: ClassVar[str] = "status"
     run_id: Name
@@ -86,7 +86,7 @@ class RunStatus(Message):
 
 
 class Lease(Message):
-    """A question to answer G times.
+    """A question to answer `group_size` times.
 
     `lease_id` is never reused. `min_version`: a group with tokens of an older version will be refused.
     """
@@ -103,8 +103,8 @@ class Lease(Message):
 class SubmitGroup(Message):
     """A group's header: columns over trajectories [G] and over contexts [sum K]; three payload frames hold the tokens.
 
-    Payload, contexts after one another, little-endian: token_ids int32 [T], spans int32 [S, 4] of (start, end, version,
-    publication) within their context, behavior_logprobs float32 [N] of the sampled tokens, which the spans cover.
+    Payload (little-endian, contexts concatenated): token_ids int32 [T]; spans int32 [S, 4] of (start, end, version,
+    publication), positions within the span's context; behavior_logprobs float32 [N] of the N tokens that spans cover.
     """
 
     kind: ClassVar[str] = "group"
@@ -131,7 +131,7 @@ class SubmitGroup(Message):
 
 
 class SubmitReply(Message):
-    """`accepted`: the group is durable. `duplicate`: another attempt was first. `refused`: it never will be."""
+    """`accepted`: the group is stored durably. `duplicate`: another attempt was first. `refused`: never accepted."""
 
     kind: ClassVar[str] = "submit_reply"
     lease_id: Id
@@ -140,7 +140,7 @@ class SubmitReply(Message):
 
 
 class Drain(Message):
-    """The run is over (or pausing): finish nothing more, leave."""
+    """The run is over or pausing: the actor stops its rollouts and leaves."""
 
     kind: ClassVar[str] = "drain"
     reason: str = ""
@@ -150,7 +150,7 @@ class Drain(Message):
 
 
 class EngineReport(Message):
-    """What an engine's weight agent says of its engine, every second and on each change."""
+    """The state of an engine, sent by its weight agent every second and on each change."""
 
     kind: ClassVar[str] = "engine_report"
     request_id: Id
@@ -161,7 +161,7 @@ class EngineReport(Message):
 
 
 class EngineReply(Message):
-    """The newest publication, which the agent shall bring its engine to."""
+    """The newest publication: the agent must install it on its engine."""
 
     kind: ClassVar[str] = "engine_reply"
     request_id: Id
@@ -171,7 +171,7 @@ class EngineReply(Message):
 
 
 class Announcement(Message):
-    """On PUB/SUB when a new version can be fetched."""
+    """Sent on PUB/SUB when a new version can be fetched."""
 
     kind: ClassVar[str] = "announcement"
     run_id: Name
@@ -180,7 +180,7 @@ class Announcement(Message):
 
 
 class ManifestRequest(Message):
-    """How to come from publication `held` (-1: from nothing) to `publication`."""
+    """Asks for the parts that lead from publication `held` (-1: none) to `publication`."""
 
     kind: ClassVar[str] = "manifest_request"
     request_id: Id
@@ -200,9 +200,9 @@ class TensorFields(BaseModel):
 
 
 class PartFields(BaseModel):
-    """`num_bytes` of `protocol.deltas` that make `publication` of `base` (-1: a snapshot), in chunks.
+    """A delta of `num_bytes` (see `protocol.deltas`) from `base` (-1: a snapshot) to `publication`, sent in chunks.
 
-    `checksum` is that of the weights made, `chunk_checksums` those of the delta's chunks.
+    `checksum` is the checksum of the resulting weights, `chunk_checksums` are the checksums of the delta's chunks.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -221,14 +221,14 @@ class CanaryFields(BaseModel):
     logprobs: Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(max_length=16)]
 
     @model_validator(mode="after")
-    def _paired(self) -> CanaryFields:
+    def _has_one_logprob_per_prompt(self) -> CanaryFields:
         if len(self.prompts) != len(self.logprobs):
-            raise ValueError(f"{len(self.prompts)} prompts need as many logprobs, got {len(self.logprobs)}")
+            raise ValueError(f"logprobs must have {len(self.prompts)} entries, got {len(self.logprobs)}")
         return self
 
 
 class Manifest(Message):
-    """What a publication consists of, and the parts that lead there, each upon the one before it."""
+    """The tensors of a publication, and the parts that lead to it, each applied to the result of the one before."""
 
     kind: ClassVar[str] = "manifest"
     request_id: Id
@@ -244,7 +244,7 @@ class Manifest(Message):
 
 
 class ChunkRequest(Message):
-    """One chunk of the part that makes `publication` of `base`."""
+    """Asks for one chunk of the part from `base` to `publication`."""
 
     kind: ClassVar[str] = "chunk_request"
     request_id: Id
@@ -254,7 +254,7 @@ class ChunkRequest(Message):
 
 
 class Chunk(Message):
-    """One payload frame: bytes [index * chunk_bytes, …) of the part."""
+    """One payload frame: the part's bytes from index * chunk_bytes on, at most chunk_bytes."""
 
     kind: ClassVar[str] = "chunk"
     request_id: Id
@@ -267,7 +267,7 @@ class Chunk(Message):
 
 
 class SearchRequest(Message):
-    """Up to 256 queries against one index. A service may hold several, by `collection`; "" is its only or first one."""
+    """Up to 256 queries to one index. `collection` names one of the service's indexes; "" is the first or only one."""
 
     kind: ClassVar[str] = "search"
     request_id: Id
@@ -285,7 +285,7 @@ class PassageFields(BaseModel):
 
 
 class SearchReply(Message):
-    """For each query, in order, its passages, best first."""
+    """The passages of each query, in the order of the queries, best passage first."""
 
     kind: ClassVar[str] = "search_reply"
     request_id: Id
@@ -293,7 +293,7 @@ class SearchReply(Message):
 
 
 class ErrorReply(Message):
-    """The request with this id could not be answered (request_id 0 where it could not even be read)."""
+    """The request with this id failed; `request_id` is 0 if the id could not be read."""
 
     kind: ClassVar[str] = "error"
     request_id: Id

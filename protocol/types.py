@@ -1,7 +1,7 @@
-"""What a group of multi-context trajectories is.
+"""Types of groups of multi-context trajectories.
 
-Group → Trajectory → Context → token: never rows. Within a context, tokens are exactly those that the policy read
-and sampled; a memory crosses into the next context as text and is tokenised there.
+Group → Trajectory → Context → token; there are no padded rows. A context has exactly the tokens that the policy read
+and sampled. A memory enters the next context as text and is tokenised there.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Status(StrEnum):
     COMPLETED = "completed"
     """The policy gave an answer."""
     FORMAT_ERROR = "format_error"
-    """The policy broke a rule of the workflow; the reward says so. Trained."""
+    """The policy broke a format rule of the workflow; the reward reflects it. Trained."""
     OVER_BUDGET = "over_budget"
-    """Turns, memory or tokens ran out. Trained."""
+    """The budget of turns, memory or tokens was used up. Trained."""
     FAILED = "failed"
-    """The environment failed (an engine, a retriever). Left out of the statistics and of the gradient."""
+    """The environment failed (an engine, a retriever). Excluded from the advantage statistics and the gradient."""
 
 
 class Edge(StrEnum):
-    """What links a context to the one before it."""
+    """How a context follows from the one before it."""
 
     START = "start"
     MEMORY_RESET = "memory_reset"
@@ -43,7 +43,7 @@ class Edge(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PolicyTag:
-    """What an engine states as its weight version: `run:publication:version`.
+    """The weight version that an engine reports, as text `run:publication:version`.
 
     `version` is the learner's step count. `publication` identifies one set of published bytes and is never reused;
     the store maps it to its step.
@@ -58,7 +58,7 @@ class PolicyTag:
 
     @classmethod
     def parse(cls, text: str) -> PolicyTag:
-        """Raises: UnknownVersion where `text` (say, SGLang's `default` after a restart) names no publication."""
+        """Parses a reported weight version. Raises: UnknownVersion (SGLang reports `default` after a restart)."""
         match = _TAG.match(text)
         if match is None:
             raise UnknownVersion(f"weight version {text!r} is not of the form run:publication:version")
@@ -66,7 +66,7 @@ class PolicyTag:
 
 
 class VersionSpan(NamedTuple):
-    """Positions [start, end) of a context were sampled by `version`, as published in `publication`."""
+    """Positions [start, end) of a context, sampled by policy `version` as published in `publication`."""
 
     start: int
     end: int
@@ -76,13 +76,13 @@ class VersionSpan(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Context:
-    """One context of L tokens, as the policy saw it.
+    """One context of L tokens, exactly as the policy read and sampled them.
 
     token_ids          int32   [L]
     loss_mask          bool    [L]  true where the policy sampled the token
     behavior_logprobs  float32 [L]  log-probability under the behaviour policy at its temperature; 0 where not sampled
     policy_versions    spans that cover exactly the sampled positions, ascending and disjoint
-    reward             of this context alone, beside the trajectory's; 0 where the task gives none
+    reward             of this context alone, in addition to the trajectory's; 0 if the task gives none
     """
 
     token_ids: NDArray[np.int32]
@@ -104,11 +104,11 @@ class Context:
 
     @property
     def oldest_version(self) -> int | None:
-        """The lowest version among sampled tokens; None where nothing was sampled."""
+        """The lowest version of the sampled tokens; None if no token was sampled."""
         return min((span.version for span in self.policy_versions), default=None)
 
     def versions_by_token(self) -> NDArray[np.int32]:
-        """int32 [L]: the version of each sampled token, -1 elsewhere."""
+        """Returns int32 [L]: the version of each sampled token, -1 elsewhere."""
         versions = np.full(len(self), -1, dtype=np.int32)
         for span in self.policy_versions:
             versions[span.start : span.end] = span.version
@@ -117,7 +117,7 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """K contexts, one reward. `reward_parts` and `stats` are named scalars for metrics (em, f1, num_searches …)."""
+    """K contexts and one reward. `reward_parts` and `stats` are named scalars for metrics (em, f1, num_searches …)."""
 
     contexts: tuple[Context, ...]
     reward: float
@@ -147,9 +147,9 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class TrajectoryGroup:
-    """G trajectories of one question, the answer to one lease.
+    """G trajectories of one question, made under one lease.
 
-    (run_id, cursor) identifies the group: attempts differ, and the first durable one wins.
+    (run_id, cursor) identifies the group. Of several attempts at it, the first that is stored durably is kept.
     """
 
     run_id: str
@@ -170,7 +170,7 @@ class TrajectoryGroup:
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A document as the retriever returns it. `score` is larger for closer ones, in the index's metric."""
+    """A document that the retriever returned. A larger `score` is closer, in the index's metric."""
 
     id: str
     title: str

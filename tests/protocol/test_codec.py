@@ -261,7 +261,7 @@ def _flip(frame: bytes, data: st.DataObject) -> bytes:
         ({"context_lengths": [-6, 6, 6, 6]}, "context_lengths"),
         ({"context_roles": [0, 0, 0, 1]}, "context_roles must be below 1, got 1"),
         ({"num_contexts": [1, 2]}, "num_contexts must add up to 4, got 3"),
-        ({"rewards": []}, "it has no trajectory"),
+        ({"rewards": []}, "it must have at least 1 trajectory, got 0"),
         ({"rewards": [1.0, float("nan")]}, "rewards must be finite"),
         ({"rewards": [1.0, "1"]}, "rewards.1"),
         ({"statuses": ["completed", "excellent"]}, "statuses.1"),

@@ -12,8 +12,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol import deltas
-from protocol.deltas import checksum, decode, encode
+from protocol.deltas import checksum, decode, encode, ordered_integers
 from protocol.errors import WeightsError
 
 BLOCK = 2 << 20
@@ -96,9 +95,9 @@ def test_a_gap_as_long_as_the_block_is_found() -> None:
 
 def test_the_way_of_a_value_is_counted_in_representable_numbers() -> None:
     bits = np.array([0x0000, 0x8000, 0x0001, 0x8001, 0x3F80, 0xBF80], dtype=np.uint16)
-    values = deltas._ordered(bits.view(np.int16))
+    values = ordered_integers(bits.view(np.int16))
     assert values.tolist() == [0, -1, 1, -2, 0x3F80, -0x3F81]
-    assert (deltas._ordered(values).view(np.uint16) == bits).all()
+    assert (ordered_integers(values).view(np.uint16) == bits).all()
 
 
 def test_a_flipped_bit_anywhere_is_refused() -> None:
@@ -131,7 +130,7 @@ def test_another_base_and_a_torn_payload_are_refused() -> None:
     for size in range(len(payload)):
         with pytest.raises(WeightsError, match="ends after"):
             decode(payload[:size], base, num_bytes=200, word_bytes=2, expected=expected)
-    with pytest.raises(WeightsError, match=f"a delta of {len(payload)} bytes has {len(payload) + 1}"):
+    with pytest.raises(WeightsError, match=f"a delta must have {len(payload)} bytes, got {len(payload) + 1}"):
         decode(payload + b"\0", base, num_bytes=200, word_bytes=2, expected=expected)
 
 
@@ -140,7 +139,7 @@ def test_another_base_and_a_torn_payload_are_refused() -> None:
     [
         (bytes([31, 0]), 2, "a changed word of a block must be < 32, got 32"),
         (bytes([30, 1]), 2, "a changed word of a block must be < 32, got 32"),
-        (b"", 2**32 - 1, "has 32 words, and 4294967295 are written"),
+        (b"", 2**32 - 1, "has 32 words, got 4294967295 written words"),
     ],
 )
 def test_words_beyond_a_block_are_refused(gaps: bytes, num_written: int, message: str) -> None:
