@@ -1,12 +1,13 @@
-"""The key-value cache of the running sequences, and the attention that reads it.
+"""The key-value cache of the running sequences, and the attention function that reads and writes it.
 
-One row a sequence, rows dense from 0, so a step reads plain slices: nothing is gathered or copied when sequences
-join, and one row is copied when one leaves from the middle. A step's tokens are packed into one row of input,
-those that decode first, then the prompts one after another, so that only attention knows about sequences:
-
-Decoding rows attend to the first L positions, L being that of the longest: a batch of very unequal lengths pays for it.
+Each sequence has one row, and rows are dense from 0, so a step reads plain slices: nothing is copied when a sequence
+starts, and one row is copied when a sequence in the middle ends. The tokens of a step are packed into one row of input,
+first one token of each decoding sequence, then the prompts one after another. Only attention separates the sequences:
 
     packed   d0 d1 d2 | p p p p p | p p p        cache rows 0 1 2 | 3 | 4
+
+All decoding rows attend to the first L positions, L being the longest row's length. So a batch with very unequal
+lengths computes more than it needs.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ ATTENTION_NAME = "palimpsest_rows"
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """float [layers, rows, kv_heads, length, head_dim] each.
+    """`keys` and `values`: float [layers, rows, kv_heads, length, head_dim].
 
-    The system commits a page when it is first written, so what is used grows with the longest sequence of each row.
+    The operating system commits a page when it is first written, so the memory in use grows with the longest sequence
+    that each row has held.
     """
 
     keys: torch.Tensor
@@ -37,8 +39,8 @@ class KVCache:
     def allocate(
         cls, *, num_layers: int, num_rows: int, num_kv_heads: int, length: int, head_dim: int, dtype: torch.dtype
     ) -> KVCache:
-        """Raises: ConfigError where the machine does not give the memory."""
-        # Zeros, not empty: masked positions are multiplied by 0, and 0 * nan of stale memory would be nan.
+        """Allocates a zeroed cache. Raises: ConfigError (not enough memory)."""
+        # Zeros, not empty: masked positions are multiplied by 0, and uninitialised memory may hold nan: 0 * nan is nan.
         shape = (num_layers, num_rows, num_kv_heads, length, head_dim)
         try:
             return cls(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
@@ -46,32 +48,33 @@ class KVCache:
             num_bytes = 2 * math.prod(shape) * dtype.itemsize
             raise ConfigError(
                 f"engine.max_running_requests {num_rows} x context length {length} (workflow.context_tokens, at most "
-                f"the model's own) needs {num_bytes} bytes of key-value cache, which this machine does not give: lower "
+                f"the model's own) needs {num_bytes} bytes of key-value cache, more than this machine has: lower "
                 "one of them"
             ) from error
 
     def move(self, moves: tuple[tuple[int, int], ...], *, length: int) -> None:
-        """Copy the first `length` positions of each (source row, target row); the two sets are disjoint."""
+        """Copies the first `length` positions of each source row to its target row. The two sets are disjoint."""
         sources = [source for source, _ in moves]
         targets = [target for _, target in moves]
         for cache in (self.keys, self.values):
             cache[:, targets, :, :length] = cache[:, sources, :, :length]
 
     def clear(self, row: int) -> None:
-        """Zero a row whose contents are not finite."""
+        """Zeroes a row, after values that are not finite."""
         self.keys[:, row] = 0
         self.values[:, row] = 0
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Where the packed tokens of one step lie in the cache.
+    """The place in the cache of each packed token of one step: D decoding tokens, P prompts of <= S tokens, N tokens.
 
-    positions      int64 [D]     of each decoding token; row i is cache row i
-    decode_bias    float [D, 1, 1, L] or None: added to the scores of cache positions 0..L-1; None where all L count
+    rows           int64 [D]     0..D-1, the cache rows of the decoding tokens
+    positions      int64 [D]     cache position of each decoding token
+    decode_bias    float [D, 1, 1, L] or None: added to the scores of cache positions 0..L-1; None if no row masks any
     length         L, one more than the largest decoding position
-    pad_index      int64 [P, S]  packed index of each position of each prompt; any valid index in the padding
-    unpad_index    int64 [T]     of each prompt token, in packed order, its place in [P * S]
+    pad_index      int64 [P, S]  packed index of each prompt position; any valid index in the padding
+    unpad_index    int64 [N]     index into the flattened [P * S] of each prompt token, in packed order
     """
 
     cache: KVCache
@@ -88,7 +91,7 @@ class PackedBatch:
 
 
 def pack(cache: KVCache, *, decode_lengths: list[int], prompt_lengths: list[int]) -> PackedBatch:
-    """Lay out a step. `decode_lengths` are tokens already in the cache of each decoding row."""
+    """Computes the layout of a step. `decode_lengths`: number of tokens in the cache for each decoding row."""
     positions = torch.tensor(decode_lengths, dtype=torch.int64)
     num_decode = len(decode_lengths)
     length = max(decode_lengths, default=-1) + 1
@@ -126,22 +129,22 @@ def row_attention(
     scaling: float | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of packed tokens within their own sequences; writes their keys and values to the cache.
+    """Computes causal attention of packed tokens within their own sequences; writes keys and values to the cache.
 
-    An attention function of transformers' AttentionInterface. `query` [1, H, T, E], `key` and `value` [1, KV, T, E];
-    returns [1, T, H, E].
+    An attention function for transformers' AttentionInterface. `query`: float [1, H, T, E]; `key`, `value`:
+    float [1, KV, T, E]. Returns float [1, T, H, E].
     """
     layer: int = module.layer_idx  # pyright: ignore[reportAssignmentType]
     keys, values = batch.cache.keys[layer], batch.cache.values[layer]
     parts: list[torch.Tensor] = []
     if batch.num_decode:
-        parts.append(_decode(query[0], key[0], value[0], keys, values, batch=batch, scaling=scaling))
+        parts.append(_attend_decode(query[0], key[0], value[0], keys, values, batch=batch, scaling=scaling))
     if batch.pad_index is not None:
-        parts.append(_prefill(query[0], key[0], value[0], keys, values, batch=batch, scaling=scaling))
+        parts.append(_attend_prefill(query[0], key[0], value[0], keys, values, batch=batch, scaling=scaling))
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 
-def _decode(
+def _attend_decode(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -151,13 +154,13 @@ def _decode(
     batch: PackedBatch,
     scaling: float | None,
 ) -> torch.Tensor:
-    """One new token for each of the first D rows: [D, H, E]."""
+    """Attends from one new token in each of the first D rows: float [D, H, E]."""
     n = batch.num_decode
     num_heads, _, head_dim = query.shape
     num_kv_heads = key.shape[0]
     keys[batch.rows, :, batch.positions] = key[:, :n].transpose(0, 1)
     values[batch.rows, :, batch.positions] = value[:, :n].transpose(0, 1)
-    # Heads that share keys stand in the place of query positions: nothing is repeated.
+    # Query heads that share a key head take the place of query positions, so that keys are not repeated.
     grouped = query[:, :n].transpose(0, 1).reshape(n, num_kv_heads, num_heads // num_kv_heads, head_dim)
     out = scaled_dot_product_attention(
         grouped,
@@ -169,7 +172,7 @@ def _decode(
     return out.reshape(n, num_heads, head_dim)
 
 
-def _prefill(
+def _attend_prefill(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -179,10 +182,10 @@ def _prefill(
     batch: PackedBatch,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Whole prompts into the rows after the decoding ones: [T - D, H, E].
+    """Attends within whole prompts, cached in the rows after the decoding ones: float [T - D, H, E].
 
-    Padding is on the right, where causal attention does not see it, and its cache positions are overwritten before
-    they are read.
+    Padding is on the right, so causal attention of real tokens never reads it, and its cache positions are overwritten
+    before they are read.
     """
     assert batch.pad_index is not None
     assert batch.unpad_index is not None

@@ -1,12 +1,12 @@
-"""Tokens and log-probs from logits, for a whole batch at once.
+"""Samples tokens from logits for a whole batch, and returns their log-probs.
 
-A token is drawn by inverting the cumulative distribution at one uniform number per (seed, position), so what a
-sequence samples depends on its own seed and logits only, never on the batch that it rides in. (Logits themselves
-differ in their last bits with the shape of the batch; a draw changes only where it falls within such a bit.)
+A token is sampled by inverting the cumulative distribution at one uniform number per (seed, position). So the tokens of
+a sequence depend on its own seed and logits only, not on the other sequences of the batch. (The last bits of the logits
+depend on the shape of the batch; a sampled token changes only if the uniform number falls within that difference.)
 
-A log-prob is that of the temperature-scaled distribution over the whole vocabulary: `top_p`, `top_k` and
-`min_new_tokens` limit what can be drawn and do not renormalise it, as in SGLang. Greedy tokens (temperature 0)
-report their log-prob at temperature 1.
+Log-probs are of the temperature-scaled distribution over the whole vocabulary: `top_p`, `top_k` and `min_new_tokens`
+restrict which tokens can be sampled and do not renormalise it, as in SGLang. The log-probs of greedy tokens
+(temperature 0) are at temperature 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actor.engine.request import Sequence
+from actor.engine.sequence import Sequence
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -25,10 +25,10 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1), one per (seed, position): float64 [N].
+    """Returns uniform numbers in [0, 1), one per (seed, position): float64 [N].
 
-    The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), applied to the seed and again with the position, so
-    that neighbouring seeds share no stream.
+    The finaliser of SplitMix64 (Steele, Lea and Flood, 2014) is applied to the seed, and again to the sum with the
+    position, so that consecutive seeds give unrelated streams.
     """
     mixed = _splitmix64(_splitmix64(seeds) + positions)
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -42,20 +42,20 @@ def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> tuple[list[int], list[float]]:
-    """The next token of each sequence and its log-prob. `logits` is float [N, V], row i that of `sequences[i]`.
+    """Returns the next token of each sequence and its log-prob. `logits`: float [N, V], row i for `sequences[i]`.
 
-    A row whose logits are not finite gives log-prob nan; its token means nothing.
+    If the logits of a row are not finite, its log-prob is nan and its token is meaningless.
     """
     params = [sequence.sampling for sequence in sequences]
     temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float32)
     logprobs = torch.log_softmax(logits.float() / temperatures[:, None], dim=-1)
-    probs = _drawable(logprobs.exp(), sequences)
+    probs = _restrict(logprobs.exp(), sequences)
 
     seeds = np.array([p.seed for p in params], dtype=np.uint64)
     positions = np.array([len(sequence.output_ids) for sequence in sequences], dtype=np.uint64)
     cdf = probs.cumsum(dim=-1, dtype=torch.float64)
     targets = torch.from_numpy(uniforms(seeds, positions))[:, None] * cdf[:, -1:]
-    # The first token whose cumulative probability passes the target: its own probability is above 0.
+    # The first token whose cumulative probability exceeds the target: its own probability is > 0.
     token_ids = torch.searchsorted(cdf, targets, right=True).clamp_(max=logits.shape[-1] - 1)
     if any(p.greedy for p in params):
         greedy = torch.tensor([p.greedy for p in params])[:, None]
@@ -64,8 +64,8 @@ def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> tuple[list[int], l
     return token_ids[:, 0].tolist(), chosen[:, 0].tolist()
 
 
-def _drawable(probs: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
-    """`probs` [N, V] with 0 where `min_new_tokens`, `top_k` or `top_p` forbid a token."""
+def _restrict(probs: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
+    """Sets to 0, in place, the probabilities of tokens that `min_new_tokens`, `top_k` or `top_p` forbid: [N, V]."""
     for row, sequence in enumerate(sequences):
         params = sequence.sampling
         if len(sequence.output_ids) < params.min_new_tokens and params.stop_token_ids:

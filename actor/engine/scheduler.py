@@ -1,11 +1,11 @@
-"""Which sequences the next step runs, as pure bookkeeping: no torch, no clock, no I/O.
+"""Decides which sequences the next step runs. Pure: no torch, no clock, no I/O.
 
-    held ──release──▶ waiting ──admit──▶ running ──finish──▶ gone
-                         ▲                  │
-                         └─────retract──────┘
+    held ──end_hold, resume──▶ waiting ──admit──▶ running ──finish──▶ removed
+                                  ▲                  │
+                                  └─────retract──────┘
 
-`held` collects what arrives while generation is paused or an update waits for the engine to drain. The running
-sequences occupy cache rows 0..n-1 without holes; the row of a sequence is its index in `running`.
+`held` receives new sequences while generation is paused, or while an update waits for the engine to drain. The running
+sequences occupy cache rows 0..n-1 without gaps: the row of a sequence is its index in `running`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from actor.engine.request import Sequence
+from actor.engine.sequence import Sequence
 
-# Requests that may queue for each that may run. One that finds more rounds than that before it would wait longer than
-# its client does: refused at once, it can go to another engine, and what queues cannot come to fill the memory.
-_NUM_QUEUED_PER_ROW = 32
-# But always as many as some actors and an evaluation bring, however few rows an engine has.
-_MIN_QUEUED = 1_024
+# Queue capacity for each running request. A request behind a longer queue would wait longer than its client's time-out:
+# it is refused at once, so that the client can try another engine. This also bounds the memory of the queue.
+_QUEUE_CAPACITY_PER_ROW = 32
+# Smallest queue capacity, for engines with few rows: room for several actors and an evaluation.
+MIN_QUEUE_CAPACITY = 1_024
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One forward pass.
 
-    `moves` are (source row, target row), disjoint, to be made before the pass so that the rows stay dense. Rows
-    0..len(decode)-1 decode one token each, and the rows after them are filled from scratch.
+    `moves`: disjoint (source row, target row), to be made before the pass so that the rows stay dense. Rows
+    0..len(decode)-1 decode one token each; the rows after them are prefilled.
     """
 
     moves: tuple[tuple[int, int], ...]
@@ -38,14 +38,16 @@ class Step:
 
 @dataclass(slots=True)
 class Scheduler:
-    """Admits first come, first served; a sequence is admitted only with room for its longest possible output.
+    """Admits sequences in their order of arrival, each only if there is room for its longest possible output.
 
-    So a running sequence is never pushed out for want of memory: retractions happen on request only.
+    So memory never runs out for a running sequence: retractions happen only on request. `min_queue_capacity` bounds
+    `queue_capacity` from below.
     """
 
     max_running_requests: int
     max_total_tokens: int
     max_prefill_tokens: int
+    min_queue_capacity: int = MIN_QUEUE_CAPACITY
     held: deque[Sequence] = field(default_factory=deque)
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
@@ -53,7 +55,7 @@ class Scheduler:
     paused: bool = False
 
     def in_flight(self) -> Iterator[Sequence]:
-        """Everything that has not finished, the held ones included."""
+        """Yields every unfinished sequence, held ones included."""
         for group in (self.running, self.waiting, self.held):
             yield from (sequence for sequence in group if sequence.finish is None)
 
@@ -62,17 +64,17 @@ class Scheduler:
         return sum(sequence.finish is None for sequence in self.running)
 
     @property
-    def max_queued(self) -> int:
-        return max(_MIN_QUEUED, _NUM_QUEUED_PER_ROW * self.max_running_requests)
+    def queue_capacity(self) -> int:
+        return max(self.min_queue_capacity, _QUEUE_CAPACITY_PER_ROW * self.max_running_requests)
 
     @property
-    def num_free(self) -> int:
-        """How many newcomers may queue. What an update retracts queues up beyond the bound, so it may be negative."""
-        return self.max_queued - len(self.waiting) - len(self.held)
+    def queue_room(self) -> int:
+        """How many more sequences may queue. May be negative: retracted sequences queue beyond the capacity."""
+        return self.queue_capacity - len(self.waiting) - len(self.held)
 
     @property
     def is_drained(self) -> bool:
-        """Whether nothing runs or waits; held sequences do not count."""
+        """Whether no sequence runs or waits. Held sequences do not count."""
         return not self.waiting and self.num_running == 0
 
     @property
@@ -83,40 +85,45 @@ class Scheduler:
         (self.held if self.holding or self.paused else self.waiting).append(sequence)
 
     def hold(self) -> None:
-        """Let what is in flight drain, and keep newcomers out until `release`."""
+        """Holds new sequences until `end_hold`, while those that run or wait finish."""
         self.holding = True
 
+    def end_hold(self) -> None:
+        self.holding = False
+        self._queue_held()
+
     def pause(self) -> None:
+        """Stops making steps and holds new sequences until `resume`."""
         self.paused = True
 
-    def release(self, *, resume: bool) -> None:
-        """End a hold or, with `resume`, a pause. Held sequences queue up once neither is on."""
-        if resume:
-            self.paused = False
-        else:
-            self.holding = False
+    def resume(self) -> None:
+        self.paused = False
+        self._queue_held()
+
+    def _queue_held(self) -> None:
+        """Moves held sequences to the queue, unless a hold or a pause lasts."""
         if not self.paused and not self.holding:
             self.waiting.extend(self.held)
             self.held.clear()
 
     def retract(self) -> int:
-        """Running sequences give up their cache rows and queue up first, in their order; returns how many did."""
-        alive = [sequence for sequence in self.running if sequence.finish is None]
-        for sequence in alive:
+        """Moves the running sequences, without their cache rows, to the front of the queue. Returns how many."""
+        unfinished = [sequence for sequence in self.running if sequence.finish is None]
+        for sequence in unfinished:
             sequence.num_retractions += 1
-        self.waiting.extendleft(reversed(alive))
+        self.waiting.extendleft(reversed(unfinished))
         self.running.clear()
-        return len(alive)
+        return len(unfinished)
 
     def drop_finished(self) -> None:
-        """Forget finished sequences that wait; those with a row leave it at the next step."""
+        """Removes finished sequences from the queues. Finished sequences with a row are removed by the next step."""
         for group in (self.waiting, self.held):
-            alive = [sequence for sequence in group if sequence.finish is None]
+            unfinished = [sequence for sequence in group if sequence.finish is None]
             group.clear()
-            group.extend(alive)
+            group.extend(unfinished)
 
     def next_step(self) -> Step | None:
-        """The next pass, or None where there is nothing to run. Updates `running` as if the pass were done."""
+        """Returns the next forward pass, or None if there is nothing to run. Updates `running` as if it were done."""
         if self.paused:
             return None
         moves = self._compact()
@@ -128,22 +135,24 @@ class Scheduler:
         return Step(moves=moves, decode=decode, prefill=prefill)
 
     def _compact(self) -> tuple[tuple[int, int], ...]:
-        """Close the holes that finished sequences left with the last rows."""
+        """Moves the last rows into the rows of finished sequences. Returns the moves."""
         rows = self.running
-        num_alive = self.num_running
-        if num_alive == len(rows):
+        num_unfinished = self.num_running
+        if num_unfinished == len(rows):
             return ()
-        holes = [row for row in range(num_alive) if rows[row].finish is not None]
-        tail = [row for row in range(num_alive, len(rows)) if rows[row].finish is None]
+        holes = [row for row in range(num_unfinished) if rows[row].finish is not None]
+        tail = [row for row in range(num_unfinished, len(rows)) if rows[row].finish is None]
         moves = tuple(zip(tail, holes, strict=True))
         for source, target in moves:
             rows[target] = rows[source]
-        del rows[num_alive:]
+        del rows[num_unfinished:]
         return moves
 
     def _admit(self) -> list[Sequence]:
-        """Take from the queue while rows, tokens and the budget of padded prefill tokens allow; at least the
-        first is not held up by the budget, so that a long prompt gets its turn."""
+        """Takes sequences from the queue while rows, tokens and the budget of padded prefill tokens allow.
+
+        The budget does not apply to the first one, so that a prompt longer than the budget is admitted too.
+        """
         admitted: list[Sequence] = []
         num_reserved = sum(sequence.num_reserved_tokens for sequence in self.running)
         longest = 0

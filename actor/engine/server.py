@@ -1,4 +1,4 @@
-"""The embedded engine as a server: a model folder, an address, and a loop that runs until it is stopped."""
+"""The embedded engine as an HTTP server: loads a model folder, listens on an address, runs the engine's loop."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 from aiohttp import web
 
-from actor.engine.admission import Limits
-from actor.engine.core import Engine
-from actor.engine.http import ServerFacts, build_app
-from actor.engine.scheduler import Scheduler
+from actor.engine.engine import Engine
+from actor.engine.http_routes import ServerProperties, build_app
+from actor.engine.request_validation import RequestLimits
+from actor.engine.scheduler import MIN_QUEUE_CAPACITY, Scheduler
 from protocol.addresses import is_loopback_host
 from protocol.errors import ConfigError, SecurityError, UnreachableError
 
@@ -22,12 +22,14 @@ _BACKLOG = 1024
 
 
 class EngineServer:
-    """SGLang's HTTP API over a transformers model on the CPU.
+    """Serves a transformers model on the CPU over SGLang's HTTP API.
 
-    `port` 0 takes a free one. `max_total_tokens` bounds the tokens that running requests can come to hold together
-    (by default `max_running_requests` full contexts); beyond that, requests queue. `context_length` bounds the model's
-    own: memory for `max_running_requests` contexts of that length is reserved. `seed` seeds the requests that bring no
-    `sampling_seed`.
+    port                0: a free port
+    max_total_tokens    bound on the sum of the final lengths of running requests; beyond it, requests queue.
+                        Default: `max_running_requests` full contexts
+    context_length      bounds the model's own; memory for `max_running_requests` contexts of it is reserved
+    seed                seeds the requests without `sampling_seed`
+    min_queue_capacity  requests that may queue, at least; beyond the capacity they are refused (HTTP 503)
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class EngineServer:
         context_length: int | None = None,
         torch_threads: int = 1,
         seed: int = 0,
+        min_queue_capacity: int = MIN_QUEUE_CAPACITY,
     ) -> None:
         for name, value in {
             "max_running_requests": max_running_requests,
@@ -62,25 +65,26 @@ class EngineServer:
         self._context_length = context_length
         self._torch_threads = torch_threads
         self._seed = seed
+        self._min_queue_capacity = min_queue_capacity
         self._app_runner: web.AppRunner | None = None
         self._engine: Engine | None = None
         self._loop_task: asyncio.Task[None] | None = None
 
     @property
     def url(self) -> str:
-        """Where the server listens, once it has started."""
+        """The server's address. With `port` 0, the port is known only after `start`."""
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self._port}"
 
     async def start(self) -> None:
-        """Take the address, load the model, serve.
+        """Binds the address, loads the model (seconds), and starts to serve.
 
-        Raises: UnreachableError where the address cannot be had, DataError where the folder cannot be served.
+        Raises: UnreachableError (the address cannot be bound), DataError (the model folder cannot be served).
         """
         listener = self._listen()
         try:
-            engine, facts = self._load()
-            app = build_app(engine=engine, facts=facts, api_key=self._api_key)
+            engine, properties = self._load()
+            app = build_app(engine=engine, properties=properties, api_key=self._api_key)
             self._app_runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
             await self._app_runner.setup()
             await web.SockSite(self._app_runner, listener, backlog=_BACKLOG).start()
@@ -92,7 +96,7 @@ class EngineServer:
         self._loop_task = asyncio.create_task(engine.run(), name="engine")
 
     async def wait(self) -> None:
-        """Return when the server is stopped. Raises what ended the engine's loop, if a step failed."""
+        """Returns when the server is stopped. If a step failed, raises its error."""
         task = self._loop_task
         if task is not None:
             await asyncio.wait([task])
@@ -100,7 +104,7 @@ class EngineServer:
                 task.result()
 
     async def stop(self) -> None:
-        """Stop serving; requests in flight are answered as aborted. Idempotent."""
+        """Stops serving. Requests in flight get the finish reason `abort`. Idempotent."""
         if self._loop_task is not None:
             self._loop_task.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
@@ -123,16 +127,16 @@ class EngineServer:
             listener.close()
             reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be bound ({error.strerror or error})"
             raise UnreachableError(
-                f"engine address {self._host}:{self._port} {reason}: choose another port, or 0 for a free one"
+                f"engine address {self._host}:{self._port} {reason}: choose another port, or 0 for a free port"
             ) from error
         listener.setblocking(False)
         self._port = listener.getsockname()[1]
         return listener
 
-    def _load(self) -> tuple[Engine, ServerFacts]:
+    def _load(self) -> tuple[Engine, ServerProperties]:
         import torch
 
-        from actor.engine.model import ModelRunner
+        from actor.engine.model_runner import ModelRunner
 
         torch.set_num_threads(self._torch_threads)
         runner = ModelRunner.load(
@@ -140,7 +144,7 @@ class EngineServer:
             max_running_requests=self._max_running_requests,
             context_length=self._context_length,
         )
-        info = runner.info
+        model = runner.properties
         max_total_tokens = self._max_total_tokens or self._max_running_requests * runner.context_length
         engine = Engine(
             runner=runner,
@@ -148,23 +152,24 @@ class EngineServer:
                 max_running_requests=self._max_running_requests,
                 max_total_tokens=max_total_tokens,
                 max_prefill_tokens=_MAX_PREFILL_TOKENS,
+                min_queue_capacity=self._min_queue_capacity,
             ),
-            limits=Limits(
-                vocab_size=info.vocab_size,
+            limits=RequestLimits(
+                vocab_size=model.vocab_size,
                 context_length=runner.context_length,
                 max_total_tokens=max_total_tokens,
-                eos_token_ids=info.eos_token_ids,
+                eos_token_ids=model.eos_token_ids,
             ),
             seed=self._seed,
             model_path=str(self._model_path),
         )
-        facts = ServerFacts(
+        properties = ServerProperties(
             tokenizer_path=str(self._model_path),
-            model_type=info.model_type,
-            architectures=info.architectures,
-            vocab_size=info.vocab_size,
+            model_type=model.model_type,
+            architectures=model.architectures,
+            vocab_size=model.vocab_size,
             context_length=runner.context_length,
             max_running_requests=self._max_running_requests,
             max_total_tokens=max_total_tokens,
         )
-        return engine, facts
+        return engine, properties

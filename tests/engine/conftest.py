@@ -1,4 +1,4 @@
-"""A small model folder, a server over it, and a client that speaks HTTP to it."""
+"""A small model folder, an engine that serves it, an HTTP client, and reference log-probs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONTEXT_LENGTH = 512
 
 
 def build_model(*, seed: int, architecture: str = "qwen2", tied: bool = True) -> PreTrainedModel:
-    """Two layers, four heads over two key-value heads; a spread of weights that makes log-probs differ."""
+    """Two layers, four heads, two key-value heads. `initializer_range` is large, so that log-probs differ clearly."""
     sizes = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
@@ -68,7 +68,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def make_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Saves a model of a seed, with its tokenizer; returns the folder."""
+    """Returns a function that saves a random model with its tokenizer and returns the folder."""
 
     def make(*, seed: int = 0, architecture: str = "qwen2", tied: bool = True) -> Path:
         folder = tmp_path_factory.mktemp(f"{architecture}-{seed}")
@@ -111,7 +111,7 @@ class Client:
             return Reply(response.status, await response.json() if is_json else {"text": await response.text()})
 
     async def generate(self, prompt: list[int], *, rid: str | None = None, **sampling: object) -> dict:
-        """The answer to one request, which must be a success."""
+        """Returns the response to one request, which must succeed."""
         body = {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True, "rid": rid}
         reply = await self.post("/generate", body)
         assert reply.status == 200, reply.body
@@ -121,7 +121,7 @@ class Client:
         return (await self.get("/server_info")).body["internal_states"][0]["num_running_reqs"]
 
     async def until_running(self, num: int) -> None:
-        """Poll until `num` requests run. The engine shares the event loop, so a poll lasts a few steps of it."""
+        """Polls until `num` requests run. The engine shares the event loop, so each poll takes a few steps of it."""
         async with asyncio.timeout(20):
             while await self.num_running() < num:
                 pass
@@ -129,7 +129,7 @@ class Client:
 
 @pytest.fixture
 async def serve() -> AsyncIterator[Callable]:
-    """Starts a server on a free port and returns a client of it; all end with the test."""
+    """Returns a function that starts a server on a free port and returns a client. The servers stop after the test."""
     servers: list[EngineServer] = []
     session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60))
 
@@ -153,7 +153,7 @@ async def client(serve: Callable, folder: Path) -> Client:
 def reference_logprobs(
     model_path: Path, prompt: list[int], output: list[int], *, temperature: float = 1.0
 ) -> torch.Tensor:
-    """Log-probs of `output` after `prompt` by one plain fp32 forward pass without cache: float32 [len(output)]."""
+    """Computes log-probs of `output` after `prompt` by one fp32 forward pass without cache: float32 [len(output)]."""
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + output]), use_cache=False).logits[0]
@@ -162,7 +162,7 @@ def reference_logprobs(
 
 
 def sampled_logprobs(answer: dict) -> torch.Tensor:
-    """The log-probs that an answer states, checked to be those of its tokens."""
+    """Returns the log-probs of a response, after checking that they belong to its tokens."""
     entries = answer["meta_info"]["output_token_logprobs"]
     assert [token for _, token, _ in entries] == answer["output_ids"]
     return torch.tensor([logprob for logprob, _, _ in entries])

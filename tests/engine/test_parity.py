@@ -1,4 +1,4 @@
-"""What the engine reports is what a plain transformers forward pass gives, whatever happened on the way."""
+"""The engine's log-probs equal those of a plain transformers forward pass, also across pauses and weight updates."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def assert_parity(model_path: Path, prompt: list[int], answer: dict, *, temperat
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
-async def test_logprobs_of_a_mixed_batch(
+async def test_logprobs_match_in_a_mixed_batch(
     serve: Callable, make_folder: Callable[..., Path], architecture: str, tied: bool
 ) -> None:
-    """Prompts of many lengths with outputs of many lengths, more than there are rows, so that they join and leave."""
+    """More requests than rows, with different prompt and output lengths: sequences start and end at any step."""
     model_path = make_folder(seed=3, architecture=architecture, tied=tied)
     client: Client = await serve(model_path, max_running_requests=5)
     asked = prompts(16)
@@ -43,7 +43,7 @@ async def test_logprobs_of_a_mixed_batch(
         assert_parity(model_path, prompt, answer, temperature=0.7)
 
 
-async def test_logprobs_follow_an_update(client: Client, folder: Path, new_weights: Path) -> None:
+async def test_logprobs_match_the_new_weights_after_an_update(client: Client, folder: Path, new_weights: Path) -> None:
     prompt = prompts(1)[0]
     before = await client.generate(prompt, max_new_tokens=20)
     assert_parity(folder, prompt, before)
@@ -57,10 +57,10 @@ async def test_logprobs_follow_an_update(client: Client, folder: Path, new_weigh
     assert after["meta_info"]["weight_versions"] == [{"version": "v1", "start": 0, "end": 20}]
 
 
-async def test_a_retracted_request_goes_on_under_the_new_weights(
+async def test_a_retracted_request_continues_with_the_new_weights(
     client: Client, folder: Path, new_weights: Path
 ) -> None:
-    """Tokens before the boundary match the old weights; those after it match the new weights on the whole prefix."""
+    """Tokens before the boundary match the old weights; tokens after it match the new weights on the whole prefix."""
     asked = prompts(4, seed=1)
     running = [asyncio.create_task(client.generate(p, max_new_tokens=400)) for p in asked]
     await client.until_running(4)
@@ -88,8 +88,8 @@ async def test_a_retracted_request_goes_on_under_the_new_weights(
         torch.testing.assert_close(logprobs[boundary:], under_new[boundary:], atol=TOLERANCE, rtol=0)
 
 
-async def test_every_span_is_exact_under_many_updates(serve: Callable, folder: Path, new_weights: Path) -> None:
-    """Requests queue for few rows while versions come in turns; each token is of the version that its span states."""
+async def test_version_spans_are_exact_across_many_updates(serve: Callable, folder: Path, new_weights: Path) -> None:
+    """With few rows and eight updates, each token was sampled by the weights that its span states."""
     client: Client = await serve(folder, max_running_requests=6)
     paths = {"default": folder} | {f"v{k}": new_weights if k % 2 == 0 else folder for k in range(8)}
     asked = prompts(20, seed=4)
@@ -115,8 +115,8 @@ async def test_every_span_is_exact_under_many_updates(serve: Callable, folder: P
     assert num_spans > len(asked)
 
 
-async def test_a_pause_in_place_keeps_the_cache(client: Client, folder: Path, new_weights: Path) -> None:
-    """Without an update nothing of the output changes; with one, the spans state the boundary."""
+async def test_a_pause_in_place_keeps_the_kv_cache(client: Client, folder: Path, new_weights: Path) -> None:
+    """Without an update the output does not change; with an update, the spans state the boundary."""
     prompt = prompts(1, seed=2)[0]
     alone = await client.generate(prompt, max_new_tokens=300, sampling_seed=5)
     task = asyncio.create_task(client.generate(prompt, max_new_tokens=300, sampling_seed=5))
@@ -143,7 +143,7 @@ async def test_a_pause_in_place_keeps_the_cache(client: Client, folder: Path, ne
     assert spans[0]["end"] == spans[1]["start"]
 
 
-async def test_an_update_without_a_pause_waits_for_what_is_in_flight(
+async def test_an_update_without_a_pause_waits_for_requests_in_flight(
     client: Client, folder: Path, new_weights: Path
 ) -> None:
     prompt = prompts(1)[0]
@@ -193,10 +193,10 @@ async def test_a_refused_update_changes_nothing(
     assert_parity(folder, prompt, await client.generate(prompt, max_new_tokens=10))
 
 
-async def test_output_that_is_not_finite_aborts_and_leaves_no_trace(
+async def test_output_that_is_not_finite_aborts_and_does_not_affect_later_requests(
     client: Client, folder: Path, new_weights: Path, tmp_path: Path
 ) -> None:
-    """Weights that overflow give an abort, and neither they nor their cache harm what comes after."""
+    """With weights that overflow, requests are aborted. After the next update, no cache row holds their values."""
     weights = load_file(new_weights / "model.safetensors")
     for name in weights:
         if "v_proj" in name:

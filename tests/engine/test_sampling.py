@@ -1,4 +1,4 @@
-"""What is drawn, and how a sequence ends."""
+"""Which tokens are sampled, with which log-probs, and how a sequence ends."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from actor.engine.request import Sampling, Sequence
 from actor.engine.sampler import sample, uniforms
+from actor.engine.sequence import Sampling, Sequence
 from tests.engine.conftest import Client, reference_logprobs, sampled_logprobs
 
 PLAIN = Sampling(
@@ -33,8 +33,8 @@ def sequence(sampling: Sampling, *, num_output: int = 0) -> Sequence:
     return Sequence("rid", [1], sampling, True, output_ids=[0] * num_output)
 
 
-def test_draws_follow_the_distribution() -> None:
-    """40,000 seeds: every token within 4.5 standard deviations of its expected count."""
+def test_sampled_tokens_follow_the_distribution() -> None:
+    """With 40,000 seeds, the count of every token is within 4.5 standard deviations of its expectation."""
     num = 40_000
     probs = torch.tensor([0.5, 0.25, 0.0, 0.125, 0.125])
     token_ids, _ = sample(probs.log().expand(num, -1), [sequence(replace(PLAIN, seed=seed)) for seed in range(num)])
@@ -53,7 +53,7 @@ def test_uniforms_are_independent_over_seeds_and_positions() -> None:
     assert abs(np.corrcoef(draws[:-1].ravel(), draws[1:].ravel())[0, 1]) < 0.03
 
 
-def test_top_k_and_top_p_limit_the_draw_and_not_the_logprob() -> None:
+def test_top_k_and_top_p_restrict_the_tokens_and_not_the_logprobs() -> None:
     probs = torch.tensor([0.1, 0.4, 0.2, 0.3])
     full = probs.log()
     for limited, allowed in (
@@ -67,7 +67,7 @@ def test_top_k_and_top_p_limit_the_draw_and_not_the_logprob() -> None:
         torch.testing.assert_close(torch.tensor(logprobs), full[token_ids])
 
 
-def test_min_new_tokens_keeps_stop_tokens_out() -> None:
+def test_min_new_tokens_excludes_stop_tokens() -> None:
     probs = torch.tensor([0.98, 0.01, 0.01])
     seeded = [replace(PLAIN, seed=s, stop_token_ids=frozenset({0}), min_new_tokens=2) for s in range(200)]
     early, _ = sample(probs.log().expand(200, -1), [sequence(s, num_output=1) for s in seeded])
@@ -76,7 +76,7 @@ def test_min_new_tokens_keeps_stop_tokens_out() -> None:
     assert 0 in late
 
 
-async def test_a_seed_gives_the_same_tokens_in_any_company(client: Client) -> None:
+async def test_a_seed_gives_the_same_tokens_in_any_batch(client: Client) -> None:
     prompts = [[i, 2 * i % 50, 3] for i in range(24)]
     solo = [await client.generate(p, max_new_tokens=12, sampling_seed=i) for i, p in enumerate(prompts)]
     crowd = await asyncio.gather(
@@ -90,7 +90,7 @@ async def test_a_seed_gives_the_same_tokens_in_any_company(client: Client) -> No
     assert len({tuple(a["output_ids"]) for a in unseeded}) == 4
 
 
-async def test_greedy_takes_the_likeliest_and_reports_it_at_temperature_one(client: Client, folder: Path) -> None:
+async def test_greedy_sampling_is_deterministic_with_logprobs_at_temperature_one(client: Client, folder: Path) -> None:
     one, two = [await client.generate([5, 6, 7], max_new_tokens=8, temperature=0) for _ in range(2)]
     assert one["output_ids"] == two["output_ids"]
     expected = reference_logprobs(folder, [5, 6, 7], one["output_ids"])
@@ -113,7 +113,7 @@ async def test_finish_reasons(client: Client) -> None:
     assert stopped["text"] == " ".join(f"w{token}" for token in output[:first])
     ignored = await client.generate([5, 6, 7], ignore_eos=True, **same)
     assert ignored["output_ids"] == output
-    # As in SGLang, the length is looked at first.
+    # As in SGLang, the length is checked before the stop tokens.
     both = await client.generate([5, 6, 7], **(same | {"max_new_tokens": first + 1}))
     assert both["meta_info"]["finish_reason"]["type"] == "length"
 
@@ -126,7 +126,7 @@ async def test_finish_reasons(client: Client) -> None:
     assert (nothing["output_ids"], nothing["meta_info"]["finish_reason"]["type"]) == ([], "length")
 
 
-async def test_the_models_end_token_stops(serve: Callable, make_folder: Callable[..., Path]) -> None:
+async def test_the_models_eos_token_ends_a_sequence(serve: Callable, make_folder: Callable[..., Path]) -> None:
     model_path = make_folder(seed=0)
     free = await (await serve(model_path)).generate([5, 6, 7], max_new_tokens=12, sampling_seed=1)
     eos = free["output_ids"][2]

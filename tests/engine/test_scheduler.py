@@ -1,12 +1,12 @@
-"""The scheduler keeps its bounds and its order whatever happens, and rows stay dense."""
+"""The scheduler keeps its bounds and the order of arrival under any sequence of calls, and rows stay dense."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actor.engine.request import Sampling, Sequence
 from actor.engine.scheduler import Scheduler, Step
+from actor.engine.sequence import Sampling, Sequence
 
 MAX_RUNNING, MAX_TOKENS, MAX_PREFILL = 4, 60, 30
 
@@ -29,7 +29,7 @@ def sequence(rid: int, *, num_prompt: int, num_new: int) -> Sequence:
 
 
 class Rows:
-    """What a cache would hold: for each row, the sequence and how many of its tokens."""
+    """A model of the cache: for each row, the sequence and the number of its tokens."""
 
     def __init__(self) -> None:
         self.held: dict[int, tuple[str, int]] = {}
@@ -49,7 +49,7 @@ class Rows:
 actions = st.lists(
     st.one_of(
         st.tuples(st.just("add"), st.integers(1, 20), st.integers(1, 20)),
-        st.tuples(st.sampled_from(["step", "step", "step", "retract", "pause", "resume", "hold", "release"])),
+        st.tuples(st.sampled_from(["step", "step", "step", "retract", "pause", "resume", "hold", "end_hold"])),
         st.tuples(st.just("abort"), st.integers(0, 30)),
     ),
     max_size=80,
@@ -57,7 +57,7 @@ actions = st.lists(
 
 
 @given(actions)
-def test_bounds_order_and_rows(script: list[tuple]) -> None:
+def test_bounds_order_and_rows_hold_under_any_calls(script: list[tuple]) -> None:
     scheduler = Scheduler(max_running_requests=MAX_RUNNING, max_total_tokens=MAX_TOKENS, max_prefill_tokens=MAX_PREFILL)
     rows, everything, started = Rows(), [], []
 
@@ -89,16 +89,16 @@ def test_bounds_order_and_rows(script: list[tuple]) -> None:
             case "pause":
                 scheduler.pause()
             case "resume":
-                scheduler.release(resume=True)
+                scheduler.resume()
             case "hold":
                 scheduler.hold()
-            case "release":
-                scheduler.release(resume=False)
+            case "end_hold":
+                scheduler.end_hold()
             case "abort" if values[0] < len(everything):
                 everything[values[0]].abort("gone")
                 scheduler.drop_finished()
-    scheduler.release(resume=True)
-    scheduler.release(resume=False)
+    scheduler.resume()
+    scheduler.end_hold()
     for _ in range(20 * (len(everything) + 1)):
         step()
     assert all(s.finish is not None for s in everything)
@@ -114,9 +114,9 @@ def test_paused_and_held_sequences_do_not_start() -> None:
     assert scheduler.is_drained
     assert scheduler.next_step() is None
     scheduler.pause()
-    scheduler.release(resume=False)
+    scheduler.end_hold()
     assert scheduler.next_step() is None
-    scheduler.release(resume=True)
+    scheduler.resume()
     step = scheduler.next_step()
     assert step is not None
     assert [s.rid for s in step.prefill] == ["0"]

@@ -1,4 +1,4 @@
-"""The server's manners: bad input, pauses, aborts, keys, folders and addresses."""
+"""The HTTP server: invalid input, pauses, aborts, API keys, model folders and addresses."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import orjson
 import pytest
 from pydantic import ValidationError
 
-from actor.engine import scheduler
-from actor.engine.api import GenerateBody, parse
+from actor.engine.request_bodies import GenerateBody, parse_body
 from actor.engine.server import EngineServer
 from protocol.errors import ConfigError, DataError, EngineRefused, SecurityError, UnreachableError
 from tests.engine.conftest import CONTEXT_LENGTH, VOCAB_SIZE, Client
@@ -50,7 +49,7 @@ BAD_BODIES = [
 ]
 
 
-async def test_bad_requests_are_refused_and_the_server_goes_on(client: Client) -> None:
+async def test_invalid_requests_are_refused_and_the_server_keeps_serving(client: Client) -> None:
     for body, words in BAD_BODIES:
         reply = await client.post("/generate", body)
         assert reply.status == 400, body
@@ -69,31 +68,28 @@ async def test_bad_requests_are_refused_and_the_server_goes_on(client: Client) -
             assert "error" in await response.json()
     assert (await client.post("/nowhere")).status == 404
     assert (await client.get("/generate")).status == 405
-    # Odd, but no error: stop tokens that cannot be, and any integer for a seed.
+    # Accepted: stop tokens outside the vocabulary, and any integer as a seed.
     odd = {"stop_token_ids": [-1000, 10**12], "min_new_tokens": 3, "sampling_seed": -(2**70), "max_new_tokens": 5}
     assert len((await client.generate([1], **odd))["output_ids"]) == 5
     assert (await client.get("/health")).status == 200
 
 
-async def test_a_long_bad_body_is_refused_at_its_first_bad_entry(client: Client) -> None:
-    """The loop that reads bodies is the one that makes steps: it must not stop for a foe's sake."""
-    num = 16 * CONTEXT_LENGTH // 2  # of the longest that is read at all
+async def test_a_long_invalid_body_is_refused_at_its_first_invalid_entry(client: Client) -> None:
+    """Bodies are parsed in the event loop that makes steps: an untrusted body must not block it."""
+    num = 16 * CONTEXT_LENGTH // 2  # half of the longest body that the server reads
     for bad in (["x"] * num, [["x"]] * num, [[1, "x"]] * num, [None] * num):
         with pytest.raises(EngineRefused) as raised:
-            parse(GenerateBody, orjson.dumps({"input_ids": bad}))
+            parse_body(GenerateBody, orjson.dumps({"input_ids": bad}))
         cause = raised.value.__cause__
         assert isinstance(cause, ValidationError)
-        assert cause.error_count() <= 4, "not one for each entry"
+        assert cause.error_count() <= 4, "validation stops at the first invalid entry"
     too_long = {"input_ids": [10**9] * 16 * CONTEXT_LENGTH * 2}
     assert (await client.post("/generate", too_long)).status == 413
     assert len((await client.generate([1], max_new_tokens=2))["output_ids"]) == 2
 
 
-async def test_a_full_queue_sends_requests_elsewhere(
-    serve: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(scheduler, "_MIN_QUEUED", 1)
-    client: Client = await serve(folder, max_running_requests=1)
+async def test_a_full_queue_refuses_requests_with_503(serve: Callable, folder: Path) -> None:
+    client: Client = await serve(folder, max_running_requests=1, min_queue_capacity=1)
     await client.post("/pause_generation", {"mode": "retract"})
     batch = {"input_ids": [[1]] * 31, "sampling_params": {"max_new_tokens": 1}}
     waiting = [asyncio.create_task(client.post("/generate", batch))]
@@ -112,7 +108,7 @@ async def test_a_full_queue_sends_requests_elsewhere(
     assert (await client.post("/generate", batch)).status == 200
 
 
-async def test_a_batch_is_answered_in_order(client: Client) -> None:
+async def test_a_batch_gets_its_responses_in_order(client: Client) -> None:
     body = {
         "input_ids": [[1, 2], [3], [4, 5, 6]],
         "sampling_params": [{"max_new_tokens": n} for n in (9, 1, 4)],
@@ -126,7 +122,7 @@ async def test_a_batch_is_answered_in_order(client: Client) -> None:
     assert ["output_token_logprobs" in a["meta_info"] for a in answers] == [True, False, True]
 
 
-async def test_calls_wait_while_paused(client: Client) -> None:
+async def test_requests_wait_while_the_engine_is_paused(client: Client) -> None:
     await client.post("/pause_generation", {"mode": "retract"})
     await client.post("/pause_generation", {"mode": "retract"})
     waiting = [asyncio.create_task(client.generate([1], rid=f"r{i}", max_new_tokens=3)) for i in range(3)]
@@ -135,7 +131,7 @@ async def test_calls_wait_while_paused(client: Client) -> None:
     assert await client.num_running() == 0
     assert (await client.get("/health")).status == 200
     assert (await client.get("/flush_cache")).status == 200
-    # A duplicate id is refused, and an abort reaches a call that waits.
+    # A duplicate id is refused, and a waiting request can be aborted.
     assert (await client.post("/generate", {"input_ids": [1], "rid": "r0"})).status == 400
     await client.post("/abort_request", {"rid": "r1"})
     assert (await waiting[1])["meta_info"]["finish_reason"]["type"] == "abort"
@@ -143,7 +139,7 @@ async def test_calls_wait_while_paused(client: Client) -> None:
     assert len((await waiting[0])["output_ids"]) == len((await waiting[2])["output_ids"]) == 3
 
 
-async def test_an_abort_answers_what_there_is(client: Client) -> None:
+async def test_an_aborted_request_returns_its_partial_output(client: Client) -> None:
     tasks = [asyncio.create_task(client.generate([1], rid=f"r{i}", max_new_tokens=500)) for i in range(4)]
     await client.until_running(4)
     assert (await client.get("/flush_cache")).status == 400
@@ -164,7 +160,7 @@ async def test_an_abort_answers_what_there_is(client: Client) -> None:
     assert (await task)["meta_info"]["finish_reason"]["type"] == "abort"
 
 
-async def test_an_update_can_abort_what_is_in_flight(client: Client, new_weights: Path) -> None:
+async def test_an_update_can_abort_requests_in_flight(client: Client, new_weights: Path) -> None:
     task = asyncio.create_task(client.generate([1], max_new_tokens=500))
     await client.until_running(1)
     body = {"model_path": str(new_weights), "weight_version": "v1", "abort_all_requests": True}
@@ -172,7 +168,7 @@ async def test_an_update_can_abort_what_is_in_flight(client: Client, new_weights
     assert (await task)["meta_info"]["finish_reason"]["type"] == "abort"
 
 
-async def test_a_client_that_goes_away_gives_its_row_back(client: Client) -> None:
+async def test_a_client_that_disconnects_frees_its_row(client: Client) -> None:
     task = asyncio.create_task(client.generate([1], max_new_tokens=511))
     await client.until_running(1)
     await client.post("/pause_generation", {"mode": "in_place"})
@@ -183,7 +179,7 @@ async def test_a_client_that_goes_away_gives_its_row_back(client: Client) -> Non
     assert len((await client.generate([1], max_new_tokens=2))["output_ids"]) == 2
 
 
-async def test_an_api_key_guards_everything_but_health(serve: Callable, folder: Path) -> None:
+async def test_every_route_except_health_needs_the_api_key(serve: Callable, folder: Path) -> None:
     client: Client = await serve(folder, api_key="s3cret")
     body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}}
     assert (await client.get("/health")).status == 200
@@ -194,7 +190,7 @@ async def test_an_api_key_guards_everything_but_health(serve: Callable, folder: 
             assert response.status == status
 
 
-async def test_info(client: Client, folder: Path) -> None:
+async def test_model_info_and_server_info(client: Client, folder: Path) -> None:
     info = (await client.get("/model_info")).body
     assert (info["model_path"], info["is_generation"], info["weight_version"]) == (str(folder), True, "default")
     assert info["model_type"] == "qwen2"
@@ -203,7 +199,7 @@ async def test_info(client: Client, folder: Path) -> None:
     assert server["max_total_num_tokens"] == 128 * CONTEXT_LENGTH
 
 
-async def test_the_context_length_bounds_the_models_own(serve: Callable, folder: Path) -> None:
+async def test_context_length_lowers_the_models_own_and_never_raises_it(serve: Callable, folder: Path) -> None:
     for asked, served in ((64, 64), (CONTEXT_LENGTH + 1, CONTEXT_LENGTH)):
         client: Client = await serve(folder, context_length=asked)
         assert (await client.get("/server_info")).body["context_length"] == served
@@ -211,7 +207,7 @@ async def test_the_context_length_bounds_the_models_own(serve: Callable, folder:
         assert (reply.status, str(served) in reply.body["error"]["message"]) == (400, True)
 
 
-async def test_a_folder_that_cannot_be_served(folder: Path, tmp_path: Path) -> None:
+async def test_a_model_folder_that_cannot_be_served_is_refused(folder: Path, tmp_path: Path) -> None:
     for name, word in (
         ("config.json", "config.json"),
         ("model.safetensors", "safetensors"),
@@ -237,7 +233,7 @@ async def test_a_folder_that_cannot_be_served(folder: Path, tmp_path: Path) -> N
         await EngineServer(model_path=tmp_path / "nowhere").start()
 
 
-async def test_addresses_and_bounds(client: Client, folder: Path) -> None:
+async def test_invalid_addresses_and_bounds_are_refused(client: Client, folder: Path) -> None:
     port = int(client.url.rpartition(":")[2])
     with pytest.raises(UnreachableError, match=str(port)):
         await EngineServer(model_path=folder, port=port).start()
@@ -248,7 +244,7 @@ async def test_addresses_and_bounds(client: Client, folder: Path) -> None:
     assert (await client.get("/health")).status == 200
 
 
-async def test_stopping_frees_the_port_and_ends_calls(folder: Path) -> None:
+async def test_stop_frees_the_port_and_aborts_requests(folder: Path) -> None:
     server = EngineServer(model_path=folder)
     await server.start()
     async with aiohttp.ClientSession() as http:
@@ -263,8 +259,10 @@ async def test_stopping_frees_the_port_and_ends_calls(folder: Path) -> None:
     await again.stop()
 
 
-async def test_a_failed_step_ends_the_engine_and_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from actor.engine.model import ModelRunner
+async def test_a_failed_step_aborts_requests_and_ends_the_engine_with_its_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from actor.engine.model_runner import ModelRunner
 
     def fail(*_: object) -> None:
         raise MemoryError("no more")

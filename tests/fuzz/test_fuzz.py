@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from actor.engine.api import AbortBody, ContinueBody, GenerateBody, PauseBody, UpdateBody, parse
+from actor.engine.request_bodies import AbortBody, ContinueBody, GenerateBody, PauseBody, UpdateBody, parse_body
 from actor.engines.completion import parse_completion
 from actor.weights.fetch import check_manifest, check_tensors
 from protocol import deltas
@@ -112,7 +112,7 @@ def _read_body(frames: Frames) -> None:
     num_refused = 0
     for model in _MODELS:
         try:
-            parse(model, b"".join(frames))
+            parse_body(model, b"".join(frames))
         except EngineRefused:
             num_refused += 1
     if num_refused == len(_MODELS):

@@ -1,10 +1,10 @@
-"""A finished sequence as /generate answers it."""
+"""The response body of /generate, built from a finished sequence."""
 
 from __future__ import annotations
 
 from typing import TypedDict
 
-from actor.engine.request import Finish, FinishType, Sequence
+from actor.engine.sequence import Finish, FinishType, Sequence
 
 
 class FinishReason(TypedDict, total=False):
@@ -14,14 +14,14 @@ class FinishReason(TypedDict, total=False):
     message: str | None
 
 
-class VersionSpan(TypedDict):
+class VersionSpanFields(TypedDict):
     version: str
     start: int
     end: int
 
 
 class MetaInfo(TypedDict, total=False):
-    """SGLang's `meta_info`. `output_token_logprobs` is there if it was asked for."""
+    """SGLang's `meta_info`. `output_token_logprobs` is present only if the request set `return_logprob`."""
 
     id: str
     finish_reason: FinishReason
@@ -29,19 +29,23 @@ class MetaInfo(TypedDict, total=False):
     completion_tokens: int
     cached_tokens: int
     weight_version: str
-    weight_versions: list[VersionSpan]
+    weight_versions: list[VersionSpanFields]
     num_retractions: int
     output_token_logprobs: list[tuple[float, int, None]]
 
 
-class Answer(TypedDict):
+class GenerateResponse(TypedDict):
     text: str
     output_ids: list[int]
     meta_info: MetaInfo
 
 
-def answer(sequence: Sequence, *, text: str, weight_version: str) -> Answer:
-    """`weight_version` is the engine's at the end; which version sampled which token is in `weight_versions`."""
+def generate_response(sequence: Sequence, *, text: str, weight_version: str) -> GenerateResponse:
+    """Builds the response for a finished sequence.
+
+    `weight_version` is the version that the engine serves when the sequence ends; `weight_versions` in the response
+    states which version sampled which tokens.
+    """
     assert sequence.finish is not None
     meta: MetaInfo = {
         "id": sequence.rid,
@@ -50,7 +54,7 @@ def answer(sequence: Sequence, *, text: str, weight_version: str) -> Answer:
         "completion_tokens": len(sequence.output_ids),
         "cached_tokens": 0,
         "weight_version": weight_version,
-        "weight_versions": [{"version": v.version, "start": v.start, "end": v.end} for v in sequence.versions],
+        "weight_versions": [{"version": v.version, "start": v.start, "end": v.end} for v in sequence.version_spans],
         "num_retractions": sequence.num_retractions,
     }
     if sequence.return_logprob:

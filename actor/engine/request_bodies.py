@@ -1,7 +1,7 @@
-"""Bodies of SGLang's native HTTP API, as the embedded engine takes them.
+"""Request bodies of SGLang's native HTTP API, as the embedded engine accepts them.
 
-Unknown keys are refused. SGLang's parameters that the engine does not implement are known and accepted at the value
-at which they do nothing, so that a client's defaults pass and nothing is silently ignored.
+Unknown keys are refused. An SGLang parameter that the engine does not implement is accepted only with the value that
+has no effect. So a client may send SGLang's defaults, and no parameter is ignored silently.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from protocol.errors import EngineRefused
 
-_MAX_SHOWN = 120
-_UNION_MEMBER = re.compile(r"^(str|bool|SamplingParams|list\[.*\])$")
+_MAX_SHOWN_CHARS = 120
+_UNION_MEMBER = re.compile(r"^(str|bool|SamplingParamsBody|list\[.*\])$")
 _Body = TypeVar("_Body", bound=BaseModel)
 
 Zero = Annotated[float, Field(ge=0, le=0)]
 One = Annotated[float, Field(ge=1, le=1)]
 
-# Lists are refused at their first wrong entry: bodies are read in the loop that makes the engine's steps, and an error
-# for each of 10^5 entries would stop it for seconds.
+# A list is refused at its first invalid entry. Bodies are parsed in the event loop that runs the engine's steps: one
+# error for each of 10^5 entries would block it for seconds.
 _Item = TypeVar("_Item")
-Listed = Annotated[list[_Item], Field(fail_fast=True)]
+FailFastList = Annotated[list[_Item], Field(fail_fast=True)]
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
 
 
-class _Strict(BaseModel):
+class _StrictBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class SamplingParams(_Strict):
-    """`sampling_params` of /generate. `max_new_tokens` null means up to the context's end."""
+class SamplingParamsBody(_StrictBody):
+    """`sampling_params` of /generate. `max_new_tokens` null: up to the context length."""
 
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1)] = -1
     max_new_tokens: Annotated[int, Field(ge=0)] | None = 128
     min_new_tokens: Annotated[int, Field(ge=0)] = 0
-    stop: str | Listed[str] | None = None
+    stop: str | FailFastList[str] | None = None
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -63,17 +63,18 @@ class SamplingParams(_Strict):
     stream_interval: int | None = None
 
 
-class GenerateBody(_Strict):
-    """POST /generate. A list of lists is a batch; then `sampling_params`, `rid` and `return_logprob` may be lists.
+class GenerateBody(_StrictBody):
+    """POST /generate. If `input_ids` is a list of lists, the body is a batch, and `sampling_params`, `rid` and
+    `return_logprob` may be lists too.
 
-    `extra_key` salts SGLang's prefix cache; here there is none, so it is accepted and does nothing.
+    `extra_key` salts SGLang's prefix cache. This engine has no prefix cache, so the key is accepted and has no effect.
     """
 
-    input_ids: TokenIds | Listed[TokenIds]
-    sampling_params: SamplingParams | Listed[SamplingParams] = SamplingParams()
-    rid: str | Listed[str] | None = None
-    return_logprob: bool | Listed[bool] = False
-    extra_key: str | Listed[str] | None = None
+    input_ids: TokenIds | FailFastList[TokenIds]
+    sampling_params: SamplingParamsBody | FailFastList[SamplingParamsBody] = SamplingParamsBody()
+    rid: str | FailFastList[str] | None = None
+    return_logprob: bool | FailFastList[bool] = False
+    extra_key: str | FailFastList[str] | None = None
 
     stream: bool = False
     logprob_start_len: Annotated[int, Field(ge=-1, le=-1)] | None = None
@@ -86,8 +87,8 @@ class GenerateBody(_Strict):
     log_metrics: bool = True
 
 
-class UpdateBody(_Strict):
-    """POST /update_weights_from_disk. Without `weight_version` the version stays as it is, as in SGLang."""
+class UpdateBody(_StrictBody):
+    """POST /update_weights_from_disk. Without `weight_version` the version does not change, as in SGLang."""
 
     model_path: Annotated[str, Field(min_length=1)]
     weight_version: Annotated[str, Field(min_length=1)] | None = None
@@ -98,34 +99,37 @@ class UpdateBody(_Strict):
 
 
 class PauseMode(StrEnum):
-    """What becomes of requests in flight: they end, they queue up without their KV, or they stop where they are."""
+    """What a pause does to requests in flight.
+
+    `abort` ends them, `retract` drops their KV cache and queues them again, `in_place` stops them and keeps their KV.
+    """
 
     ABORT = "abort"
     RETRACT = "retract"
     IN_PLACE = "in_place"
 
 
-class PauseBody(_Strict):
+class PauseBody(_StrictBody):
     """POST /pause_generation."""
 
     mode: Annotated[PauseMode, Field(strict=False)] = PauseMode.ABORT
 
 
-class ContinueBody(_Strict):
+class ContinueBody(_StrictBody):
     """POST /continue_generation."""
 
 
-class AbortBody(_Strict):
-    """POST /abort_request: one request by its id, or all of them. An id that is not in flight is no error."""
+class AbortBody(_StrictBody):
+    """POST /abort_request: one request by its id, or all requests. An id that is not in flight is not an error."""
 
     rid: str | None = None
     abort_all: bool = False
 
 
-def parse(model: type[_Body], body: bytes) -> _Body:
-    """Read a JSON body; an empty one is `{}`.
+def parse_body(model: type[_Body], body: bytes) -> _Body:
+    """Parses a JSON body. An empty body is read as `{}`.
 
-    Raises: EngineRefused naming the first bad field, its bound and the value.
+    Raises: EngineRefused naming the first invalid field, its bound and the value.
     """
     try:
         return model.model_validate_json(body or b"{}")
@@ -135,21 +139,21 @@ def parse(model: type[_Body], body: bytes) -> _Body:
 
 def _describe(error: ValidationError) -> str:
     errors = error.errors(include_url=False, include_context=False)
-    # Of a union, the member that was meant is the one whose error lies deepest.
+    # Every member of a union reports an error: show the deepest one, which belongs to the member that was meant.
     first = max(errors, key=lambda e: len(e["loc"]))
     if first["type"] == "json_invalid":
         return f"the body is not valid JSON: {first['msg']}"
     if first["loc"] and first["loc"][0] == "input_ids" and first["type"] != "missing":
-        return f"input_ids must be a list of token ids or a list of such lists, got {_shown(first['input'])}"
-    # Pydantic puts the names of union members into the location: only the field's own path helps the caller.
+        return f"input_ids must be a list of token ids or a list of such lists, got {_shortened(first['input'])}"
+    # Pydantic adds the names of union members to the location: remove them, so that the path is that of the field.
     path = ".".join(str(part) for part in first["loc"] if not _UNION_MEMBER.match(str(part)))
     if first["type"] == "extra_forbidden":
-        return f"{path} is not a parameter that the embedded engine knows, got {_shown(first['input'])}"
+        return f"{path} is not a parameter of the embedded engine, got {_shortened(first['input'])}"
     if first["type"] == "missing":
         return f"{path} is required"
-    return f"{path or 'the body'}: {first['msg']}, got {_shown(first['input'])}"
+    return f"{path or 'the body'}: {first['msg']}, got {_shortened(first['input'])}"
 
 
-def _shown(value: object) -> str:
+def _shortened(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
+    return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "…"

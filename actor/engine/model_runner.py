@@ -1,4 +1,4 @@
-"""The transformers model behind the engine: one packed forward pass a step, and weights that change in place."""
+"""Runs the engine's steps on a transformers model, one packed forward pass each, and replaces its weights in place."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from transformers.utils.logging import disable_progress_bar
 from actor.engine.kv_cache import ATTENTION_NAME, KVCache, pack, row_attention
 from actor.engine.sampler import sample
 from actor.engine.scheduler import Step
-from actor.engine.weights import apply_weights, match_weights, read_weights
+from actor.engine.weight_loading import apply_weights, match_weights, read_weights
 from protocol.errors import DataError, WeightsError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 @dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What the HTTP layer must know of the model. `eos_token_ids` end a sequence unless it ignores them."""
+class ModelProperties:
+    """Constants of the loaded model. `eos_token_ids` end a sequence unless it sets `ignore_eos`."""
 
     model_type: str
     architectures: tuple[str, ...]
@@ -39,7 +39,7 @@ class ModelInfo:
 
 
 class ModelRunner:
-    """Runs steps on a model in fp32 on the CPU. Not to be called from two threads at once, except `prepare_weights`."""
+    """Runs steps on a model in fp32 on the CPU. Not thread-safe, except for `prepare_weights`."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class ModelRunner:
         tokenizer: PreTrainedTokenizerBase,
         max_running_requests: int,
         context_length: int,
-        info: ModelInfo,
+        properties: ModelProperties,
     ) -> None:
         config = model.config
         num_heads: int = config.num_attention_heads
@@ -62,31 +62,32 @@ class ModelRunner:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
             dtype=torch.float32,
         )
-        self.info = info
+        self.properties = properties
         self.context_length = context_length
 
     @classmethod
     def load(cls, folder: Path, *, max_running_requests: int, context_length: int | None) -> ModelRunner:
-        """Load a Hugging Face folder: config, safetensors weights and tokenizer.
+        """Loads a Hugging Face folder: config, safetensors weights and tokenizer.
 
-        `context_length` bounds the model's own. Raises: DataError where the folder cannot be served.
+        The context length is the model's own, or `context_length` if that is smaller. Raises: DataError (the folder
+        cannot be served).
         """
         tokenizer = _load_tokenizer(folder)
         model = _load_model(folder)
-        info = _describe(model, tokenizer)
-        length = min(context_length or info.max_position_embeddings, info.max_position_embeddings)
+        properties = _properties_of(model, tokenizer)
+        longest = properties.max_position_embeddings
         return cls(
             model=model,
             tokenizer=tokenizer,
             max_running_requests=max_running_requests,
-            context_length=length,
-            info=info,
+            context_length=min(context_length or longest, longest),
+            properties=properties,
         )
 
     def run(self, step: Step) -> tuple[list[int], list[float]]:
-        """One token and its log-prob for each sequence of the step, decoding ones first.
+        """Returns one token and its log-prob for each sequence of the step, decoding sequences first.
 
-        A log-prob that is not finite says that the model's output was not; the sequence's row is then cleared.
+        If the model's output for a sequence is not finite, neither is its log-prob, and its cache row is cleared.
         """
         if step.moves:
             self._cache.move(step.moves, length=max(s.num_tokens for s in step.decode))
@@ -115,9 +116,10 @@ class ModelRunner:
         return token_ids, logprobs
 
     def prepare_weights(self, folder: Path) -> Callable[[], None]:
-        """Read and check a folder's weights; the answer puts them in place, all of them. Raises: WeightsError.
+        """Reads and checks a folder's weights. Returns a function that copies them into the model.
 
-        May be called from another thread: nothing of the model changes before the answer is called.
+        May be called from another thread: the model does not change before the returned function is called. Raises:
+        WeightsError.
         """
         if not folder.is_dir():
             raise WeightsError(f"model_path {str(folder)!r} is not a folder")
@@ -137,10 +139,10 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise DataError(f"model folder {folder} has no tokenizer: save one there with save_pretrained()")
     try:
         if (folder / "tokenizer.json").is_file():
-            # AutoTokenizer would put the decoder of the model's family in the place of the file's own.
+            # AutoTokenizer would replace the file's decoder by that of the model's family.
             return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # Its errors share no base: whatever they are, the folder cannot be served.
+    except Exception as error:  # transformers raises errors without a common base class
         raise DataError(f"the tokenizer in {folder} cannot be loaded ({error}): save it again") from error
 
 
@@ -168,7 +170,7 @@ def _load_model(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def _describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelInfo:
+def _properties_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelProperties:
     eos: set[int] = set()
     generation = model.generation_config.eos_token_id if model.generation_config is not None else None
     for value in (getattr(model.config, "eos_token_id", None), generation, tokenizer.eos_token_id):
@@ -176,7 +178,7 @@ def _describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Mod
             eos.add(value)
         elif isinstance(value, list):
             eos.update(token_id for token_id in value if isinstance(token_id, int))
-    return ModelInfo(
+    return ModelProperties(
         model_type=model.config.model_type,
         architectures=tuple(model.config.architectures or ()),
         vocab_size=model.config.vocab_size,

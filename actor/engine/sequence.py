@@ -1,4 +1,4 @@
-"""One sequence on its way through the engine: what was asked, what was sampled, and under which weights."""
+"""One sequence in the engine: its prompt and sampling parameters, its sampled tokens and their weight versions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class FinishType(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """Why a sequence ended. `matched` is a token id or a stop string; `message` says why it was aborted."""
+    """Why a sequence ended. `matched`: the stop token id or stop string. `message`: the reason of an abort."""
 
     type: FinishType
     length: int | None = None
@@ -24,7 +24,7 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Checked sampling parameters. `greedy` stands for SGLang's temperature 0; log-probs are then at temperature 1."""
+    """Validated sampling parameters. `greedy` is SGLang's temperature 0; `temperature` is then 1, for the log-probs."""
 
     temperature: float
     greedy: bool
@@ -40,8 +40,8 @@ class Sampling:
 
 
 @dataclass(slots=True)
-class VersionRun:
-    """Output tokens [start, end) were sampled under `version`."""
+class VersionSpan:
+    """Output tokens [start, end) were sampled with the weights `version`."""
 
     version: str
     start: int
@@ -50,7 +50,7 @@ class VersionRun:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A prompt and the tokens sampled after it. It outlives its KV: a retracted sequence keeps all of this."""
+    """A prompt and the tokens sampled after it. A retracted sequence loses its KV cache and keeps all fields."""
 
     rid: str
     prompt_ids: list[int]
@@ -58,7 +58,7 @@ class Sequence:
     return_logprob: bool
     output_ids: list[int] = field(default_factory=list)
     output_logprobs: list[float] = field(default_factory=list)
-    versions: list[VersionRun] = field(default_factory=list)
+    version_spans: list[VersionSpan] = field(default_factory=list)
     num_retractions: int = 0
     finish: Finish | None = None
 
@@ -68,28 +68,28 @@ class Sequence:
 
     @property
     def num_reserved_tokens(self) -> int:
-        """The most tokens that this sequence can come to hold."""
+        """The largest number of tokens that this sequence can reach, prompt included."""
         return len(self.prompt_ids) + self.sampling.max_new_tokens
 
     def record(self, *, token_id: int, logprob: float, version: str) -> None:
-        """Append a sampled token, and finish where it ends the sequence.
+        """Appends a sampled token, and sets `finish` if the token ends the sequence.
 
-        The length is looked at before the stop tokens, as SGLang does: a stop token in the last place that
-        `max_new_tokens` allows reads as `length`.
+        The length is checked before the stop tokens, as in SGLang: a stop token that is also the last token allowed by
+        `max_new_tokens` gives the finish reason `length`.
         """
         self.output_ids.append(token_id)
         self.output_logprobs.append(logprob)
         num_output = len(self.output_ids)
-        if self.versions and self.versions[-1].version == version:
-            self.versions[-1].end = num_output
+        if self.version_spans and self.version_spans[-1].version == version:
+            self.version_spans[-1].end = num_output
         else:
-            self.versions.append(VersionRun(version, num_output - 1, num_output))
+            self.version_spans.append(VersionSpan(version, num_output - 1, num_output))
         if num_output >= self.sampling.max_new_tokens:
             self.finish = Finish(FinishType.LENGTH, length=self.sampling.max_new_tokens)
         elif token_id in self.sampling.stop_token_ids:
             self.finish = Finish(FinishType.STOP, matched=token_id)
 
     def abort(self, message: str) -> None:
-        """End the sequence where it stands; what was sampled stays. A finished sequence stays as it is."""
+        """Ends the sequence and keeps its sampled tokens. Does nothing if the sequence is finished."""
         if self.finish is None:
             self.finish = Finish(FinishType.ABORT, message=message)

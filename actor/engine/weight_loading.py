@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face folder, checked in full before the first byte of the model changes."""
+"""Loads the weights of a Hugging Face folder into a model. All checks run before the first parameter changes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _INDEX = "model.safetensors.index.json"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those that its index names, else the single one.
+    """Returns the safetensors files of a folder: the files in its index, or `model.safetensors` if there is no index.
 
-    Raises: WeightsError where there are none, or the index cannot be read.
+    Raises: WeightsError if there are none, or the index cannot be read.
     """
     index = folder / _INDEX
     if index.is_file():
@@ -35,7 +35,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder by its name. Raises: WeightsError where a file is missing or damaged."""
+    """Reads every tensor of a folder, by name. Raises: WeightsError if a file is missing or damaged."""
     weights: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):
         try:
@@ -46,10 +46,10 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def match_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs (parameter, new value), one for each of the model's tensors; tied names count as one tensor.
+    """Returns pairs (parameter, new value), one for each tensor of the model. Tied names count as one tensor.
 
-    Raises: WeightsError naming the first tensor that is missing, unknown, of another shape, not finite, or given
-    twice with different values where the model ties it.
+    Raises: WeightsError naming the first tensor that is missing or unknown, has another shape or a value that is not
+    finite, or is tied in the model and given twice with different values.
     """
     state = model.state_dict(keep_vars=True)
     if unknown := sorted(weights.keys() - state.keys()):
@@ -75,7 +75,7 @@ def match_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> list[tu
 
 
 def apply_weights(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copy each value into its parameter, in the parameter's dtype. Cannot fail half-way: all was checked before."""
+    """Copies each value into its parameter, in the parameter's dtype. Cannot fail: `match_weights` checked all."""
     with torch.no_grad():
         for target, value in pairs:
             target.copy_(value)

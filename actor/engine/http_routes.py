@@ -1,4 +1,4 @@
-"""SGLang's native HTTP routes over an Engine."""
+"""SGLang's native HTTP routes, served by an Engine."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import orjson
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from actor.engine.admission import is_batch
-from actor.engine.answer import Answer, answer
-from actor.engine.api import AbortBody, ContinueBody, GenerateBody, PauseBody, UpdateBody, parse
-from actor.engine.core import Engine
+from actor.engine.engine import Engine
+from actor.engine.request_bodies import AbortBody, ContinueBody, GenerateBody, PauseBody, UpdateBody, parse_body
+from actor.engine.request_validation import is_batch
+from actor.engine.response_body import GenerateResponse, generate_response
 from protocol.errors import EngineRefused, EngineUnavailable
 
-# A body holds at most as much as a batch of so many full contexts, ten digits and commas a token, and some parameters:
-# it is parsed in the loop that makes the engine's steps.
-_MAX_CONTEXTS_A_BODY = 16
-_BYTES_A_TOKEN = 10
+# Largest body: a batch of this number of full contexts, ten bytes for each token, and some parameters. The bound is low
+# because bodies are parsed in the event loop that runs the engine's steps.
+_MAX_CONTEXTS_PER_BODY = 16
+_BYTES_PER_TOKEN = 10
 _MAX_OTHER_BYTES = 2**16
 
 
 @dataclass(frozen=True, slots=True)
-class ServerFacts:
-    """What /model_info and /server_info state beside the engine's own state."""
+class ServerProperties:
+    """The constant fields of /model_info and /server_info."""
 
     tokenizer_path: str
     model_type: str
@@ -35,11 +35,11 @@ class ServerFacts:
     max_total_tokens: int
 
 
-def build_app(*, engine: Engine, facts: ServerFacts, api_key: str | None) -> web.Application:
-    """Every route but /health needs `Authorization: Bearer <api_key>` where a key is set."""
-    max_body_bytes = _MAX_CONTEXTS_A_BODY * facts.context_length * _BYTES_A_TOKEN + _MAX_OTHER_BYTES
-    app = web.Application(client_max_size=max_body_bytes, middlewares=[_guard(api_key)])
-    routes = _Routes(engine=engine, facts=facts)
+def build_app(*, engine: Engine, properties: ServerProperties, api_key: str | None) -> web.Application:
+    """Builds the app. If `api_key` is set, every route except /health needs `Authorization: Bearer <api_key>`."""
+    max_body_bytes = _MAX_CONTEXTS_PER_BODY * properties.context_length * _BYTES_PER_TOKEN + _MAX_OTHER_BYTES
+    app = web.Application(client_max_size=max_body_bytes, middlewares=[_auth_and_errors(api_key)])
+    routes = _Routes(engine=engine, properties=properties)
     app.router.add_get("/health", routes.health)
     app.router.add_get("/model_info", routes.model_info)
     app.router.add_get("/server_info", routes.server_info)
@@ -54,9 +54,9 @@ def build_app(*, engine: Engine, facts: ServerFacts, api_key: str | None) -> web
 
 
 class _Routes:
-    def __init__(self, *, engine: Engine, facts: ServerFacts) -> None:
+    def __init__(self, *, engine: Engine, properties: ServerProperties) -> None:
         self._engine = engine
-        self._facts = facts
+        self._properties = properties
 
     async def health(self, _: web.Request) -> web.Response:
         self._engine.check_alive()
@@ -66,27 +66,27 @@ class _Routes:
         return _json(
             {
                 "model_path": self._engine.model_path,
-                "tokenizer_path": self._facts.tokenizer_path,
+                "tokenizer_path": self._properties.tokenizer_path,
                 "is_generation": True,
                 "weight_version": self._engine.weight_version,
-                "model_type": self._facts.model_type,
-                "architectures": self._facts.architectures,
+                "model_type": self._properties.model_type,
+                "architectures": self._properties.architectures,
             }
         )
 
     async def server_info(self, _: web.Request) -> web.Response:
-        scheduler, facts = self._engine.scheduler, self._facts
+        scheduler, properties = self._engine.scheduler, self._properties
         return _json(
             {
                 "status": "ready",
                 "version": "palimpsest-embedded",
                 "model_path": self._engine.model_path,
-                "tokenizer_path": facts.tokenizer_path,
+                "tokenizer_path": properties.tokenizer_path,
                 "weight_version": self._engine.weight_version,
-                "vocab_size": facts.vocab_size,
-                "context_length": facts.context_length,
-                "max_running_requests": facts.max_running_requests,
-                "max_total_num_tokens": facts.max_total_tokens,
+                "vocab_size": properties.vocab_size,
+                "context_length": properties.context_length,
+                "max_running_requests": properties.max_running_requests,
+                "max_total_num_tokens": properties.max_total_tokens,
                 "internal_states": [
                     {
                         "num_running_reqs": scheduler.num_running,
@@ -98,33 +98,35 @@ class _Routes:
         )
 
     async def generate(self, request: web.Request) -> web.Response:
-        body = parse(GenerateBody, await request.read())
+        body = parse_body(GenerateBody, await request.read())
         sequences = await self._engine.generate(body)
         version = self._engine.weight_version
-        answers = [answer(s, text=self._engine.text(s), weight_version=version) for s in sequences]
-        return _json(answers if is_batch(body) else answers[0])
+        responses = [
+            generate_response(s, text=self._engine.decode_output(s), weight_version=version) for s in sequences
+        ]
+        return _json(responses if is_batch(body) else responses[0])
 
     async def update_weights_from_disk(self, request: web.Request) -> web.Response:
         try:
-            num_paused = await self._engine.update_weights(parse(UpdateBody, await request.read()))
+            num_paused = await self._engine.update_weights(parse_body(UpdateBody, await request.read()))
         except EngineRefused as error:
-            return _update_answer(success=False, message=str(error), num_paused_requests=0, status=400)
-        return _update_answer(
+            return _update_response(success=False, message=str(error), num_paused_requests=0, status=400)
+        return _update_response(
             success=True, message="Succeeded to update model weights.", num_paused_requests=num_paused
         )
 
     async def pause_generation(self, request: web.Request) -> web.Response:
-        body = parse(PauseBody, await request.read())
+        body = parse_body(PauseBody, await request.read())
         self._engine.pause(body.mode)
         return _json({"status": "ok", "message": f"Generation paused ({body.mode})."})
 
     async def continue_generation(self, request: web.Request) -> web.Response:
-        parse(ContinueBody, await request.read())
+        parse_body(ContinueBody, await request.read())
         self._engine.resume()
         return _json({"status": "ok", "message": "Generation continued."})
 
     async def abort_request(self, request: web.Request) -> web.Response:
-        body = parse(AbortBody, await request.read())
+        body = parse_body(AbortBody, await request.read())
         if body.abort_all:
             self._engine.abort_all()
         elif body.rid:
@@ -138,16 +140,16 @@ class _Routes:
         return web.Response(text="Cache flushed.\n")
 
 
-def _guard(api_key: str | None) -> Middleware:
-    """Checks the bearer token, and turns refusals into JSON errors."""
+def _auth_and_errors(api_key: str | None) -> Middleware:
+    """Returns a middleware that checks the bearer token and turns exceptions into JSON errors."""
     expected = f"Bearer {api_key}".encode() if api_key is not None else None
 
     @web.middleware
-    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if expected is not None and request.path != "/health":
             given = request.headers.get("Authorization", "").encode()
             if not hmac.compare_digest(given, expected):
-                return _error("Authorization must be `Bearer` and the engine's api key", status=401)
+                return _error("the Authorization header must be `Bearer` followed by the engine's API key", status=401)
         try:
             return await handler(request)
         except EngineRefused as error:
@@ -157,16 +159,16 @@ def _guard(api_key: str | None) -> Middleware:
         except web.HTTPException as error:
             return _error(f"{request.method} {request.path}: {error.reason}", status=error.status)
 
-    return guard
+    return middleware
 
 
 def _error(message: str, *, status: int) -> web.Response:
     return _json({"error": {"message": message, "code": status}}, status=status)
 
 
-def _update_answer(*, success: bool, message: str, num_paused_requests: int, status: int = 200) -> web.Response:
+def _update_response(*, success: bool, message: str, num_paused_requests: int, status: int = 200) -> web.Response:
     return _json({"success": success, "message": message, "num_paused_requests": num_paused_requests}, status=status)
 
 
-def _json(value: Answer | list[Answer] | dict[str, object], *, status: int = 200) -> web.Response:
+def _json(value: GenerateResponse | list[GenerateResponse] | dict[str, object], *, status: int = 200) -> web.Response:
     return web.Response(body=orjson.dumps(value), status=status, content_type="application/json")

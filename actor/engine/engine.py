@@ -1,13 +1,13 @@
-"""The engine without HTTP: requests in, sequences out, weights changed between two steps.
+"""The engine without HTTP: takes requests, returns finished sequences, and changes weights between two steps.
 
     generate ─▶ Scheduler ─▶ step ─▶ ModelRunner ─▶ record ─▶ the request's future
                     ▲          │
-    pause, continue, abort,    └─ one turn of the event loop between two steps, for the sockets
+    pause, resume, abort,      └─ one iteration of the event loop between two steps, for the sockets
     update_weights
 
-Steps run inside the event loop. For the models that this engine is for, a step takes about a millisecond, and
-handing it to a thread costs more than it takes; everything here is therefore single-threaded and between two awaits
-nothing else changes. Only the reading of new weights leaves the loop.
+Steps run inside the event loop: for the small models that this engine serves, a step takes about a millisecond, and
+handing it to a thread would cost more. So everything here is single-threaded, and no state changes between two awaits.
+Only new weights are read in another thread.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from actor.engine.admission import Limits, admit, is_batch
-from actor.engine.api import GenerateBody, PauseMode, UpdateBody
-from actor.engine.request import Finish, FinishType, Sequence
+from actor.engine.request_bodies import GenerateBody, PauseMode, UpdateBody
+from actor.engine.request_validation import RequestLimits, is_batch, to_sequences
 from actor.engine.scheduler import Scheduler, Step
+from actor.engine.sequence import Finish, FinishType, Sequence
 from protocol.errors import EngineRefused, EngineUnavailable, WeightsError
 
-_NUM_TURNS_AFTER_FINISH = 6
-"""Turns of the event loop after a step in which requests finished: enough to write the answers and to read and queue
-the requests that follow them, so that these join the next step together and not one after another."""
+_NUM_YIELDS_AFTER_FINISH = 6
+"""Iterations of the event loop after a step in which requests finished. They suffice to write the responses and to
+queue the clients' next requests, so that these start in the same step and not one after another."""
 
 
-class Runner(Protocol):
-    """What the engine needs of a model: see ModelRunner."""
+class StepRunner(Protocol):
+    """The model, as the engine uses it. See ModelRunner."""
 
     def run(self, step: Step) -> tuple[list[int], list[float]]: ...
     def prepare_weights(self, folder: Path) -> Callable[[], None]: ...
@@ -39,9 +39,11 @@ class Runner(Protocol):
 
 
 class Engine:
-    """One model, one queue. `run` is the loop that makes progress; everything else asks."""
+    """One model with one queue of requests. `run` is the loop that makes steps; the other methods change its state."""
 
-    def __init__(self, *, runner: Runner, scheduler: Scheduler, limits: Limits, seed: int, model_path: str) -> None:
+    def __init__(
+        self, *, runner: StepRunner, scheduler: Scheduler, limits: RequestLimits, seed: int, model_path: str
+    ) -> None:
         self.model_path = model_path
         self.weight_version = "default"
         self.scheduler = scheduler
@@ -56,13 +58,13 @@ class Engine:
         self._failure: Exception | None = None
 
     async def run(self) -> None:
-        """Make steps while there is work. Ends with the error of a step; requests in flight are then aborted."""
+        """Makes steps until cancelled. If a step fails, aborts requests in flight and raises the step's error."""
         try:
             while True:
                 self._work.clear()
                 if self.scheduler.has_work:
-                    num_turns = _NUM_TURNS_AFTER_FINISH if self._step() else 1
-                    for _ in range(num_turns):
+                    num_yields = _NUM_YIELDS_AFTER_FINISH if self._step() else 1
+                    for _ in range(num_yields):
                         await asyncio.sleep(0)
                 else:
                     self._settled.set()
@@ -73,14 +75,15 @@ class Engine:
             raise
 
     async def generate(self, body: GenerateBody) -> list[Sequence]:
-        """Run a request to its end. Where the caller is cancelled, so is the request.
+        """Runs a request to its end and returns its sequences. If the caller is cancelled, the request is aborted.
 
-        Raises: EngineRefused where the request is wrong, EngineUnavailable where the engine has failed or its queue is
-            full.
+        Raises: EngineRefused (invalid request), EngineUnavailable (the engine has failed, or its queue is full).
         """
         self.check_alive()
         self._check_room(len(body.input_ids) if is_batch(body) else 1)
-        sequences = admit(body, limits=self._limits, random_source=self._random, in_flight=self._sequences.__contains__)
+        sequences = to_sequences(
+            body, limits=self._limits, random_source=self._random, is_in_flight=self._sequences.__contains__
+        )
         loop = asyncio.get_running_loop()
         futures = []
         for sequence in sequences:
@@ -97,33 +100,33 @@ class Engine:
             for future in futures:
                 await future
         finally:
-            self._abort([s for s in sequences if s.finish is None], "the client is gone")
+            self._abort([s for s in sequences if s.finish is None], "the client disconnected")
             for sequence in sequences:
                 self._sequences.pop(sequence.rid, None)
                 self._pending.pop(sequence.rid, None)
         return sequences
 
     def check_alive(self) -> None:
-        """Raises: EngineUnavailable where a step has failed: the process is then about to end with its error."""
+        """Raises: EngineUnavailable if a step has failed; the process is then about to end with that error."""
         if self._failure is not None:
             raise EngineUnavailable(f"the engine has failed: {self._failure!r}")
 
     def _check_room(self, num: int) -> None:
         scheduler = self.scheduler
-        if num > scheduler.max_queued:
-            raise EngineRefused(f"input_ids must have <= {scheduler.max_queued} sequences in a batch, got {num}")
-        if num > scheduler.num_free:
+        if num > scheduler.queue_capacity:
+            raise EngineRefused(f"input_ids must have <= {scheduler.queue_capacity} sequences in a batch, got {num}")
+        if num > scheduler.queue_room:
             raise EngineUnavailable(
-                f"the queue holds at most {scheduler.max_queued} requests and has room for "
-                f"{max(0, scheduler.num_free)}, got {num} more: ask another engine, or later"
+                f"the queue holds at most {scheduler.queue_capacity} requests and has room for "
+                f"{max(0, scheduler.queue_room)}, got {num} more: use another engine, or retry later"
             )
 
     def close(self) -> None:
-        """End what is in flight, so that clients have their partial answers before the sockets close."""
-        self._abort(list(self.scheduler.in_flight()), "the engine stops")
+        """Aborts requests in flight, so that clients get their partial responses before the sockets close."""
+        self._abort(list(self.scheduler.in_flight()), "the engine is shutting down")
 
-    def text(self, sequence: Sequence) -> str:
-        """The output as text, without the stop token or string that ended it unless `no_stop_trim`."""
+    def decode_output(self, sequence: Sequence) -> str:
+        """Decodes the output to text, without the stop token or stop string that ended it unless `no_stop_trim`."""
         token_ids, finish, sampling = sequence.output_ids, sequence.finish, sequence.sampling
         matched = finish.matched if finish is not None and not sampling.no_stop_trim else None
         if isinstance(matched, int):
@@ -132,7 +135,7 @@ class Engine:
         return text[: text.find(matched)] if isinstance(matched, str) and matched in text else text
 
     def abort(self, *, rid: str) -> None:
-        """End a request, or all those of a batch that was given `rid`; one that is not in flight is no error."""
+        """Aborts the request `rid`, or every request of the batch `rid`. If none is in flight, does nothing."""
         batch = f"{rid}_"
         chosen = [s for s in self.scheduler.in_flight() if s.rid == rid or s.rid.startswith(batch)]
         self._abort(chosen, "aborted by /abort_request")
@@ -141,7 +144,7 @@ class Engine:
         self._abort(list(self.scheduler.in_flight()), "aborted by /abort_request")
 
     def pause(self, mode: PauseMode) -> None:
-        """Stop making steps. Idempotent; a second call may go from in_place to retract or abort."""
+        """Stops making steps. Idempotent; a second call may change in_place to retract or abort."""
         self.scheduler.pause()
         if mode is PauseMode.ABORT:
             self._abort(list(self.scheduler.in_flight()), "aborted by /pause_generation")
@@ -150,22 +153,22 @@ class Engine:
         self._settled.set()
 
     def resume(self) -> None:
-        self.scheduler.release(resume=True)
+        self.scheduler.resume()
         self._work.set()
 
     def flush_cache(self) -> None:
-        """Nothing is cached between requests, so nothing is to be done. Raises: EngineRefused while busy, as SGLang."""
+        """Does nothing: no cache outlives a request. Raises: EngineRefused (requests are in flight; so does SGLang)."""
         if not self.scheduler.is_drained:
             num = sum(1 for _ in self.scheduler.in_flight())
             raise EngineRefused(f"flush_cache needs an idle engine, got {num} requests in flight: wait or abort them")
 
     async def update_weights(self, body: UpdateBody) -> int:
-        """Change the weights, all or nothing; returns how many requests were paused meanwhile.
+        """Changes all weights or none. Returns the number of requests that were paused during the update.
 
-        Without a pause, what is in flight drains first under the old weights, and newcomers wait.
+        If the engine is not paused, requests in flight first finish with the old weights, and new requests wait.
 
-        Raises: EngineRefused where the folder's weights are not those of the served model, or a flush is asked for
-            while requests keep their KV; nothing has changed then.
+        Raises: EngineRefused if the folder's weights do not fit the served model, or if `flush_cache` is set while
+            paused requests keep their KV cache; nothing has changed then.
         """
         self.check_alive()
         async with self._updating:
@@ -190,11 +193,11 @@ class Engine:
                 self.model_path = body.model_path
                 return sum(1 for _ in self.scheduler.in_flight()) if self.scheduler.paused else 0
             finally:
-                self.scheduler.release(resume=False)
+                self.scheduler.end_hold()
                 self._work.set()
 
     def _step(self) -> bool:
-        """One pass; returns whether a sequence finished."""
+        """Runs one forward pass. Returns whether a sequence finished."""
         step = self.scheduler.next_step()
         if step is None:
             return False
@@ -213,7 +216,10 @@ class Engine:
         return finished
 
     def _match_stop_strings(self, sequence: Sequence) -> None:
-        """A stop string can only end within the last token, so a tail of one token a character is enough."""
+        """Finishes the sequence if its output ends with a stop string.
+
+        A new match ends within the last token, so it is enough to decode one token for each of its characters.
+        """
         strings = sequence.sampling.stop_strings
         num_tail = max(len(string) for string in strings) + 1
         tail = self._runner.decode(

@@ -1,4 +1,4 @@
-"""From a /generate body to sequences: everything that could break a step is refused here, before it is queued."""
+"""Validates a /generate body and turns it into sequences. Refuses whatever could make a step fail."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from actor.engine.api import GenerateBody, SamplingParams
-from actor.engine.request import Sampling, Sequence
+from actor.engine.request_bodies import GenerateBody, SamplingParamsBody
+from actor.engine.sequence import Sampling, Sequence
 from protocol.errors import EngineRefused
 
 _T = TypeVar("_T")
 _SEED_BITS = 64
 _GREEDY_BELOW = 1e-6
-"""SGLang takes temperatures below this for greedy decoding."""
+"""SGLang decodes greedily at temperatures below this."""
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What a sequence must fit in. Counts are tokens."""
+class RequestLimits:
+    """Bounds of a sequence. Lengths are in tokens."""
 
     vocab_size: int
     context_length: int
@@ -28,26 +28,28 @@ class Limits:
     eos_token_ids: frozenset[int]
 
 
-def admit(
-    body: GenerateBody, *, limits: Limits, random_source: random.Random, in_flight: Callable[[str], bool]
+def to_sequences(
+    body: GenerateBody, *, limits: RequestLimits, random_source: random.Random, is_in_flight: Callable[[str], bool]
 ) -> list[Sequence]:
-    """The sequences of a body: one, or those of a batch. `in_flight` says whether an id is in use.
+    """Returns the sequences of a body: one, or one for each prompt of a batch.
+
+    `is_in_flight` returns whether a request id is in use. `random_source` seeds the sequences without `sampling_seed`.
 
     Raises: EngineRefused naming the field, the bound and the value.
     """
     if body.stream:
-        raise EngineRefused("stream must be false, the embedded engine answers whole sequences, got True")
+        raise EngineRefused("stream must be false (the embedded engine returns whole sequences only), got True")
     if not body.input_ids:
         raise EngineRefused("input_ids must have >= 1 token, got 0")
     prompts: list[list[int]] = body.input_ids if is_batch(body) else [body.input_ids]  # pyright: ignore[reportAssignmentType]
     num = len(prompts)
     rids = _rids(body.rid, num=num)
-    params = _spread(body.sampling_params, name="sampling_params", num=num)
-    logprobs = _spread(body.return_logprob, name="return_logprob", num=num)
+    params = _one_per_sequence(body.sampling_params, name="sampling_params", num=num)
+    logprobs = _one_per_sequence(body.return_logprob, name="return_logprob", num=num)
     seen: set[str] = set()
     for rid in rids:
-        if in_flight(rid) or rid in seen:
-            raise EngineRefused(f"rid must be unique among requests in flight, got {rid!r} again")
+        if is_in_flight(rid) or rid in seen:
+            raise EngineRefused(f"rid must be unique among requests in flight, got {rid!r} twice")
         seen.add(rid)
     return [
         Sequence(
@@ -68,8 +70,8 @@ def is_batch(body: GenerateBody) -> bool:
     return bool(body.input_ids) and isinstance(body.input_ids[0], list)
 
 
-def _spread(value: _T | list[_T], *, name: str, num: int) -> list[_T]:
-    """One value for each of `num` sequences."""
+def _one_per_sequence(value: _T | list[_T], *, name: str, num: int) -> list[_T]:
+    """Returns `value` as a list of `num` values: a single value is repeated. Raises: EngineRefused."""
     if not isinstance(value, list):
         return [value] * num
     if len(value) != num:
@@ -82,24 +84,26 @@ def _rids(rid: str | list[str] | None, *, num: int) -> list[str]:
         return [uuid.uuid4().hex for _ in range(num)]
     if isinstance(rid, str):
         return [rid] if num == 1 else [f"{rid}_{i}" for i in range(num)]
-    return _spread(rid, name="rid", num=num)
+    return _one_per_sequence(rid, name="rid", num=num)
 
 
-def _checked_prompt(prompt: list[int], *, name: str, limits: Limits) -> list[int]:
+def _checked_prompt(prompt: list[int], *, name: str, limits: RequestLimits) -> list[int]:
     if not prompt:
         raise EngineRefused(f"{name} must have >= 1 token, got 0")
     if len(prompt) >= limits.context_length:
         raise EngineRefused(
             f"{name} must have < {limits.context_length} tokens (the context length), got {len(prompt)}"
         )
-    for bad in (min(prompt), max(prompt)):
-        if not 0 <= bad < limits.vocab_size:
-            raise EngineRefused(f"{name}: token ids must be >= 0 and < {limits.vocab_size} (the vocabulary), got {bad}")
+    for token_id in (min(prompt), max(prompt)):
+        if not 0 <= token_id < limits.vocab_size:
+            raise EngineRefused(
+                f"{name}: token ids must be >= 0 and < {limits.vocab_size} (the vocabulary), got {token_id}"
+            )
     return prompt
 
 
 def _sampling(
-    params: SamplingParams, *, num_prompt_tokens: int, limits: Limits, random_source: random.Random
+    params: SamplingParamsBody, *, num_prompt_tokens: int, limits: RequestLimits, random_source: random.Random
 ) -> Sampling:
     room = min(limits.context_length, limits.max_total_tokens) - num_prompt_tokens
     max_new_tokens = params.max_new_tokens if params.max_new_tokens is not None else max(room, 0)
