@@ -98,7 +98,7 @@ class RetrieverService:
                 self.stats.num_refused += 1
                 if isinstance(error, ProtocolError):
                     self._router.penalize(peer)
-                reply = ErrorReply(request_id=_request_id(frames), error=str(error))
+                reply = ErrorReply(request_id=request_id_of(frames), error=str(error))
                 self._send(peer, encode(reply))
                 continue
             self._pending.append(_Pending(peer, request, time.perf_counter()))
@@ -172,7 +172,7 @@ class RetrieverService:
             self.stats.num_undelivered += 1
 
 
-def _request_id(frames: Sequence[Buffer]) -> int:
+def request_id_of(frames: Sequence[Buffer]) -> int:
     """The id of a request that was refused, so that its client need not wait for a time-out; 0 where it has none."""
     if not frames or len(frames[0]) > MAX_HEADER_BYTES:
         return 0

@@ -1,4 +1,4 @@
-"""Hostile versions of good messages: bytes that were damaged, and well-formed trees that hold what they should not."""
+"""Mutates valid messages: damages bytes, or replaces values in a msgpack or JSON tree by hostile ones."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import json
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgpack
 
@@ -23,18 +24,18 @@ _NOT_JSON: tuple[object, ...] = (float("nan"), float("inf"), b"", b"\xff" * 40, 
 
 
 def mutated(rng: random.Random, samples: Sequence[Frames], *, tree: str) -> Frames:
-    """One of `samples` with one to four changes; `tree` says what its first frame holds: msgpack, json or nothing."""
+    """Returns one of `samples`, mutated. `tree` is the format of its first frame: "msgpack", "json" or "" (bytes)."""
     frames = list(rng.choice(samples))
     if tree and rng.random() < 0.6:
-        frames[0] = _regrown(rng, frames[0], tree)
+        frames[0] = _mutate_tree(rng, frames[0], tree)
     if not tree or rng.random() < 0.5:
         for _ in range(rng.randint(1, 4)):
             rng.choice((_damage, _damage, _damage, _reorder))(rng, frames, samples)
     return frames
 
 
-def _regrown(rng: random.Random, frame: bytes, tree: str) -> bytes:
-    """Up to three nodes of the tree are replaced, removed, or get a neighbour."""
+def _mutate_tree(rng: random.Random, frame: bytes, tree: str) -> bytes:
+    """Replaces or removes up to three nodes of the tree in `frame`, or inserts nodes beside them."""
     values = _HOSTILE if tree == "json" else _HOSTILE + _NOT_JSON
     root = json.loads(frame) if tree == "json" else msgpack.unpackb(frame)
     for _ in range(rng.randint(1, 3)):
@@ -45,19 +46,22 @@ def _regrown(rng: random.Random, frame: bytes, tree: str) -> bytes:
             if isinstance(child, dict | list) and child and rng.random() < 0.7:
                 node = child
                 continue
-            _change(rng, node, key, values)
+            _change_node(rng, node, key, values)
             break
-    return json.dumps(root).encode() if tree == "json" else msgpack.packb(root)
+    packed = json.dumps(root).encode() if tree == "json" else msgpack.packb(root)
+    assert packed is not None
+    return packed
 
 
-def _change(rng: random.Random, node: dict | list, key: object, values: Sequence[object]) -> None:
+def _change_node(rng: random.Random, node: dict | list, key: Any, values: Sequence[object]) -> None:
     match rng.randrange(8):
         case 0:
             del node[key]
-        case 1 if isinstance(node, list):
-            node.extend(copy.deepcopy(node[:50]))
         case 1:
-            node[rng.choice(("extra", "kind", "v", "_", "\0"))] = copy.deepcopy(rng.choice(values))
+            if isinstance(node, list):
+                node.extend(copy.deepcopy(node[:50]))
+            else:
+                node[rng.choice(("extra", "kind", "v", "_", "\0"))] = copy.deepcopy(rng.choice(values))
         case _:
             node[key] = copy.deepcopy(rng.choice(values))
 

@@ -1,4 +1,4 @@
-"""A good group, and a good message of every kind."""
+"""A valid group, and a valid message of every kind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sample_group() -> TrajectoryGroup:
 
 
 def _sample(schema: dict, definitions: dict) -> object:
-    """A value of the part of JSON schema that the messages use."""
+    """Returns a value of `schema`; supports the part of JSON schema that the messages use."""
     if "$ref" in schema:
         return _sample(definitions[schema["$ref"].rsplit("/", 1)[-1]], definitions)
     if "anyOf" in schema:
@@ -46,7 +46,7 @@ def _sample(schema: dict, definitions: dict) -> object:
 
 
 def sample_messages() -> list[Frames]:
-    """One of each kind, so that none is forgotten."""
+    """Returns one message of each kind in `Message.kinds`."""
     samples = []
     for cls in Message.kinds.values():
         schema = cls.model_json_schema()

@@ -1,5 +1,5 @@
-"""Every decoder of what comes from another process, on hostile versions of good messages: only its typed errors, and
-no memory that grows."""
+"""Every decoder of input from another process, on mutated valid messages: it raises only its typed errors, and memory
+does not grow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from protocol.framing import decode, encode
 from protocol.messages import Manifest, SubmitGroup
 from protocol.resident_memory import resident_mb
 from protocol.types import PolicyTag
-from retriever.service import _request_id
+from retriever.service import request_id_of
 from tests.fuzz.mutate import Frames, mutated
 from tests.fuzz.samples import sample_group, sample_messages
 
@@ -31,7 +31,7 @@ MAX_GROWTH_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Decoder:
-    """`read` may raise `errors` and nothing else. `tree`: what the first frame of a sample is."""
+    """A decoder under test. `read` may raise `errors` only. `tree`: see `mutated`."""
 
     samples: Sequence[Frames]
     read: Callable[[Frames], object]
@@ -108,7 +108,7 @@ _MODELS = (GenerateBody, PauseBody, ContinueBody, UpdateBody, AbortBody)
 
 
 def _read_body(frames: Frames) -> None:
-    """By every route; refused where no route takes it."""
+    """Parses the body for every route. Raises: EngineRefused (every route refuses it)."""
     num_refused = 0
     for model in _MODELS:
         try:
@@ -132,7 +132,7 @@ def _decoders() -> dict[str, Decoder]:
         "tensors": Decoder(
             _safetensors(), lambda frames: check_tensors(b"".join(frames), _manifest()), (WeightsError,)
         ),
-        "search": Decoder(sample_messages(), _request_id, (), "msgpack"),
+        "search": Decoder(sample_messages(), request_id_of, (), "msgpack"),
         "answer": Decoder(
             _answers(),
             lambda frames: parse_completion(b"".join(frames), seen_version="run:4:3", engine="e"),
@@ -152,7 +152,7 @@ DECODERS = _decoders()
 
 
 def _fuzz(decoder: Decoder, *, num: int, seed: int) -> tuple[int, int]:
-    """(how many were refused, bytes that the process grew by in the last four fifths)"""
+    """Returns the number of refused messages, and the growth of resident memory over the last 4/5 of them, in bytes."""
     rng = random.Random(seed)
     num_refused, before = 0, 0.0
     for i in range(num):
@@ -171,15 +171,15 @@ def _fuzz(decoder: Decoder, *, num: int, seed: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_what_was_not_changed_is_read(name: str) -> None:
+def test_decoders_accept_the_unchanged_samples(name: str) -> None:
     DECODERS[name].read(DECODERS[name].samples[0])
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("num", [1_000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_only_typed_errors(name: str, num: int) -> None:
-    """A million messages in all, where slow tests run."""
+def test_mutated_messages_raise_only_typed_errors(name: str, num: int) -> None:
+    """With slow tests: a million messages in total over all decoders."""
     num_refused, growth_bytes = _fuzz(DECODERS[name], num=num, seed=0)
     assert num_refused > num / 10 or not DECODERS[name].errors
     assert num_refused < num

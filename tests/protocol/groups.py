@@ -21,7 +21,7 @@ KINDS: dict[str, type[Message]] = {kind: cls for kind, cls in Message.kinds.item
 
 @st.composite
 def contexts(draw: st.DrawFn) -> Context:
-    """Up to 24 tokens cut into stretches that were read or sampled; a sampled one may hold several spans."""
+    """Up to 24 tokens in up to 6 pieces; each piece was read, or sampled with its own span."""
     pieces = draw(st.lists(st.tuples(st.booleans(), st.integers(1, 4)), max_size=6))
     length = sum(size for _, size in pieces)
     mask = np.zeros(length, dtype=np.bool_)
@@ -77,7 +77,7 @@ def groups(draw: st.DrawFn) -> TrajectoryGroup:
 
 
 def messages() -> st.SearchStrategy[Message]:
-    """Any message but a group, straight from its model."""
+    """Messages of every kind but groups, generated from their JSON schema."""
     return st.sampled_from(list(KINDS.values())).flatmap(_of)
 
 
@@ -88,11 +88,11 @@ def _of(cls: type[Message]) -> st.SearchStrategy[Message]:
 _CANARY = st.lists(
     st.tuples(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=3), st.floats(-50.0, 0.0)), max_size=3
 ).map(lambda rows: {"prompts": [ids for ids, _ in rows], "logprobs": [logprob for _, logprob in rows]})
-"""As many prompts as log-probs, which the schema cannot say."""
+"""Equal numbers of prompts and log-probs: the schema cannot express this."""
 
 
 def _tree(schema: dict, definitions: dict) -> st.SearchStrategy:
-    """Values of the part of JSON schema that the messages use."""
+    """Returns values of `schema`; supports the part of JSON schema that the messages use."""
     if "$ref" in schema:
         name = schema["$ref"].rsplit("/", 1)[-1]
         return _CANARY if name == "CanaryFields" else _tree(definitions[name], definitions)

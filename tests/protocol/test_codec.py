@@ -1,4 +1,4 @@
-"""A group survives the codec bit for bit; whatever else comes is refused with a typed error, and with nothing else."""
+"""The codec is exact for every group; any other input raises a typed error and nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from protocol import framing as wire
+from protocol import framing
 from protocol.codec import decode_frames, decode_group, encode_group
 from protocol.errors import IncompatibleVersion, MalformedMessage, MessageTooLarge, ProtocolError
 from protocol.framing import Buffer, Message, decode, encode, expect
@@ -57,7 +57,7 @@ def receive(frames: Sequence[Buffer]) -> TrajectoryGroup:
 
 
 def receive_or_refuse(frames: Sequence[Buffer]) -> None:
-    """Any error but a ProtocolError fails the test."""
+    """Decodes `frames`; any error other than a ProtocolError fails the test."""
     try:
         message, payload = decode(frames)
         if isinstance(message, SubmitGroup):
@@ -85,7 +85,7 @@ def assert_same_bits(a: TrajectoryGroup, b: TrajectoryGroup) -> None:
 
 @few
 @given(groups(), st.integers(0, 2**62 - 1))
-def test_a_group_survives_bit_for_bit(group: TrajectoryGroup, lease_id: int) -> None:
+def test_a_decoded_group_is_equal_bit_for_bit(group: TrajectoryGroup, lease_id: int) -> None:
     frames = encode_group(group, lease_id=lease_id)
     assert len(frames) == 4
     assert_same_bits(receive([bytes(frame) for frame in frames]), group)
@@ -97,7 +97,7 @@ def test_a_group_survives_bit_for_bit(group: TrajectoryGroup, lease_id: int) -> 
 
 @few
 @given(groups())
-def test_what_is_read_off_the_columns(group: TrajectoryGroup) -> None:
+def test_a_group_view_has_the_values_of_its_group(group: TrajectoryGroup) -> None:
     packed = decode_frames(encode_group(group, lease_id=1))
     assert (packed.run_id, packed.cursor, packed.attempt) == (group.run_id, group.cursor, group.attempt)
     assert packed.oldest_version == group.oldest_version
@@ -106,7 +106,7 @@ def test_what_is_read_off_the_columns(group: TrajectoryGroup) -> None:
     assert packed.num_trained_tokens == sum(each)
 
 
-def test_arrays_are_views_that_nobody_writes() -> None:
+def test_decoded_arrays_are_read_only_views_of_the_frames() -> None:
     frames = encode_group(one_group(), lease_id=1)
     context = receive(frames).trajectories[0].contexts[0]
     assert np.shares_memory(context.token_ids, np.frombuffer(frames[1], np.int32))
@@ -117,14 +117,14 @@ def test_arrays_are_views_that_nobody_writes() -> None:
 
 @many
 @given(any_message())
-def test_every_message_survives(message: Message) -> None:
+def test_a_decoded_message_is_equal(message: Message) -> None:
     again, payload = decode([encode(message), b"payload"])
     assert again == message
     assert type(again) is type(message)
     assert list(payload) == [b"payload"]
 
 
-def test_all_kinds_are_covered() -> None:
+def test_the_strategies_cover_every_kind_of_message() -> None:
     assert set(KINDS) | {"group"} == set(Message.kinds)
     assert "" not in KINDS
 
@@ -148,7 +148,7 @@ _json_like = st.recursive(
 
 @many
 @given(_json_like)
-def test_any_msgpack_value_is_refused(value: object) -> None:
+def test_random_msgpack_values_are_refused(value: object) -> None:
     try:
         frame = pack(value)
     except UnicodeEncodeError:
@@ -167,7 +167,7 @@ def test_a_truncated_header_is_refused(message: Message, data: st.DataObject) ->
 
 @many
 @given(any_message(), st.data())
-def test_a_changed_field_is_taken_or_refused(message: Message, data: st.DataObject) -> None:
+def test_a_changed_field_is_accepted_or_refused(message: Message, data: st.DataObject) -> None:
     header = msgpack.unpackb(encode(message))
     key = data.draw(st.sampled_from(sorted(header)))
     header[key] = data.draw(_json_like)
@@ -194,13 +194,13 @@ def test_missing_and_extra_keys_are_refused(message: Message, extra: str, data: 
 
 @many
 @given(any_message(), st.data())
-def test_a_flipped_bit_is_taken_or_refused(message: Message, data: st.DataObject) -> None:
+def test_a_flipped_bit_is_accepted_or_refused(message: Message, data: st.DataObject) -> None:
     receive_or_refuse([_flip(encode(message), data)])
 
 
 @settings(few, max_examples=80)
 @given(groups(), st.data())
-def test_damaged_groups_are_taken_or_refused(group: TrajectoryGroup, data: st.DataObject) -> None:
+def test_damaged_groups_are_accepted_or_refused(group: TrajectoryGroup, data: st.DataObject) -> None:
     frames = [bytes(frame) for frame in encode_group(group, lease_id=1)]
     index = data.draw(st.integers(0, 3))
     damage = data.draw(st.sampled_from(["flip", "cut", "drop", "double", "swap", "empty"]))
@@ -228,8 +228,10 @@ def test_damaged_groups_are_taken_or_refused(group: TrajectoryGroup, data: st.Da
 
 @settings(few, max_examples=80)
 @given(groups(), st.data())
-def test_lying_headers_are_taken_or_refused(group: TrajectoryGroup, data: st.DataObject) -> None:
-    """Columns that disagree, indices out of range, lengths in the billions: refused before anything is allocated."""
+def test_group_headers_with_changed_columns_are_accepted_or_refused(
+    group: TrajectoryGroup, data: st.DataObject
+) -> None:
+    """Columns of different lengths, indices out of range, and huge lengths are refused before memory is allocated."""
     frames = encode_group(group, lease_id=1)
     header = header_of(frames)
     columns = sorted(key for key, value in header.items() if isinstance(value, list))
@@ -253,7 +255,7 @@ def _flip(frame: bytes, data: st.DataObject) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"context_lengths": [2**31 - 1] * 4}, "token_ids must have .* bytes"),
         ({"context_num_spans": [2**31 - 1] * 4}, "spans must have .* bytes"),
@@ -271,14 +273,14 @@ def _flip(frame: bytes, data: st.DataObject) -> bytes:
         ({"lease_id": 2**62}, "lease_id"),
     ],
 )
-def test_headers_that_lie(changes: dict, says: str) -> None:
+def test_inconsistent_group_headers_are_refused_with_the_field(changes: dict, message: str) -> None:
     frames = encode_group(one_group(), lease_id=1)
-    with pytest.raises(MalformedMessage, match=says):
+    with pytest.raises(MalformedMessage, match=message):
         receive([pack({**header_of(frames), **changes}), *frames[1:]])
 
 
 @pytest.mark.parametrize(
-    ("frame", "change", "says"),
+    ("frame", "change", "message"),
     [
         (1, (0, -1), "token_ids must be >= 0, got -1"),
         (2, (0, -1), "0 <= start < end"),
@@ -292,18 +294,20 @@ def test_headers_that_lie(changes: dict, says: str) -> None:
         (3, (2, 0.1), "behavior_logprobs must be finite and <= 0"),
     ],
 )
-def test_columns_that_lie(frame: int, change: tuple[int, float], says: str) -> None:
+def test_inconsistent_group_columns_are_refused_with_the_field(
+    frame: int, change: tuple[int, float], message: str
+) -> None:
     dtype = {1: "<i4", 2: "<i4", 3: "<f4"}[frame]
     frames = encode_group(one_group(), lease_id=1)
     column = np.frombuffer(frames[frame], dtype=dtype).copy()
     column[change[0]] = change[1]
     frames[frame] = column.tobytes()
-    with pytest.raises(MalformedMessage, match=says):
+    with pytest.raises(MalformedMessage, match=message):
         receive(frames)
 
 
 @pytest.mark.parametrize(("start", "end"), [(2, 3), (1, 4), (2, 5)])
-def test_spans_that_do_not_cover_the_mask_are_not_sent(start: int, end: int) -> None:
+def test_encoding_refuses_spans_that_differ_from_the_loss_mask(start: int, end: int) -> None:
     context = one_group().trajectories[0].contexts[0]
     other = dataclasses.replace(context, policy_versions=(VersionSpan(start, end, 3, 7), context.policy_versions[1]))
     with pytest.raises(MalformedMessage, match="spans must cover every sampled token once"):
@@ -311,45 +315,45 @@ def test_spans_that_do_not_cover_the_mask_are_not_sent(start: int, end: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("array", "says"),
+    ("array", "message"),
     [
         (np.arange(6, dtype=np.int64), "token_ids must be of int32, got int64"),
         (np.arange(12, dtype=np.int32)[::2], "token_ids must be contiguous"),
     ],
 )
-def test_arrays_of_another_type_are_not_sent(array: np.ndarray, says: str) -> None:
+def test_encoding_refuses_arrays_of_another_type_or_layout(array: np.ndarray, message: str) -> None:
     context = dataclasses.replace(one_group().trajectories[0].contexts[0], token_ids=array)
-    with pytest.raises(MalformedMessage, match=says):
+    with pytest.raises(MalformedMessage, match=message):
         encode_group(one_group(trajectories=(Trajectory((context,), 0.0),)), lease_id=1)
 
 
-def test_what_no_receiver_would_read_is_not_sent() -> None:
-    trajectory = dataclasses.replace(one_group().trajectories[0], answer="x" * (wire.MAX_HEADER_BYTES + 1))
+def test_encoding_refuses_a_header_that_is_too_large() -> None:
+    trajectory = dataclasses.replace(one_group().trajectories[0], answer="x" * (framing.MAX_HEADER_BYTES + 1))
     with pytest.raises(MessageTooLarge, match="header has at most"):
         encode_group(one_group(trajectories=(trajectory,)), lease_id=1)
 
 
 @pytest.mark.parametrize("stats", [{"turns": np.float32(1)}, {"turns": 2**64}, {"\ud800": 1.0}])
-def test_values_that_msgpack_cannot_hold_are_not_sent(stats: dict[str, float]) -> None:
+def test_encoding_refuses_values_that_msgpack_cannot_represent(stats: dict[str, float]) -> None:
     trajectory = dataclasses.replace(one_group().trajectories[0], stats=stats)
     with pytest.raises(MalformedMessage):
         encode_group(one_group(trajectories=(trajectory,)), lease_id=1)
 
 
 @pytest.mark.parametrize("name", ["loss_mask", "behavior_logprobs"])
-def test_columns_of_another_length_are_not_sent(name: str) -> None:
+def test_encoding_refuses_columns_of_another_length(name: str) -> None:
     context = one_group().trajectories[0].contexts[0]
     longer = dataclasses.replace(context, **{name: np.append(getattr(context, name), getattr(context, name)[:1])})
     with pytest.raises(MalformedMessage, match="a context of 6 tokens has"):
         encode_group(one_group(trajectories=(Trajectory((longer,), 0.0),)), lease_id=1)
 
 
-def test_what_the_header_cannot_hold_is_not_sent() -> None:
+def test_encoding_refuses_a_field_out_of_its_bounds() -> None:
     with pytest.raises(MalformedMessage, match=r"group: attempt: .* \(got -1\)"):
         encode_group(one_group(attempt=-1), lease_id=1)
 
 
-def test_spans_in_disorder_are_refused() -> None:
+def test_spans_that_are_not_ascending_are_refused() -> None:
     frames = encode_group(one_group(), lease_id=1)
     spans = np.frombuffer(frames[2], np.int32).reshape(-1, 4)
     frames[2] = spans[[1, 0, *range(2, len(spans))]].tobytes()
@@ -357,36 +361,36 @@ def test_spans_in_disorder_are_refused() -> None:
         receive(frames)
 
 
-def test_limits() -> None:
+def test_too_large_headers_and_frames_and_too_many_frames_are_refused() -> None:
     with pytest.raises(MessageTooLarge, match=r"header has at most .* bytes"):
-        decode([b"\x80" * (wire.MAX_HEADER_BYTES + 1)])
-    large = bytes(wire.MAX_FRAME_BYTES + 1)
+        decode([b"\x80" * (framing.MAX_HEADER_BYTES + 1)])
+    large = bytes(framing.MAX_FRAME_BYTES + 1)
     with pytest.raises(MessageTooLarge, match=r"frame has at most .* bytes"):
         decode([encode(KINDS["drain"]()), large])
-    for frames in ([], [b""] * (wire.MAX_FRAMES + 1)):
+    for frames in ([], [b""] * (framing.MAX_FRAMES + 1)):
         with pytest.raises(MalformedMessage, match="1 to 8 frames"):
             decode(frames)
 
 
 @pytest.mark.parametrize("version", [None, 0, 1, "2", True, [2]])
-def test_another_protocol_version(version: object) -> None:
+def test_another_protocol_version_is_refused(version: object) -> None:
     with pytest.raises(IncompatibleVersion, match="protocol version must be 2"):
         decode([pack({"v": version, "kind": "drain"})])
 
 
 @pytest.mark.parametrize("kind", [None, "", "message", "Drain", 7, ["drain"], {"kind": "drain"}])
-def test_unknown_kinds(kind: object) -> None:
+def test_unknown_kinds_are_refused(kind: object) -> None:
     with pytest.raises(MalformedMessage, match="unknown message kind"):
         decode([pack({"v": 2, "kind": kind})])
 
 
-def test_another_kind_than_expected() -> None:
+def test_expect_refuses_another_kind() -> None:
     with pytest.raises(MalformedMessage, match="expected heartbeat, got drain"):
         expect(KINDS["drain"](), Heartbeat)
 
 
 def nested(depth: int) -> bytes:
-    """A list in a list in a list …, as msgpack."""
+    """`depth` nested lists as msgpack."""
     return b"\x91" * depth + b"\xc0"
 
 
@@ -430,8 +434,8 @@ def test_huge_declared_lengths_are_refused(declared: bytes) -> None:
         ("question", {str(number): 0 for number in range(300_000)}),
     ],
 )
-def test_a_million_errors_cost_little(key: str, values: object) -> None:
-    """A header of 4 MB with every value wrong must not hold up the coordinator."""
+def test_a_header_with_a_million_errors_is_refused_quickly(key: str, values: object) -> None:
+    """A 4 MB header in which every value is wrong must not delay the coordinator."""
     header = {**header_of(encode_group(one_group(), lease_id=1)), key: values}
     frame = pack(header)
     started = time.process_time()

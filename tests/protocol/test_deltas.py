@@ -1,4 +1,4 @@
-"""Deltas bit for bit, on every kind of change, and nothing but a typed error on bytes that are damaged."""
+"""Deltas are lossless for every kind of change, and damaged ones raise a typed error and nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BLOCK = 2 << 20
 
 
 def roundtrip(target: bytes, base: bytes | None, *, word_bytes: int) -> bytes:
-    """The payload, after it has given the target back."""
+    """Encodes, checks that decoding returns `target` (with and without `out`), and returns the payload."""
     payload = encode(target, base, word_bytes=word_bytes)
     outs = [None, bytearray(b"x" * len(target)), *([] if base is None else [bytearray(base)])]
     for out in outs:
@@ -31,7 +31,7 @@ def roundtrip(target: bytes, base: bytes | None, *, word_bytes: int) -> bytes:
 
 
 def random_weights(rng: np.random.Generator, num: int, *, word_bytes: int) -> np.ndarray:
-    """Words [num] of normal numbers, and some that are not: zeros of both signs, infinities, NaNs, denormals."""
+    """Words [num]: normally distributed numbers, and 2 % random bits (infinities, NaNs, denormals, any sign)."""
     bits = (rng.normal(size=num) * 0.02).astype(np.float32).view(np.uint32)
     words = bits if word_bytes == 4 else (bits >> 16).astype(np.uint16)
     odd = rng.integers(0, 1 << 8 * word_bytes, size=num // 50, dtype=words.dtype)
@@ -41,9 +41,9 @@ def random_weights(rng: np.random.Generator, num: int, *, word_bytes: int) -> np
 
 @pytest.mark.parametrize("word_bytes", [2, 4])
 @pytest.mark.parametrize("fraction", [0.0, 1e-5, 0.01, 0.1, 0.5, 1.0])
-def test_every_fraction_changed_comes_back_bit_for_bit(word_bytes: int, fraction: float) -> None:
+def test_decoding_is_exact_for_every_fraction_of_changed_words(word_bytes: int, fraction: float) -> None:
     rng = np.random.default_rng(0)
-    num = BLOCK // word_bytes + 777  # two blocks, and the end is no multiple of 8 bytes
+    num = BLOCK // word_bytes + 777  # two blocks; the length is not a multiple of 8 bytes
     base = random_weights(rng, num, word_bytes=word_bytes)
     target = base.copy()
     index = np.flatnonzero(rng.random(num) < fraction)
@@ -54,15 +54,15 @@ def test_every_fraction_changed_comes_back_bit_for_bit(word_bytes: int, fraction
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), word_bytes=st.sampled_from([2, 4]))
-def test_any_bytes_of_any_length_come_back(data: st.DataObject, word_bytes: int) -> None:
+def test_decoding_is_exact_for_bytes_of_any_length(data: st.DataObject, word_bytes: int) -> None:
     base = data.draw(st.binary(max_size=64))
     target = data.draw(st.binary(min_size=len(base), max_size=len(base)))
     roundtrip(target, base, word_bytes=word_bytes)
     roundtrip(target, None, word_bytes=word_bytes)
 
 
-def test_what_is_written_follows_what_changed() -> None:
-    """One ULP in a hundred bf16 values costs about as much as saying which: their entropy, within a fifth."""
+def test_the_size_of_a_sparse_delta_is_near_the_entropy_of_the_change() -> None:
+    """1 ULP in 1 % of bf16 values: the size is within 20 % of the entropy of the positions plus a sign bit each."""
     rng = np.random.default_rng(1)
     num, fraction = 1 << 20, 0.01
     base = random_weights(rng, num, word_bytes=2)
@@ -71,12 +71,12 @@ def test_what_is_written_follows_what_changed() -> None:
     target[changed] += 1
     payload = roundtrip(target.tobytes(), base.tobytes(), word_bytes=2)
     entropy = -(fraction * math.log2(fraction) + (1 - fraction) * math.log2(1 - fraction))
-    bits = num * (entropy + fraction)  # and a sign
+    bits = num * (entropy + fraction)  # one bit per sign
     assert len(payload) * 8 < 1.2 * bits
     assert len(roundtrip(base.tobytes(), base.tobytes(), word_bytes=2)) < 100
 
 
-def test_many_changes_cost_less_than_a_snapshot() -> None:
+def test_a_dense_delta_is_smaller_than_a_snapshot() -> None:
     rng = np.random.default_rng(2)
     base = (rng.normal(size=1 << 19) * 0.02).astype(np.float32)
     moved = base + (1e-3 * rng.normal(size=len(base))).astype(np.float32)
@@ -85,7 +85,7 @@ def test_many_changes_cost_less_than_a_snapshot() -> None:
     assert len(roundtrip(words[1], words[0], word_bytes=2)) < 0.8 * len(snapshot) < 0.8 * len(words[1])
 
 
-def test_a_gap_as_long_as_the_block_is_found() -> None:
+def test_gaps_of_every_byte_width_are_decoded() -> None:
     for position in (0, 255, 256, 65_535, 65_536, BLOCK // 2 - 1):
         base = bytes(BLOCK)
         target = bytearray(base)
@@ -93,14 +93,14 @@ def test_a_gap_as_long_as_the_block_is_found() -> None:
         roundtrip(bytes(target), base, word_bytes=2)
 
 
-def test_the_way_of_a_value_is_counted_in_representable_numbers() -> None:
+def test_ordered_integers_count_representable_numbers_and_are_their_own_inverse() -> None:
     bits = np.array([0x0000, 0x8000, 0x0001, 0x8001, 0x3F80, 0xBF80], dtype=np.uint16)
     values = ordered_integers(bits.view(np.int16))
     assert values.tolist() == [0, -1, 1, -2, 0x3F80, -0x3F81]
     assert (ordered_integers(values).view(np.uint16) == bits).all()
 
 
-def test_a_flipped_bit_anywhere_is_refused() -> None:
+def test_a_flipped_bit_is_refused_or_changes_nothing() -> None:
     rng = random.Random(0)
     generator = np.random.default_rng(3)
     base = random_weights(generator, 5_000, word_bytes=2)
@@ -115,10 +115,10 @@ def test_a_flipped_bit_anywhere_is_refused() -> None:
                 found = decode(damaged, held, num_bytes=10_000, word_bytes=2, expected=checksum(target.tobytes()))
             except WeightsError:
                 continue
-            assert found == target.tobytes(), "a bit that means nothing may be either"
+            assert found == target.tobytes(), "a flipped bit that is not refused must not change the target"
 
 
-def test_another_base_and_a_torn_payload_are_refused() -> None:
+def test_another_base_and_a_truncated_payload_are_refused() -> None:
     target, base = b"\x01\x00" * 100, bytes(200)
     payload, expected = encode(target, base, word_bytes=2), checksum(target)
     with pytest.raises(WeightsError, match=f"must have the checksum {expected}, got "):
@@ -142,7 +142,7 @@ def test_another_base_and_a_torn_payload_are_refused() -> None:
         (b"", 2**32 - 1, "has 32 words, got 4294967295 written words"),
     ],
 )
-def test_words_beyond_a_block_are_refused(gaps: bytes, num_written: int, message: str) -> None:
+def test_indices_and_counts_beyond_a_block_are_refused(gaps: bytes, num_written: int, message: str) -> None:
     plane = zstandard.ZstdCompressor().compress(gaps) if gaps else b""
     payload = struct.pack("<BBHI3I", 0, 1, 3, num_written, len(plane), 0, 0) + plane
     with pytest.raises(WeightsError, match=message):
@@ -151,11 +151,11 @@ def test_words_beyond_a_block_are_refused(gaps: bytes, num_written: int, message
         decode(payload, bytes(64), num_bytes=64, word_bytes=2, expected="0" * 32, out=bytearray(63))
 
 
-def test_random_bytes_are_refused_by_name() -> None:
+def test_random_bytes_raise_a_weights_error() -> None:
     rng = random.Random(4)
     for _ in range(2_000):
         payload = rng.randbytes(rng.randrange(60))
-        if payload:  # as often as not with a codec, so that what follows it is read
+        if payload:  # often a valid codec byte, so that the fields after it are read too
             payload = bytes([rng.randrange(2), rng.randrange(2), rng.randrange(5), 0]) + payload[1:]
         with pytest.raises(WeightsError):
             decode(payload, bytes(64), num_bytes=64, word_bytes=2, expected="0" * 32)

@@ -1,4 +1,4 @@
-"""Peers that flood, squat, babble or hold on: each costs its own connection only."""
+"""Peers that flood, steal an identity, send garbage or never finish a handshake harm only their own connection."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def transport() -> AsyncIterator[Open]:
 
 @asynccontextmanager
 async def echoing(router: Router) -> AsyncIterator[None]:
-    """Every message comes back; one that says `bad` is refused instead."""
+    """Runs a server that echoes every message, and penalizes the sender of a message `bad` instead."""
 
     async def echo() -> None:
         while True:
@@ -64,10 +64,10 @@ async def echoed(dealer: Dealer, text: bytes, *, timeout_s: float = WAIT_S) -> b
         return False
 
 
-# --- limits ---
+# --- rate limits ---
 
 
-def test_a_peer_spends_its_burst_and_then_its_rate() -> None:
+def test_a_peer_may_spend_its_burst_and_then_its_rate() -> None:
     limit = RateLimit()
     admitted = sum(limit.admits(b"a", header_bytes=0, now_s=0.0) for _ in range(int(BURST) + 100))
     assert admitted == BURST
@@ -79,7 +79,7 @@ def test_a_peer_spends_its_burst_and_then_its_rate() -> None:
     assert admitted == BURST
 
 
-def test_long_headers_and_refusals_cost_more() -> None:
+def test_long_headers_and_refused_messages_cost_more() -> None:
     limit = RateLimit()
     assert sum(limit.admits(b"a", header_bytes=4 << 20, now_s=0.0) for _ in range(1_000)) == -(-BURST // 1025)
     num = 0
@@ -91,7 +91,7 @@ def test_long_headers_and_refusals_cost_more() -> None:
     assert limit.admits(b"b", header_bytes=0, now_s=1.0)
 
 
-def test_peers_that_come_and_go_take_no_memory() -> None:
+def test_the_number_of_rate_buckets_is_bounded() -> None:
     limit = RateLimit()
     for i in range(30_000):
         limit.admits(b"%d" % i, header_bytes=0, now_s=0.0)
@@ -101,7 +101,7 @@ def test_peers_that_come_and_go_take_no_memory() -> None:
 # --- sockets ---
 
 
-async def test_a_flood_is_dropped_and_others_are_served(transport: Open) -> None:
+async def test_a_flood_is_dropped_and_other_peers_are_served(transport: Open) -> None:
     router = transport().router("tcp://127.0.0.1:0")
     hostile, honest = transport().dealer(router.address), transport().dealer(router.address)
     async with echoing(router):
@@ -109,10 +109,10 @@ async def test_a_flood_is_dropped_and_others_are_served(transport: Open) -> None
         while router.num_dropped == 0:
             hostile.try_send([b"x" * 65_536])
             await asyncio.sleep(0)
-        assert await echoed(honest, b"meanwhile")
+        assert await echoed(honest, b"during the flood")
 
 
-async def test_a_receiver_that_is_never_out_of_messages_lets_others_run(transport: Open) -> None:
+async def test_a_receiver_with_many_waiting_messages_yields_to_other_tasks(transport: Open) -> None:
     router = transport().router("tcp://127.0.0.1:0")
     dealer = transport().dealer(router.address)
     received = 0
@@ -134,7 +134,7 @@ async def test_a_receiver_that_is_never_out_of_messages_lets_others_run(transpor
     await asyncio.wait([receiving])
 
 
-async def test_who_sends_nonsense_is_not_listened_to(transport: Open) -> None:
+async def test_messages_of_a_peer_with_many_refused_messages_are_dropped(transport: Open) -> None:
     router = transport().router("tcp://127.0.0.1:0")
     hostile, honest = transport().dealer(router.address), transport().dealer(router.address)
     async with echoing(router):
@@ -145,7 +145,7 @@ async def test_who_sends_nonsense_is_not_listened_to(transport: Open) -> None:
         assert await echoed(honest, b"hello")
 
 
-async def test_too_large_a_frame_ends_the_connection(transport: Open) -> None:
+async def test_a_frame_that_is_too_large_ends_the_connection(transport: Open) -> None:
     router = transport().router("tcp://127.0.0.1:0", max_frame_bytes=1_000)
     hostile, honest = transport().dealer(router.address), transport().dealer(router.address)
     async with echoing(router):
@@ -176,7 +176,7 @@ async def test_a_peer_cannot_take_the_identity_of_another(transport: Open) -> No
 
 
 @pytest.mark.parametrize(
-    "babble",
+    "garbage",
     [
         b"",
         b"GET / HTTP/1.1\r\n\r\n",
@@ -187,7 +187,9 @@ async def test_a_peer_cannot_take_the_identity_of_another(transport: Open) -> No
     ],
 )
 @pytest.mark.parametrize("curve", [False, True])
-async def test_babble_on_a_port(transport: Open, tmp_path: Path, babble: bytes, curve: bool) -> None:
+async def test_clients_are_served_while_other_connections_send_garbage(
+    transport: Open, tmp_path: Path, garbage: bytes, curve: bool
+) -> None:
     keys = None
     if curve:
         create_keys(tmp_path / "keys")
@@ -197,7 +199,7 @@ async def test_babble_on_a_port(transport: Open, tmp_path: Path, babble: bytes, 
     held = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
     try:
         for connection in held:
-            connection.sendall(babble)
+            connection.sendall(garbage)
         async with echoing(router):
             assert await echoed(transport(keys).dealer(router.address), b"hello")
     finally:
@@ -205,11 +207,11 @@ async def test_babble_on_a_port(transport: Open, tmp_path: Path, babble: bytes, 
             connection.close()
 
 
-# --- who is let in ---
+# --- authorization ---
 
 
-async def test_each_client_has_keys_of_its_own_and_can_be_shut_out(transport: Open, tmp_path: Path) -> None:
-    """While the server runs: nothing is started again."""
+async def test_each_client_has_its_own_keys_and_can_be_removed(transport: Open, tmp_path: Path) -> None:
+    """Both take effect while the server runs, without a restart."""
     create_keys(tmp_path / "keys")
     router = transport(tmp_path / "keys").router("tcp://127.0.0.1:0")
     async with echoing(router):
@@ -222,7 +224,7 @@ async def test_each_client_has_keys_of_its_own_and_can_be_shut_out(transport: Op
         assert await echoed(transport(tmp_path / "keys").dealer(router.address), b"the first client")
 
 
-def test_clients_that_cannot_be_made(tmp_path: Path) -> None:
+def test_create_client_refuses_missing_server_keys_and_invalid_or_taken_names(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no server.key in keys folder"):
         create_client(tmp_path / "keys", "node")
     create_keys(tmp_path / "keys")
@@ -235,7 +237,7 @@ def test_clients_that_cannot_be_made(tmp_path: Path) -> None:
             create_client(tmp_path / "keys", name)
 
 
-def test_an_allow_list_that_is_half_written_or_cannot_be_read(tmp_path: Path) -> None:
+def test_the_allow_list_skips_broken_files_reads_them_again_and_refuses_all_if_unreadable(tmp_path: Path) -> None:
     create_keys(tmp_path / "keys")
     folder = tmp_path / "keys" / "authorized"
     key = (folder / "client.key").read_text().split('public-key = "')[1][:40].encode()
@@ -244,7 +246,9 @@ def test_an_allow_list_that_is_half_written_or_cannot_be_read(tmp_path: Path) ->
     allowed = AllowList(folder)
     assert allowed.callback("*", key)
     assert not allowed.callback("*", key[::-1])
-    (folder / "broken.key").write_text(f'public-key = "{key[::-1].decode()}"')  # the folder's time stays
+    (folder / "broken.key").write_text(
+        f'public-key = "{key[::-1].decode()}"'
+    )  # the folder's time stamp does not change
     assert allowed.callback("*", key[::-1])
     folder.rename(tmp_path / "gone")
     assert not allowed.callback("*", key)

@@ -1,4 +1,4 @@
-"""Sockets: loopback by default, CURVE beyond, typed errors, requests matched to their replies."""
+"""Sockets: loopback by default, CURVE keys beyond it, typed errors, requests matched to their replies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from protocol.request_client import RequestClient
 from protocol.transport import Transport, create_keys
 
 WAIT_S = 20.0
-# Time that a peer without the right keys is given to get something through. Nothing waits for it where it does not.
+# How long a test waits for a message that must not arrive. It limits the test's time, not its strictness.
 REFUSED_S = 0.5
 
 Open = Callable[..., Transport]
@@ -44,7 +44,7 @@ def keys(tmp_path: Path) -> Path:
 
 
 def client_keys(keys: Path, folder: Path) -> Path:
-    """What `palimpsest keys` says to copy to another node."""
+    """Copies the files that `palimpsest keys` says to copy to another node."""
     folder.mkdir()
     for name in ("client.key_secret", "server.key"):
         shutil.copy(keys / name, folder / name)
@@ -52,7 +52,7 @@ def client_keys(keys: Path, folder: Path) -> Path:
 
 
 async def exchange(server: Transport, client: Transport, *, timeout_s: float = WAIT_S) -> list[bytes]:
-    """What the client gets back of a message that it sends to an echoing router."""
+    """Sends a message to a router that echoes it, and returns the frames that the client receives."""
     router = server.router("tcp://127.0.0.1:0")
     dealer = client.dealer(router.address)
 
@@ -92,12 +92,12 @@ async def exchange(server: Transport, client: Transport, *, timeout_s: float = W
         ("", False),
     ],
 )
-def test_what_is_loopback(address: str, loopback: bool) -> None:
+def test_is_loopback_is_true_only_for_addresses_of_this_machine(address: str, loopback: bool) -> None:
     assert is_loopback(address) is loopback
 
 
 @pytest.mark.parametrize("address", ["tcp://0.0.0.0:0", "tcp://*:0", "tcp://10.1.2.3:7310"])
-async def test_beyond_loopback_keys_are_needed(transport: Open, address: str) -> None:
+async def test_addresses_beyond_loopback_are_refused_without_keys(transport: Open, address: str) -> None:
     plain = transport()
     for bind in (plain.router, plain.publisher):
         with pytest.raises(
@@ -109,22 +109,24 @@ async def test_beyond_loopback_keys_are_needed(transport: Open, address: str) ->
             connect(address)
 
 
-async def test_plain_on_loopback(transport: Open) -> None:
+async def test_loopback_works_without_keys(transport: Open) -> None:
     assert await exchange(transport(), transport()) == [b"hello", b"x" * 100_000]
 
 
-async def test_curve_lets_the_authorized_in(transport: Open, keys: Path, tmp_path: Path) -> None:
+async def test_curve_accepts_authorized_keys(transport: Open, keys: Path, tmp_path: Path) -> None:
     client = transport(client_keys(keys, tmp_path / "node"))
     assert await exchange(transport(keys), client) == [b"hello", b"x" * 100_000]
 
 
-async def test_curve_gives_nothing_to_a_client_without_keys(transport: Open, keys: Path) -> None:
+async def test_curve_server_ignores_a_client_without_keys(transport: Open, keys: Path) -> None:
     with pytest.raises(TimeoutError):
         await exchange(transport(keys), transport(), timeout_s=REFUSED_S)
 
 
-async def test_curve_gives_nothing_to_foreign_keys(transport: Open, keys: Path, tmp_path: Path) -> None:
-    """The server's public key is known to the foreigner; its own is not in authorized/, until it is put there."""
+async def test_curve_server_ignores_unauthorized_keys_until_they_are_authorized(
+    transport: Open, keys: Path, tmp_path: Path
+) -> None:
+    """The client knows the server's public key, but its own public key is not in authorized/ at first."""
     create_keys(tmp_path / "foreign")
     foreign = client_keys(tmp_path / "foreign", tmp_path / "node")
     shutil.copy(keys / "server.key", foreign / "server.key")
@@ -134,13 +136,13 @@ async def test_curve_gives_nothing_to_foreign_keys(transport: Open, keys: Path, 
     assert await exchange(transport(keys), transport(foreign)) == [b"hello", b"x" * 100_000]
 
 
-async def test_curve_gives_nothing_from_a_foreign_server(transport: Open, keys: Path, tmp_path: Path) -> None:
+async def test_curve_client_ignores_a_server_with_other_keys(transport: Open, keys: Path, tmp_path: Path) -> None:
     create_keys(tmp_path / "foreign")
     with pytest.raises(TimeoutError):
         await exchange(transport(tmp_path / "foreign"), transport(keys), timeout_s=REFUSED_S)
 
 
-async def test_keys_that_cannot_be_used(transport: Open, keys: Path, tmp_path: Path) -> None:
+async def test_unusable_keys_are_refused_with_the_remedy(transport: Open, keys: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no authorized/ in keys folder"):
         transport(tmp_path / "empty").router("tcp://127.0.0.1:0")
@@ -153,7 +155,7 @@ async def test_keys_that_cannot_be_used(transport: Open, keys: Path, tmp_path: P
         create_keys(keys)
 
 
-async def test_addresses_that_cannot_be_had(transport: Open) -> None:
+async def test_an_address_in_use_and_an_invalid_address_are_refused(transport: Open) -> None:
     sockets = transport()
     router = sockets.router("tcp://127.0.0.1:0")
     with pytest.raises(UnreachableError, match=rf"cannot listen on {router.address}: Address already in use; stop"):
@@ -163,8 +165,8 @@ async def test_addresses_that_cannot_be_had(transport: Open) -> None:
 
 
 @pytest.mark.parametrize("gone", [False, True])
-async def test_who_sends_does_not_keep_from_others_that_a_message_has_come(transport: Open, gone: bool) -> None:
-    """Sending uses the signal up, whether it succeeds or not; whoever waits to receive must hear of it all the same."""
+async def test_a_send_does_not_stop_a_waiting_receive_from_waking(transport: Open, gone: bool) -> None:
+    """A send consumes the signal of the edge-triggered descriptor, also if it fails; the receiver must still wake."""
     router = transport().router("tcp://127.0.0.1:0")
     dealer = transport().dealer(router.address)
     await dealer.send([b"hello"])
@@ -174,12 +176,12 @@ async def test_who_sends_does_not_keep_from_others_that_a_message_has_come(trans
             waiting = asyncio.create_task(router.recv())
             await asyncio.sleep(0)
             assert dealer.try_send([b"again"])
-            time.sleep(0.02)  # noqa: ASYNC251 (it comes while the loop is busy, say with a commit)
+            time.sleep(0.02)  # noqa: ASYNC251 (the message arrives while the event loop is blocked)
             assert router.send(b"nobody" if gone else peer, [b"there"]) is not gone
             assert (await waiting)[1] == [b"again"]
 
 
-async def test_a_wait_that_ends_takes_no_message_with_it(transport: Open) -> None:
+async def test_a_cancelled_receive_loses_no_message(transport: Open) -> None:
     router = transport().router("tcp://127.0.0.1:0")
     dealer = transport().dealer(router.address)
     waiting = asyncio.create_task(router.recv())
@@ -191,7 +193,7 @@ async def test_a_wait_that_ends_takes_no_message_with_it(transport: Open) -> Non
         assert (await router.recv())[1] == [b"hello"]
 
 
-async def test_what_waits_for_a_server_is_sent_in_order_once_it_is_there(transport: Open) -> None:
+async def test_pending_sends_keep_their_order_once_the_server_starts(transport: Open) -> None:
     first = transport()
     address = first.router("tcp://127.0.0.1:0").address
     first.close()
@@ -208,8 +210,8 @@ async def test_what_waits_for_a_server_is_sent_in_order_once_it_is_there(transpo
         assert [bytes((await router.recv())[1][0]) for _ in range(5)] == [b"%d" % i for i in range(5)]
 
 
-async def test_closing_one_socket_twice_leaves_the_next_one_alone(transport: Open) -> None:
-    """The second may get the descriptor of the first."""
+async def test_closing_a_socket_twice_does_not_disturb_the_next_socket(transport: Open) -> None:
+    """The next socket may get the file descriptor of the first."""
     sockets = transport()
     first = sockets.router("tcp://127.0.0.1:0")
     with pytest.raises(TimeoutError):
@@ -225,7 +227,7 @@ async def test_closing_one_socket_twice_leaves_the_next_one_alone(transport: Ope
         assert (await waiting)[1] == [b"hello"]
 
 
-async def test_sending_to_a_peer_that_is_gone(transport: Open) -> None:
+async def test_a_router_drops_messages_to_a_peer_that_is_gone(transport: Open) -> None:
     server, client = transport(), transport()
     router = server.router("tcp://127.0.0.1:0")
     dealer = client.dealer(router.address)
@@ -234,7 +236,7 @@ async def test_sending_to_a_peer_that_is_gone(transport: Open) -> None:
         peer, _ = await router.recv()
         assert router.send(peer, [b"there"])
         client.close()
-        while router.send(peer, [b"gone?"]):  # noqa: ASYNC110 (libzmq notices when it likes)
+        while router.send(peer, [b"gone?"]):  # noqa: ASYNC110 (libzmq gives no signal when it notices)
             await asyncio.sleep(0.01)
     assert not router.send(b"nobody", [b""])
 
@@ -244,7 +246,7 @@ async def test_sending_to_a_peer_that_is_gone(transport: Open) -> None:
 
 @pytest.fixture
 async def served(transport: Open) -> AsyncIterator[RequestClient]:
-    """A client of a service that answers with: the queries; an error; another kind; late and foreign; nothing."""
+    """A client of a server that answers by query: an echo, an error, another kind, unmatched replies, or nothing."""
     router = transport().router("tcp://127.0.0.1:0")
 
     async def serve() -> None:
@@ -283,12 +285,12 @@ async def ask(client: RequestClient, query: str, *, timeout_s: float = WAIT_S) -
     return [bytes(frame) for frame in payload]
 
 
-async def test_replies_find_their_requests(served: RequestClient) -> None:
+async def test_concurrent_requests_get_their_own_replies(served: RequestClient) -> None:
     answers = await asyncio.gather(*(ask(served, f"q{i}") for i in range(50)))
     assert answers == [[f"q{i}".encode()] for i in range(50)]
 
 
-async def test_errors_of_requests(served: RequestClient) -> None:
+async def test_a_failed_request_raises_its_typed_error_and_the_client_stays_usable(served: RequestClient) -> None:
     with pytest.raises(RemoteError, match=r"search at tcp://.*: no such index"):
         await ask(served, "error")
     with pytest.raises(ProtocolError, match="expected search_reply, got search"):
@@ -298,13 +300,13 @@ async def test_errors_of_requests(served: RequestClient) -> None:
     assert await ask(served, "still here") == [b"still here"]
 
 
-async def test_noise_is_dropped(served: RequestClient) -> None:
+async def test_unmatched_and_malformed_replies_are_dropped_and_counted(served: RequestClient) -> None:
     assert await ask(served, "noise") == []
     assert await ask(served, "after") == [b"after"]
     assert served.num_dropped == 5
 
 
-async def test_leaving_cancels_what_is_in_flight(transport: Open) -> None:
+async def test_leaving_the_client_cancels_pending_requests(transport: Open) -> None:
     async with RequestClient(transport().dealer("tcp://127.0.0.1:1")) as client:
         asking = asyncio.create_task(ask(client, "q"))
         await asyncio.sleep(0)
