@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner.algorithms.losses import LossTokens
+from learner.algorithms.token_data import TokenData
 from tests.learner.reference import Token
 from tests.learner.tiny import context as tiny_context
 
@@ -38,9 +38,9 @@ class Flat:
         """int64 [N]"""
         return torch.tensor([getattr(token, name) for token in self.tokens], dtype=torch.int64)
 
-    def loss_tokens(self, *, importance: Tensor | None = None) -> LossTokens:
-        """Age is the version of a token, its turn the number of its context."""
-        return LossTokens(
+    def loss_tokens(self, *, importance: Tensor | None = None) -> TokenData:
+        """The age of a token is its version here, its context index the number of its context."""
+        return TokenData(
             logprobs=self.column("logprobs").requires_grad_(),
             entropy=self.column("weight") + 1.0,
             proximal=self.column("proximal"),
@@ -50,7 +50,8 @@ class Flat:
             weight=self.column("weight"),
             context=self.index("context"),
             age=self.index("version"),
-            turn=self.index("context"),
+            trajectory=self.index("trajectory"),
+            context_index=self.index("context"),
             reference=self.column("reference"),
         )
 

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from learner.algorithms.diagnostics import Diagnostics
-from learner.algorithms.losses import total_loss
 from learner.batch.packing import pack, split
 from learner.metrics.step_metrics import StepMetrics
 from learner.model.attention import to_device
@@ -25,8 +24,8 @@ from learner.model.scorer import Scorer
 from learner.training.checkpoint import TrainingProgress, restore_checkpoint, save_checkpoint
 from learner.training.optimizer import apply_update, build_optimizer
 from learner.training.trainer import Trainer
-from protocol.algorithm_config import AdvantageConfig, LossConfig, TruncateConfig
 from protocol.config import LearnerConfig, LoraConfig, OptimizerConfig
+from tests.learner.configs import advantage_config, correction, loss_config, loss_of
 from tests.learner.flat import flat_tokens
 from tests.learner.tiny import VOCAB_SIZE, group, tiny_model
 
@@ -38,10 +37,10 @@ _TRAINED = {"num_steps": 3, "tokens_per_micro_batch": 64, "optimizer": Optimizer
 TRAINERS = {
     "grpo": LearnerConfig(**_TRAINED),
     "a reference, corrections over trajectories": LearnerConfig(
-        **_TRAINED, loss=LossConfig(kl_coefficient=0.1, corrections=(TruncateConfig(scope="trajectory"),))
+        **_TRAINED, loss=loss_config(kl_coefficient=0.1, corrections=(correction("truncate", scope="trajectory"),))
     ),
     "gae in two minibatches": LearnerConfig(
-        **_TRAINED, advantage=AdvantageConfig(estimator="gae", lam=0.9), loss=LossConfig(minibatches=2)
+        **_TRAINED, advantage=advantage_config(use="gae", lam=0.9), loss=loss_config(minibatches=2)
     ),
 }
 
@@ -50,7 +49,7 @@ def watched_by(rank: int) -> Diagnostics:
     """Of other tokens on every rank; the largest weight is on rank 0."""
     tokens = flat_tokens(rank + 1)
     weights = torch.linspace(0, 4 - rank, len(tokens.tokens), dtype=torch.float64)
-    return total_loss(tokens.loss_tokens(importance=weights), LossConfig())[1]
+    return loss_of(tokens.loss_tokens(importance=weights), loss_config())[1]
 
 
 def train_groups(config: LearnerConfig, world: World) -> tuple[Trainer, list[StepMetrics]]:

@@ -13,7 +13,7 @@ from protocol.config import Config
 from protocol.config_file import load_config
 from protocol.types import TrajectoryGroup
 from tests.learner.tiny import group, save_tiny_model
-from tests.learner_plane.peers import arrived
+from tests.leases.groups import arrived
 
 
 def groups_of(step: int, *, num: int = 2) -> list[TrajectoryGroup]:

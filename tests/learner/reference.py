@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from learner.algorithms.advantages import Credit
-from protocol.algorithm_config import AdvantageConfig, Correction, LossConfig
+from protocol.algorithm_config import AdvantageConfig, CorrectionConfig, LossConfig
 from protocol.config import LearnerConfig
 from protocol.types import Context, Status, Trajectory, TrajectoryGroup
+from tests.learner.configs import advantage_options, correction_options, loss_options
 
 LogprobsOf = Callable[[Context], NDArray[np.float64]]
 """float64 [L]: log-probability of each token of a context given those before it."""
@@ -96,21 +97,22 @@ def reference_objective(
     config: LossConfig,
 ) -> tuple[float, list[float]]:
     """(loss, d loss / d log-prob of each token), slopes by central differences with what is under sg() held fixed."""
+    options = loss_options(config)
     loss, slopes = 0.0, []
     for n, token in enumerate(trained):
         fellows = [m for m, other in enumerate(trained) if other.context == token.context]
         mean = sum(logps[m] - proxs[m] for m in fellows) / len(fellows)
 
         def term(x: float, *, n: int = n, mean: float = mean, a: float = token.advantage) -> float:
-            now = {"ppo": x - proxs[n], "gspo": mean + x - logps[n], "cispo": logps[n] - proxs[n]}[config.policy_loss]
+            now = {"ppo": x - proxs[n], "gspo": mean + x - logps[n], "cispo": logps[n] - proxs[n]}[config.use]
             r = np.exp(now)
-            clipped = min(max(r, 1 - config.clip_low), 1 + config.clip_high)
-            if config.policy_loss == "cispo":
+            clipped = min(max(r, 1 - options.clip_low), 1 + options.clip_high)
+            if config.use == "cispo":
                 policy = -clipped * a * x
             else:
                 policy = -min(r * a, clipped * a)
-                if config.dual_clip and a < 0:
-                    policy = min(policy, -config.dual_clip * a)
+                if options.dual_clip and a < 0:
+                    policy = min(policy, -options.dual_clip * a)
             kl = 0.0
             if refs is not None and config.kl_in == "loss":
                 d = refs[n] - x
@@ -135,16 +137,16 @@ def weight_of(token: Token, sampled: Sequence[Token], config: LossConfig) -> flo
 
 
 def reference_corrections(
-    trained: Sequence[Token], proxs: Sequence[float], corrections: Sequence[Correction]
+    trained: Sequence[Token], proxs: Sequence[float], corrections: Sequence[CorrectionConfig]
 ) -> list[float]:
     return [
         float(np.prod([correction_of(n, trained, proxs, each) for each in corrections])) for n in range(len(trained))
     ]
 
 
-def correction_of(n: int, trained: Sequence[Token], proxs: Sequence[float], correction: Correction) -> float:
-    token = trained[n]
-    if correction.kind == "second_moment":
+def correction_of(n: int, trained: Sequence[Token], proxs: Sequence[float], config: CorrectionConfig) -> float:
+    token, kind, correction = trained[n], config.use, correction_options(config)
+    if kind == "second_moment":
         squares = sorted((p - t.behavior) ** 2 for t, p in zip(trained, proxs, strict=True))
         while squares and sum(squares) / len(squares) > correction.threshold:
             largest = squares[-1]
@@ -156,16 +158,16 @@ def correction_of(n: int, trained: Sequence[Token], proxs: Sequence[float], corr
         "trajectory": [m for m, t in enumerate(trained) if t.trajectory == token.trajectory],
     }[correction.scope]
     ratios = [float(np.exp(proxs[m] - trained[m].behavior)) for m in fellows]
-    if correction.kind == "reject_negative":
+    if kind == "reject_negative":
         distance = -sum(np.log(ratio) for ratio in ratios) / len(ratios)
         return float(not (token.advantage < 0 and distance > correction.threshold))
-    if correction.kind == "reject" and correction.ratio == "worst":
+    if kind == "reject" and correction.ratio == "worst":
         return float(all(correction.low <= ratio <= correction.high for ratio in ratios))
     w = float(np.prod(ratios)) if correction.ratio == "product" else float(np.prod(ratios) ** (1 / len(ratios)))
-    if correction.kind == "truncate":
+    if kind == "truncate":
         return min(w, correction.high)
     within = correction.low <= w <= correction.high
-    return float(within) if correction.kind == "reject" else w * within
+    return float(within) if kind == "reject" else w * within
 
 
 def full_logprobs(model: PreTrainedModel, context: Context, *, temperature: float) -> torch.Tensor:
@@ -209,13 +211,14 @@ def reference_token_advantages(
     penalty: Sequence[float] | None = None,
 ) -> tuple[list[float], list[float] | None]:
     """(advantages, returns), one token after the other."""
+    options = advantage_options(config)
     num_tokens = len(credit.trajectory)
     penalty = penalty if penalty is not None else [0.0] * num_tokens
     tokens = list(zip(credit.trajectory.tolist(), credit.context.tolist(), credit.policy.tolist(), strict=True))
     with_contexts = config.context_rewards == "add"
     returns: list[float] | None = None
     advantages = []
-    if config.estimator in ("gae", "reinforce_pp"):
+    if config.use in ("gae", "reinforce_pp"):
         rewards = [-p for p in penalty]
         for n, (i, k, policy) in enumerate(tokens):
             if not any((i, policy) == (j, other) for j, _, other in tokens[n + 1 :]):
@@ -227,17 +230,17 @@ def reference_token_advantages(
         for n in reversed(range(num_tokens)):
             i, _, policy = tokens[n]
             later = [m for m in range(n + 1, num_tokens) if (tokens[m][0], tokens[m][2]) == (i, policy)]
-            if config.estimator == "reinforce_pp":
-                advantages[n] = rewards[n] + (config.gamma * advantages[later[0]] if later else 0.0)
+            if config.use == "reinforce_pp":
+                advantages[n] = rewards[n] + (options.gamma * advantages[later[0]] if later else 0.0)
                 continue
             assert values is not None
-            delta = rewards[n] + (config.gamma * values[later[0]] if later else 0.0) - values[n]
-            advantages[n] = delta + (config.gamma * config.lam * advantages[later[0]] if later else 0.0)
+            delta = rewards[n] + (options.gamma * values[later[0]] if later else 0.0) - values[n]
+            advantages[n] = delta + (options.gamma * options.lam * advantages[later[0]] if later else 0.0)
             returns[n] = advantages[n] + values[n]
-        if config.whiten and num_tokens > 1:
+        if options.whiten and num_tokens > 1:
             mean = sum(advantages) / num_tokens
             std = (sum((a - mean) ** 2 for a in advantages) / (num_tokens - 1)) ** 0.5
-            advantages = [(a - mean) / (std + config.eps) for a in advantages]
+            advantages = [(a - mean) / (std + options.eps) for a in advantages]
     else:
         scores = [
             float(reward) - sum(p for p, token in zip(penalty, tokens, strict=True) if token[0] == i)
@@ -254,7 +257,7 @@ def reference_token_advantages(
             advantages.append(advantage)
     weights = [config.role_weights.get(credit.roles[credit.role[k]], 1.0) for _, k, _ in tokens]
     weighted = [a * w for a, w in zip(advantages, weights, strict=True)]
-    return weighted, returns if config.estimator == "gae" else None
+    return weighted, returns if config.use == "gae" else None
 
 
 def anchor_of(credit: Credit, context: int) -> tuple[int, int, int]:
@@ -265,10 +268,11 @@ def reference_estimate(reward: float, rewards: Sequence[float], config: Advantag
     """A of one reward among those of its group, itself among them."""
     if len(rewards) < 2 or len(set(rewards)) == 1:
         return 0.0
+    options = advantage_options(config)
     mean = sum(rewards) / len(rewards)
-    if config.estimator == "rloo":
+    if config.use == "rloo":
         return reward - (sum(rewards) - reward) / (len(rewards) - 1)
-    if config.estimator == "maxrl":
-        return (reward - mean) / (mean + config.eps) if mean > 0 else 0.0
-    std = (sum((r - mean) ** 2 for r in rewards) / (len(rewards) - config.ddof)) ** 0.5
-    return (reward - mean) / (std + config.eps) if config.normalize_std else reward - mean
+    if config.use == "maxrl":
+        return (reward - mean) / (mean + options.eps) if mean > 0 else 0.0
+    std = (sum((r - mean) ** 2 for r in rewards) / (len(rewards) - options.ddof)) ** 0.5
+    return (reward - mean) / (std + options.eps) if options.normalize_std else reward - mean

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,15 +14,15 @@ from learner.algorithms.advantages import (
     has_signal,
     maxrl_advantages,
     rloo_advantages,
-    token_advantages,
 )
 from learner.algorithms.returns import discounted_sums, generalized_advantages, whitened
-from protocol.algorithm_config import AdvantageConfig
+from protocol.algorithm_config import ADVANTAGE_OPTIONS
 from protocol.errors import ConfigError
+from tests.learner.configs import advantage_config, advantages_of
 from tests.learner.properties import deterministic
 from tests.learner.reference import reference_token_advantages
 
-ESTIMATORS = get_args(AdvantageConfig.model_fields["estimator"].annotation)
+ESTIMATORS = tuple(ADVANTAGE_OPTIONS)
 
 
 def credit_of(seed: int, *, num_trajectories: int | None = None, max_tokens: int = 4) -> Credit:
@@ -60,7 +59,7 @@ def test_the_baseline_is_over_trajectories_not_contexts() -> None:
         context=np.array([0, 1, 1, 2, 3]),
         policy=np.zeros(5, dtype=np.int64),
     )
-    found = token_advantages(credit, AdvantageConfig(normalize_std=False))
+    found = advantages_of(credit, advantage_config(normalize_std=False))
     assert found.advantage.tolist() == [0.5, 0.5, 0.5, 0.5, -0.5]
     assert found.advantage.dtype == np.float32
     assert found.returns is None
@@ -81,18 +80,15 @@ def test_token_advantages_equal_the_reference(
     credit = credit_of(seed)
     rng = np.random.default_rng(seed)
     values, penalty = rng.normal(size=(2, len(credit.trajectory)))
-    config = AdvantageConfig(
-        estimator=estimator,  # pyright: ignore[reportArgumentType]
-        context_rewards=context_rewards,  # pyright: ignore[reportArgumentType]
-        gamma=gamma,
-        lam=lam,
-        whiten=flag,
-        normalize_std=flag,
-        eps=1e-3,
-        role_weights={"answerer": 0.25, "nobody": 9.0},
+    options = {"gamma": gamma, "lam": lam, "whiten": flag, "normalize_std": flag, "eps": 1e-3}
+    config = advantage_config(
+        use=estimator,
+        context_rewards=context_rewards,
+        role_weights={"answerer": 0.25, "other": 9.0},
+        **{name: value for name, value in options.items() if name in ADVANTAGE_OPTIONS[estimator].model_fields},
     )
     penalty = penalty * 0.1 if with_penalty and estimator != "maxrl" else None
-    found = token_advantages(credit, config, values=values, kl_penalty=penalty)
+    found = advantages_of(credit, config, values=values, kl_penalty=penalty)
     wanted, returns = reference_token_advantages(
         credit, config, values=values.tolist(), penalty=None if penalty is None else penalty.tolist()
     )
@@ -110,8 +106,8 @@ def test_equal_rewards_give_advantage_exactly_zero(estimator: str, rewards: list
     index = np.arange(num)
     nothing = np.zeros(num, dtype=np.int64)
     credit = Credit(np.array(rewards), nothing, index, nothing, nothing, index, index, nothing, ("agent",))
-    config = AdvantageConfig(estimator=estimator)  # pyright: ignore[reportArgumentType]
-    found = token_advantages(credit, config, values=np.zeros(num)).advantage
+    config = advantage_config(use=estimator)
+    found = advantages_of(credit, config, values=np.zeros(num)).advantage
     along_tokens = estimator in ("gae", "reinforce_pp")
     assert found.tolist() == (rewards if along_tokens and num == 1 else [0.0] * num)
     assert not has_signal(rewards)
@@ -123,8 +119,8 @@ def test_trajectories_without_sampled_tokens_count_only_in_their_group() -> None
         np.array([1.0, 0.0]), np.array([0, 0]), np.arange(2), np.zeros(2, dtype=np.int64),
         np.zeros(2, dtype=np.int64), nothing, nothing, nothing, ("agent",),
     )  # fmt: skip
-    assert token_advantages(credit, AdvantageConfig(estimator="rloo")).advantage.tolist() == [1.0]
-    found = token_advantages(credit, AdvantageConfig(estimator="gae"), values=[0.25])
+    assert advantages_of(credit, advantage_config(use="rloo")).advantage.tolist() == [1.0]
+    found = advantages_of(credit, advantage_config(use="gae"), values=[0.25])
     assert found.returns is not None
     assert (found.advantage.tolist(), found.returns.tolist()) == ([0.75], [1.0])
 
@@ -159,6 +155,6 @@ def test_whitening() -> None:
 def test_missing_inputs_are_refused_by_name() -> None:
     credit = dataclasses.replace(credit_of(1, num_trajectories=3), context_reward=None)
     with pytest.raises(ConfigError, match=r"learner.advantage.context_rewards must be 'none' .*, got 'add'"):
-        token_advantages(credit, AdvantageConfig(context_rewards="add"))
+        advantages_of(credit, advantage_config(context_rewards="add"))
     with pytest.raises(ValueError, match=r"gae needs values \[N\], got None"):
-        token_advantages(credit, AdvantageConfig(estimator="gae"))
+        advantages_of(credit, advantage_config(use="gae"))

@@ -22,15 +22,16 @@ from learner.training.checkpoint import (
     save_checkpoint,
 )
 from learner.training.trainer import Trainer
-from protocol.config import LearnerConfig, LossConfig, OptimizerConfig
+from protocol.config import LearnerConfig, OptimizerConfig
 from protocol.errors import DataError
 from protocol.types import TrajectoryGroup
+from tests.learner.configs import loss_config
 from tests.learner.tiny import group, save_tiny_model
 
 CONFIG = LearnerConfig(
     num_steps=4,
     tokens_per_micro_batch=64,
-    loss=LossConfig(minibatches=2),
+    loss=loss_config(minibatches=2),
     optimizer=OptimizerConfig(learning_rate=1e-2, schedule="linear", warmup_steps=2, weight_decay=0.01),
 )
 

@@ -12,29 +12,29 @@ from hypothesis import strategies as st
 
 from learner.algorithms.diagnostics import Diagnostics
 from learner.algorithms.losses import (
-    LossTokens,
     approx_kl,
     cispo,
     clipped_surrogate,
     sequence_log_ratio,
-    total_loss,
     value_loss,
 )
+from learner.algorithms.token_data import TokenData
 from learner.algorithms.token_metrics import NUM_BUCKETS
 from protocol.algorithm_config import LossConfig, ValueConfig
+from tests.learner.configs import loss_config, loss_of
 from tests.learner.flat import flat_tokens
 from tests.learner.properties import deterministic
 from tests.learner.reference import reference_objective
 
 CONFIGS = [
-    LossConfig(clip_low=0.1, clip_high=0.3),
-    LossConfig(clip_low=0.1, clip_high=0.3, dual_clip=1.2),
-    LossConfig(policy_loss="gspo", clip_low=0.1, clip_high=0.05),
-    LossConfig(policy_loss="cispo", clip_low=0.1, clip_high=0.2),
-    LossConfig(kl_coefficient=0.3, kl_estimator="k1"),
-    LossConfig(kl_coefficient=0.3, kl_estimator="k2"),
-    LossConfig(kl_coefficient=0.3, kl_estimator="k3"),
-    LossConfig(kl_coefficient=0.3, kl_in="reward"),
+    loss_config(clip_low=0.1, clip_high=0.3),
+    loss_config(clip_low=0.1, clip_high=0.3, dual_clip=1.2),
+    loss_config(use="gspo", clip_low=0.1, clip_high=0.05),
+    loss_config(use="cispo", clip_low=0.1, clip_high=0.2),
+    loss_config(kl_coefficient=0.3, kl_estimator="k1"),
+    loss_config(kl_coefficient=0.3, kl_estimator="k2"),
+    loss_config(kl_coefficient=0.3, kl_estimator="k3"),
+    loss_config(kl_coefficient=0.3, kl_in="reward"),
 ]
 
 
@@ -49,12 +49,12 @@ def test_loss_and_gradient_equal_the_reference(config: LossConfig, seed: int) ->
     flat = flat_tokens(seed)
     importance = torch.from_numpy(np.random.default_rng(seed).choice([0.0, 0.5, 2.0], size=len(flat.tokens)))
     tokens = flat.loss_tokens(importance=importance)
-    loss, seen = total_loss(tokens, config)
+    loss, seen = loss_of(tokens, config)
     wanted, slopes = reference_objective(
         flat.tokens, flat.logprobs, flat.proximal, flat.reference, flat.weight, importance.tolist(), config
     )
     assert float(loss.detach()) == pytest.approx(wanted, rel=1e-9, abs=1e-9)
-    np.testing.assert_allclose(gradient(loss, tokens.logprobs), slopes, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(gradient(loss, tokens.column("logprobs")), slopes, rtol=1e-5, atol=1e-8)
     assert seen.loss == pytest.approx(wanted if len(flat.tokens) else 0.0, rel=1e-9, abs=1e-9)
 
 
@@ -95,16 +95,16 @@ def test_cispo_clips_the_weight_and_keeps_every_gradient() -> None:
 
 def test_entropy_and_value_terms() -> None:
     tokens = flat_tokens(1).loss_tokens()
-    num = len(tokens.logprobs)
+    num = len(tokens.column("logprobs"))
     assert num > 3
     entropy = torch.rand(num, dtype=torch.float64, requires_grad=True)
     values = torch.linspace(-1, 1, num, dtype=torch.float64, requires_grad=True)
     returns = torch.linspace(1, 0, num, dtype=torch.float64)
-    plain, _ = total_loss(tokens, LossConfig())
+    plain, _ = loss_of(tokens, loss_config())
     full = dataclasses.replace(
         tokens, entropy=entropy, values=values, old_values=torch.zeros_like(returns), returns=returns
     )
-    loss, seen = total_loss(full, LossConfig(entropy_coefficient=0.1, value=ValueConfig(coefficient=0.25, clip=0.2)))
+    loss, seen = loss_of(full, loss_config(entropy_coefficient=0.1, value=ValueConfig(coefficient=0.25, clip=0.2)))
     errors = torch.maximum((values - returns) ** 2, (values.clamp(-0.2, 0.2) - returns) ** 2) / 2
     wanted = plain + (tokens.weight * (0.25 * errors - 0.1 * entropy)).sum()
     torch.testing.assert_close(loss, wanted)
@@ -124,20 +124,20 @@ def test_value_clip_never_lowers_the_loss() -> None:
 def test_a_loss_term_without_its_columns_is_refused() -> None:
     tokens = dataclasses.replace(flat_tokens(1).loss_tokens(), reference=None)
     with pytest.raises(ValueError, match=r"kl_coefficient = 0.1 needs reference \[N\], got None"):
-        total_loss(tokens, LossConfig(kl_coefficient=0.1))
-    total_loss(tokens, LossConfig(kl_coefficient=0.1, kl_in="reward"))
+        loss_of(tokens, loss_config(kl_coefficient=0.1))
+    loss_of(tokens, loss_config(kl_coefficient=0.1, kl_in="reward"))
     with pytest.raises(ValueError, match=r"values \[N\] need old_values"):
-        total_loss(dataclasses.replace(tokens, values=tokens.weight), LossConfig())
+        loss_of(dataclasses.replace(tokens, values=tokens.weight), loss_config())
 
 
 def test_diagnostics_sum_over_any_split() -> None:
     flat = flat_tokens(3)
     importance = torch.linspace(0, 2, len(flat.tokens), dtype=torch.float64)
-    _, whole = total_loss(flat.loss_tokens(importance=importance), LossConfig())
+    _, whole = loss_of(flat.loss_tokens(importance=importance), loss_config())
     parts = []
     for trajectory in (0, 1, 2, 7):
         at = [n for n, token in enumerate(flat.tokens) if token.trajectory == trajectory]
-        parts.append(total_loss(flat.select(at).loss_tokens(importance=importance[at]), LossConfig())[1])
+        parts.append(loss_of(flat.select(at).loss_tokens(importance=importance[at]), loss_config())[1])
     for found in (sum(parts, Diagnostics()), Diagnostics.from_tensors(*whole.to_tensors())):
         for tensor, wanted in zip(found.to_tensors(), whole.to_tensors(), strict=True):
             assert tensor.dtype == torch.float64
@@ -150,16 +150,16 @@ def test_diagnostics_say_what_was_seen() -> None:
     num = len(flat.tokens)
     importance = torch.linspace(0, 2, num, dtype=torch.float64)
     tokens = flat.loss_tokens(importance=importance)
-    _, seen = total_loss(tokens, LossConfig(clip_low=0.1, clip_high=0.1))
-    logprobs = tokens.logprobs.detach()
+    _, seen = loss_of(tokens, loss_config(clip_low=0.1, clip_high=0.1))
+    logprobs = tokens.column("logprobs").detach()
     kl = (logprobs - tokens.behavior).exp() - 1 - (logprobs - tokens.behavior)
     assert seen.num_tokens == num
     assert tokens.reference is not None
-    weight = (tokens.proximal - tokens.behavior).exp()
+    weight = (tokens.column("proximal") - tokens.behavior).exp()
     wanted = {
         "learner/loss": seen.loss,
         "learner/value_loss": 0.0,
-        "policy/entropy": tokens.entropy.mean(),
+        "policy/entropy": tokens.column("entropy").mean(),
         "policy/clip_fraction": clipped_of(tokens).double().mean(),
         "policy/kl_behavior": kl.mean(),
         "policy/kl_reference": approx_kl(logprobs, tokens.reference).mean(),
@@ -172,7 +172,7 @@ def test_diagnostics_say_what_was_seen() -> None:
     }
     for tag, index, counts in (
         ("policy/kl_behavior_age_", tokens.age, seen.tokens_by_age),
-        ("policy/kl_behavior_context_", tokens.turn, seen.tokens_by_context_index),
+        ("policy/kl_behavior_context_", tokens.context_index, seen.tokens_by_context_index),
     ):
         for bucket in range(NUM_BUCKETS):
             inside = index == bucket if bucket < NUM_BUCKETS - 1 else index >= bucket
@@ -183,8 +183,8 @@ def test_diagnostics_say_what_was_seen() -> None:
     assert seen.values() == pytest.approx({tag: float(value) for tag, value in wanted.items()})
 
 
-def clipped_of(tokens: LossTokens) -> torch.Tensor:
-    ratio, a = (tokens.logprobs - tokens.proximal).exp(), tokens.advantages
+def clipped_of(tokens: TokenData) -> torch.Tensor:
+    ratio, a = (tokens.column("logprobs") - tokens.column("proximal")).exp(), tokens.advantages
     return ((a > 0) & (ratio > 1.1)) | ((a < 0) & (ratio < 0.9))
 
 
@@ -193,7 +193,7 @@ def test_on_policy_gradient_is_minus_weight_times_advantage() -> None:
     advantages, weight = torch.tensor([1.0, -2.0, 0.0]), torch.tensor([0.5, 0.25, 0.25])
     index = torch.zeros(3, dtype=torch.int64)
     for name in ("ppo", "cispo"):
-        tokens = LossTokens(
+        tokens = TokenData(
             logprobs=logprobs,
             entropy=torch.tensor([1.0, 2.0, 3.0]),
             proximal=logprobs.detach(),
@@ -203,9 +203,10 @@ def test_on_policy_gradient_is_minus_weight_times_advantage() -> None:
             weight=weight,
             context=index,
             age=index,
-            turn=index,
+            trajectory=index,
+            context_index=index,
         )
-        loss, seen = total_loss(tokens, LossConfig(policy_loss=name))
+        loss, seen = loss_of(tokens, loss_config(use=name))
         np.testing.assert_allclose(gradient(loss, logprobs), -weight * advantages)
         values = seen.values()
         assert (values["policy/clip_fraction"], values["policy/kl_behavior"]) == (0.0, 0.0)
@@ -216,7 +217,7 @@ def test_on_policy_gradient_is_minus_weight_times_advantage() -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_dump_json(exclude_defaults=True))
 def test_no_tokens_give_zero_and_a_gradient(config: LossConfig) -> None:
     tokens = flat_tokens(0).select([]).loss_tokens()
-    loss, seen = total_loss(tokens, config)
+    loss, seen = loss_of(tokens, config)
     loss.backward()
     assert (float(loss.detach()), seen.num_tokens) == (0.0, 0)
     assert set(seen.values().values()) == {0.0}

@@ -17,10 +17,10 @@ from learner.metrics.peer_metrics import QUEUE_METRICS
 from learner.metrics.rollout_metrics import rollout_metrics
 from learner.model.loading import Policy
 from learner.training.trainer import Trainer
-from protocol.algorithm_config import AdvantageConfig, LossConfig
 from protocol.config import LearnerConfig
 from protocol.metric import Metric
 from protocol.types import Status, TrajectoryGroup
+from tests.learner.configs import advantage_config, loss_config
 from tests.learner.tiny import group, save_tiny_model, tiny_model
 from tests.network.peers import Setting, open_network
 
@@ -60,9 +60,7 @@ def test_every_tag_is_declared_and_every_declared_metric_is_written(tmp_path: Pa
 
 def test_metrics_of_optional_parts_of_a_step_are_declared_and_written(tmp_path: Path) -> None:
     """A reference policy, a value head and several minibatches: all but the MFU of a known device."""
-    config = LearnerConfig(
-        advantage=AdvantageConfig(estimator="gae"), loss=LossConfig(kl_coefficient=0.1, minibatches=2)
-    )
+    config = LearnerConfig(advantage=advantage_config(use="gae"), loss=loss_config(kl_coefficient=0.1, minibatches=2))
     tags = tags_of(record(tmp_path, config, [group(0, versions=(STEP,))]))
     assert undeclared(tags) == set()
     every = [metric for metric in CATALOGUE if metric.section in ("staleness", "policy", "learner", "trajectories")]

@@ -14,10 +14,11 @@ from learner.batch.flatten import flatten
 from learner.batch.microbatches import make_micro_batches
 from learner.model.loading import Policy
 from learner.training.trainer import Trainer
-from protocol.algorithm_config import Correction, LossConfig, MaskConfig, Scope, TruncateConfig
+from protocol.algorithm_config import CorrectionConfig, Scope
 from protocol.config import LearnerConfig, OptimizerConfig
 from protocol.errors import MalformedMessage
 from protocol.types import Status, TrajectoryGroup
+from tests.learner.configs import correction, loss_config
 from tests.learner.reference import accumulate_reference, frozen, reference_loss, trajectories_of
 from tests.learner.tiny import group, tiny_model
 
@@ -27,9 +28,11 @@ AGGREGATIONS = ("trajectory", "context", "token", "constant")
 SCOPES: tuple[Scope, ...] = ("token", "context", "trajectory")
 CORRECTIONS = (
     None,
-    *(TruncateConfig(scope=scope, high=1.5) for scope in SCOPES),
-    *(MaskConfig(scope=scope, low=0.5, high=1.5) for scope in SCOPES),
+    *(correction("truncate", scope=scope, high=1.5) for scope in SCOPES),
+    *(correction("mask", scope=scope, low=0.5, high=1.5) for scope in SCOPES),
 )
+
+CORRECTION = correction("truncate", high=1.5)
 
 
 @pytest.fixture(autouse=True)
@@ -40,13 +43,13 @@ def _one_thread() -> None:
 def config(
     *,
     aggregation: str = "trajectory",
-    correction: Correction | None = TruncateConfig(high=1.5),
+    correction: CorrectionConfig | None = CORRECTION,
     minibatches: int = 1,
     budget: int = 64,
     ablation: str = "none",
     optimizer: OptimizerConfig | None = None,
 ) -> LearnerConfig:
-    loss = LossConfig(
+    loss = loss_config(
         aggregation=aggregation,  # pyright: ignore[reportArgumentType]
         constant=20.0,
         minibatches=minibatches,
@@ -90,7 +93,7 @@ def fast_gradient(
     trainer = trainer_of(model, settings)
     batch = flatten(groups, last_context_only=settings.ablation == "last-context")
     plan = trainer.plan(batch, step=STEP)
-    columns = trainer.columns(batch, plan, step=STEP)
+    columns = trainer.prepare(batch, plan, step=STEP)
     watched = [trainer.accumulate(minibatch, columns) for minibatch in plan.minibatches]
     return gradient_of(model), sum(w.loss for w in watched)
 
@@ -99,9 +102,9 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("correction", CORRECTIONS, ids=lambda c: f"{c.kind}-{c.scope}" if c else "none")
+@pytest.mark.parametrize("correction", CORRECTIONS, ids=lambda c: "-".join(map(str, (c.use, *c.options.values()))) if c else "none")
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_loss_and_gradient_equal_the_reference(aggregation: str, correction: Correction | None) -> None:
+def test_loss_and_gradient_equal_the_reference(aggregation: str, correction: CorrectionConfig | None) -> None:
     groups = uneven_groups()
     settings = config(aggregation=aggregation, correction=correction)
     model = tiny_model(dtype=torch.float64)
@@ -121,8 +124,8 @@ def test_loss_and_gradient_equal_the_reference(aggregation: str, correction: Cor
 def test_several_minibatches_equal_a_reference_loop_with_a_fixed_proximal_policy(scope: str) -> None:
     groups = uneven_groups()
     optimizer = OptimizerConfig(learning_rate=0.02, eps=1e-2, weight_decay=0.1, clip_norm=0.5)
-    correction = TruncateConfig(scope=scope, high=1.5)  # pyright: ignore[reportArgumentType]
-    settings = config(minibatches=3, correction=correction, optimizer=optimizer)
+    truncate = correction("truncate", scope=scope, high=1.5)
+    settings = config(minibatches=3, correction=truncate, optimizer=optimizer)
     model, plain = (tiny_model(dtype=torch.float64) for _ in range(2))
     trainer = trainer_of(model, settings)
     metrics = trainer.train_step(groups, step=STEP)
@@ -151,11 +154,11 @@ def test_several_minibatches_equal_a_reference_loop_with_a_fixed_proximal_policy
 @pytest.mark.parametrize("scope", ["token", "context", "trajectory"])
 def test_gradient_does_not_depend_on_the_split_into_micro_batches(scope: str, dtype: torch.dtype, bound: float) -> None:
     """To rounding: fp32 itself is 1e-6 from fp64 here."""
-    correction = TruncateConfig(scope=scope, high=1.5)  # pyright: ignore[reportArgumentType]
+    truncate = correction("truncate", scope=scope, high=1.5)
     model = tiny_model(dtype=dtype)
-    wanted, _ = fast_gradient(model, config(correction=correction, budget=100_000), uneven_groups())
+    wanted, _ = fast_gradient(model, config(correction=truncate, budget=100_000), uneven_groups())
     for budget in (1, 33, 90, 300):
-        found, _ = fast_gradient(model, config(correction=correction, budget=budget), uneven_groups())
+        found, _ = fast_gradient(model, config(correction=truncate, budget=budget), uneven_groups())
         assert distance(found, wanted) < bound
 
 
@@ -168,7 +171,7 @@ def test_gradient_does_not_depend_on_order_and_grouping_of_contexts() -> None:
     trainer = trainer_of(model, settings)
     batch = flatten(groups)
     plan = trainer.plan(batch, step=STEP)
-    columns = trainer.columns(batch, plan, step=STEP)
+    columns = trainer.prepare(batch, plan, step=STEP)
     trained = np.flatnonzero(plan.trained)
     rng = np.random.default_rng(3)
     for _ in range(3):
@@ -205,7 +208,7 @@ def test_over_age_tokens_give_gradient_zero_and_are_counted() -> None:
 
 
 def test_a_correction_that_drops_every_token_gives_gradient_zero() -> None:
-    masked = MaskConfig(low=1e8, high=1e9)
+    masked = correction("mask", low=1e8, high=1e9)
     metrics = trainer_of(tiny_model(), config(correction=masked)).train_step([group(0)], step=0)
     assert metrics.values["learner/grad_norm"] == 0.0
     assert metrics.values["policy/corrected_weight_zero_fraction"] == 1.0
@@ -216,11 +219,11 @@ def test_a_trajectory_has_the_same_weight_for_any_number_of_contexts() -> None:
     batch = flatten([group(4, num_contexts=(3, 1), rewards=(1.0, 0.0))])
     trainer = trainer_of(tiny_model(), config())
     plan = trainer.plan(batch, step=0)
-    columns = trainer.columns(batch, plan, step=0)
+    columns = trainer.prepare(batch, plan, step=0)
     owner = torch.from_numpy(batch.sampled.trajectory)
     for trajectory, centred in ((0, 0.5), (1, -0.5)):
         assert float(columns.weight[owner == trajectory].sum()) == pytest.approx(0.5)
-        advantage = columns.advantage[owner == trajectory]
+        advantage = columns.advantages[owner == trajectory]
         assert advantage.tolist() == pytest.approx([centred / (np.std([1, 0], ddof=1) + 1e-6)] * len(advantage))
 
 

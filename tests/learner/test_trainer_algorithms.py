@@ -7,22 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.algorithms.importance_weights import needs_prepass
+from learner.algorithms.importance_weights import make_corrections, needs_prepass
 from learner.batch.flatten import flatten
 from learner.model.loading import Policy
 from learner.training.trainer import Trainer
-from protocol.algorithm_config import (
-    AdvantageConfig,
-    LossConfig,
-    MaskConfig,
-    RejectConfig,
-    RejectNegativeConfig,
-    SecondMomentConfig,
-    TruncateConfig,
-    ValueConfig,
-)
+from protocol.algorithm_config import ValueConfig
 from protocol.config import LearnerConfig
 from protocol.types import Context
+from tests.learner.configs import advantage_config, correction, loss_config
 from tests.learner.reference import (
     accumulate_reference,
     frozen,
@@ -35,17 +27,19 @@ from tests.learner.test_trainer import STEP, TEMPERATURE, distance, gradient_of,
 from tests.learner.tiny import tiny_model
 
 LOSSES = {
-    "gspo": LossConfig(policy_loss="gspo", clip_low=0.05, clip_high=0.05),
-    "cispo": LossConfig(policy_loss="cispo", clip_low=0.05, clip_high=0.1),
-    "dual_clip": LossConfig(clip_low=0.05, clip_high=0.05, dual_clip=1.05),
-    "kl": LossConfig(kl_coefficient=0.3, kl_estimator="k3"),
-    "kl_k1": LossConfig(kl_coefficient=0.3, kl_estimator="k1"),
-    "second_moment": LossConfig(corrections=(SecondMomentConfig(threshold=0.5), TruncateConfig(high=1.5))),
-    "masks": LossConfig(
+    "gspo": loss_config(use="gspo", clip_low=0.05, clip_high=0.05),
+    "cispo": loss_config(use="cispo", clip_low=0.05, clip_high=0.1),
+    "dual_clip": loss_config(clip_low=0.05, clip_high=0.05, dual_clip=1.05),
+    "kl": loss_config(kl_coefficient=0.3, kl_estimator="k3"),
+    "kl_k1": loss_config(kl_coefficient=0.3, kl_estimator="k1"),
+    "second_moment": loss_config(
+        corrections=(correction("second_moment", threshold=0.5), correction("truncate", high=1.5))
+    ),
+    "masks": loss_config(
         corrections=(
-            RejectConfig(scope="trajectory", low=0.3, high=3.0),
-            RejectNegativeConfig(threshold=0.05),
-            MaskConfig(low=0.1, high=4.0),
+            correction("reject", scope="trajectory", low=0.3, high=3.0),
+            correction("reject_negative", threshold=0.05),
+            correction("mask", low=0.1, high=4.0),
         )
     ),
 }
@@ -66,13 +60,13 @@ def accumulate_after_a_move(trainer: Trainer) -> None:
     """Accumulates the gradient of all minibatches after the model has moved away from the proximal policy."""
     batch = flatten(uneven_groups())
     plan = trainer.plan(batch, step=STEP)
-    columns = trainer.columns(batch, plan, step=STEP)
+    tokens = trainer.prepare(batch, plan, step=STEP)
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in trainer.scorer.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     for minibatch in plan.minibatches:
-        trainer.accumulate(minibatch, columns)
+        trainer.accumulate(minibatch, tokens)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -81,7 +75,7 @@ def test_gradient_at_other_weights_than_the_proximal_policy_equals_the_reference
     loss = LOSSES[name].model_copy(update={"minibatches": num_parts})
     config = LearnerConfig(staleness_bound=2, tokens_per_micro_batch=64, loss=loss)
     if num_parts == 1:
-        assert needs_prepass(loss.corrections)
+        assert needs_prepass(make_corrections(loss.corrections))
     trainer = trainer_of(config, with_reference=loss.kl_coefficient > 0)
     model = trainer.policy.model
     everything = trajectories_of(uneven_groups())
@@ -103,7 +97,7 @@ def test_gradient_at_other_weights_than_the_proximal_policy_equals_the_reference
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "maxrl", "reinforce_pp", "gae"])
 def test_a_batch_of_over_age_tokens_only_changes_nothing(estimator: str) -> None:
-    advantage = AdvantageConfig(estimator=estimator)  # pyright: ignore[reportArgumentType]
+    advantage = advantage_config(use=estimator)  # pyright: ignore[reportArgumentType]
     trainer = trainer_of(LearnerConfig(staleness_bound=0, advantage=advantage))
     before = [parameter.clone() for parameter in trainer.scorer.parameters()]
     values = trainer.train_step(uneven_groups(), step=50).values
@@ -126,8 +120,8 @@ def test_ppo_with_a_value_head_equals_plain_forwards_and_loops() -> None:
     config = LearnerConfig(
         staleness_bound=2,
         tokens_per_micro_batch=64,
-        advantage=AdvantageConfig(estimator="gae", gamma=0.95, lam=0.9),
-        loss=LossConfig(corrections=(), aggregation="token", value=ValueConfig(coefficient=0.7)),
+        advantage=advantage_config(use="gae", gamma=0.95, lam=0.9),
+        loss=loss_config(corrections=(), aggregation="token", value=ValueConfig(coefficient=0.7)),
     )
     trainer = trainer_of(config)
     head = trainer.scorer.value_head
@@ -137,9 +131,9 @@ def test_ppo_with_a_value_head_equals_plain_forwards_and_loops() -> None:
         head.weight.normal_(std=0.5)
     batch = flatten(uneven_groups())
     plan = trainer.plan(batch, step=STEP)
-    columns = trainer.columns(batch, plan, step=STEP)
+    tokens = trainer.prepare(batch, plan, step=STEP)
     (minibatch,) = plan.minibatches
-    watched = trainer.accumulate(minibatch, columns)
+    watched = trainer.accumulate(minibatch, tokens)
     found, found_head = gradient_of(trainer.policy.model), head.weight.grad
     assert found_head is not None
 
@@ -164,11 +158,11 @@ def test_ppo_with_a_value_head_equals_plain_forwards_and_loops() -> None:
 
 
 def test_a_kl_in_the_reward_changes_advantages_by_the_mean_kl_of_each_trajectory() -> None:
-    loss = LossConfig(kl_coefficient=0.5, kl_estimator="k1", kl_in="reward", corrections=())
-    config = LearnerConfig(staleness_bound=9, loss=loss, advantage=AdvantageConfig(normalize_std=False))
+    loss = loss_config(kl_coefficient=0.5, kl_estimator="k1", kl_in="reward", corrections=())
+    config = LearnerConfig(staleness_bound=9, loss=loss, advantage=advantage_config(normalize_std=False))
     trainer = trainer_of(config, with_reference=True)
     batch = flatten(uneven_groups())
-    columns = trainer.columns(batch, trainer.plan(batch, step=STEP), step=STEP)
+    tokens = trainer.prepare(batch, trainer.plan(batch, step=STEP), step=STEP)
     everything = trajectories_of(uneven_groups())
     now = frozen(tiny_model(dtype=torch.float64), temperature=TEMPERATURE)
     other = frozen(tiny_model(seed=7, dtype=torch.float64), temperature=TEMPERATURE)
@@ -181,6 +175,6 @@ def test_a_kl_in_the_reward_changes_advantages_by_the_mean_kl_of_each_trajectory
         fellows = [j for j in range(len(everything)) if batch.group[j] == batch.group[i]]
         rewards = {j: everything[j][0].reward - penalties[j] for j in fellows}
         wanted = rewards[i] - sum(rewards.values()) / len(rewards) if len(fellows) > 1 else 0.0
-        assert columns.advantage[torch.from_numpy(owner == i)].tolist() == pytest.approx(
+        assert tokens.advantages[torch.from_numpy(owner == i)].tolist() == pytest.approx(
             [wanted] * int((owner == i).sum()), abs=1e-4
         ), trajectory.reward
