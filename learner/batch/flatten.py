@@ -1,12 +1,12 @@
-"""From groups to flat columns, in pure NumPy: which tokens were sampled, whose they are, what each weighs.
+"""Groups to flat NumPy columns: the sampled tokens, the context and trajectory of each, and its weight in the loss.
 
-    groups ──flatten──► Batch: one row a sampled token [N], one a context [C], one a trajectory [T]
-                          │  planning.py: minibatches by trajectory, micro-batches by shared prefix
+    groups ──flatten──► Batch: one row per sampled token [N], per context [C], per trajectory [T]
+                          │  microbatches.py: minibatches by trajectory, micro-batches by shared prefix
                           ▼
-                        losses on flat tokens, never on rows
+                        losses on flat tokens, never on padded rows
 
-The weight of a token is fixed before it is known which micro-batch, on which rank, will compute it: any split, order or
-packing gives the same gradient.
+A token's weight does not depend on the micro-batch or the rank that computes it, so any split into micro-batches, order
+or packing gives the same gradient.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Index = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SampledTokens:
-    """N tokens that the policy sampled, ordered by trajectory, context and position: the order of generation.
+    """N tokens that the policy sampled, in the order of generation: by trajectory, context and position.
 
     trajectory, context  int64   [N]  index within the batch
     position             int64   [N]  within the context, >= 1
@@ -50,12 +50,12 @@ class SampledTokens:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """T non-failed trajectories of C contexts; the tokens of context c are `token_ids` [starts[c], starts[c + 1]).
+    """T trajectories, none FAILED, of C contexts; context c is `token_ids[starts[c] : starts[c + 1]]`.
 
     token_ids       int32   [sum of lengths]
     starts          int64   [C + 1]
-    trajectory      int64   [C]  whose a context is
-    turn            int64   [C]  of the workflow
+    trajectory      int64   [C]  the trajectory of each context
+    turn            int64   [C]  the workflow's turn
     role, policy    str     [C]
     context_reward  float64 [C]
     reward, group   float64 and int64 [T]
@@ -82,12 +82,12 @@ class Batch:
 
     @property
     def context_number(self) -> Index:
-        """int64 [C]: the index of each context within its trajectory."""
+        """int64 [C]: the index of each context in its trajectory."""
         first = np.searchsorted(self.trajectory, self.trajectory)
         return np.arange(self.num_contexts) - first
 
     def credit(self, trained: NDArray[np.bool_]) -> Credit:
-        """What the advantages of the tokens that `trained` [N] selects are computed from."""
+        """The inputs of the advantages of the tokens that `trained` [N] selects; no other token is part of them."""
         roles, role = np.unique(np.array(self.role, dtype=np.str_), return_inverse=True)
         _, policy = np.unique(np.array(self.policy, dtype=np.str_), return_inverse=True)
         return Credit(
@@ -105,11 +105,11 @@ class Batch:
 
 
 def flatten(groups: Sequence[TrajectoryGroup], *, last_context_only: bool = False) -> Batch:
-    """Columns of every sampled token, context and trajectory of a batch.
+    """The columns of every sampled token, context and trajectory of a batch.
 
-    Failed trajectories are left out. `last_context_only` (an ablation) treats all but the last context of a trajectory
-    as not there. Raises: MalformedMessage where a context samples its first token, which no forward can score, or
-    where its version spans do not cover its sampled tokens.
+    FAILED trajectories are left out. `last_context_only` (an ablation) drops all but the last context of a trajectory.
+    Raises: MalformedMessage if the first token of a context is sampled, which no forward pass can score, or if version
+    spans do not cover the sampled tokens.
     """
     counted = [(g, t) for g, group in enumerate(groups) for t in group.trajectories if t.status is not Status.FAILED]
     kept = [t.contexts[-1:] if last_context_only else t.contexts for _, t in counted]
@@ -150,7 +150,7 @@ def aggregation_weights(
 ) -> NDArray[np.float64]:
     """float64 [N]: the weight of each sampled token in the loss, before any age or ratio mask.
 
-    trajectory, context: int [N], the owners of *every* sampled token of the optimiser step, over all ranks.
+    trajectory, context: int [N], of *every* sampled token of one optimizer step (one minibatch), over all ranks.
     With n_x the number of sampled tokens in x: `token` 1/N; `context` 1/(C n_c); `trajectory` 1/(T n_i);
     `constant` 1/(T constant). C and T count contexts and trajectories with at least one sampled token.
     Sources: DAPO (token), GRPO (trajectory), Dr. GRPO (constant).
@@ -171,7 +171,7 @@ def aggregation_weights(
 
 
 def _versions(contexts: Sequence[Context], *, num_sampled: int) -> NDArray[np.int32]:
-    """int32 [N]: spans cover exactly the sampled positions in ascending order, so that repeating them is enough."""
+    """int32 [N]: the version of each sampled token. Spans cover exactly the sampled positions, in ascending order."""
     spans = [span for context in contexts for span in context.policy_versions]
     versions = np.repeat(
         np.array([span.version for span in spans], dtype=np.int32),

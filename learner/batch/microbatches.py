@@ -1,11 +1,11 @@
-"""From a batch to micro-batches: which tokens a step trains, with what weight, which contexts are computed together.
+"""Splits a batch into minibatches and micro-batches: which tokens are trained, their weights, what is packed together.
 
-    Batch ──► minibatches, split by trajectory in lease order (one optimiser step each)
+    Batch ──► minibatches, split by trajectory in lease order (one optimizer step each)
                 │  weights over *all* sampled tokens of the minibatch, on all ranks; then the age mask
                 ▼
-              micro-batches of contexts with common prefixes, as many on every rank (packing.py)
+              micro-batches of contexts with common prefixes, the same number on every rank (packing.py)
 
-Every rank plans the same whole and keeps its own micro-batches.
+Every rank computes the same plan for all ranks and keeps its own micro-batches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from protocol.errors import MalformedMessage
 class MicroBatch:
     """Contexts that go through the model as one packed row.
 
-    tokens  int64 [n]  the trained tokens, as indices into the batch's sampled ones; `placement` is of these
+    tokens     int64 [n]  the trained tokens, as indices into the batch's sampled tokens
+    placement             where these n tokens are scored in the row
     """
 
     pack: Pack
@@ -36,11 +37,11 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
-    """What a step does with a batch of N sampled tokens.
+    """How one training step treats the N sampled tokens of its batch.
 
-    weight       float32 [N]  what multiplies a token's loss; the loss is the plain sum over all micro-batches
-    trained      bool    [N]  false where a token is too old: it keeps its part of the denominator
-    minibatches               this rank's micro-batches of each optimiser step
+    weight       float32 [N]  factor of a token's loss; a minibatch's loss is the sum over its micro-batches and ranks
+    trained      bool    [N]  false if a token is over age: it is not trained, but counts in the denominator
+    minibatches               this rank's micro-batches of each minibatch (optimizer step)
     """
 
     weight: NDArray[np.float32]
@@ -65,11 +66,12 @@ def make_plan(
     rank: int = 0,
     num_ranks: int = 1,
 ) -> StepPlan:
-    """Splits a batch by trajectory into `num_minibatches` (fewer where trajectories are fewer), in lease order.
+    """Splits a batch by trajectory, in lease order, into `num_minibatches`; into fewer if trajectories are fewer.
 
-    Tokens of a version below `oldest_version` (the learner's step minus the staleness bound) are not trained, but keep
-    their part of the denominator, which is that of the optimiser step: a minibatch, over all ranks.
-    Raises: MalformedMessage where a version is above `newest_version`, the learner's step.
+    The denominators of `aggregation` are those of the minibatch, which is one optimizer step, over all ranks; not those
+    of the whole batch. Tokens of a version below `oldest_version` (the learner's step minus the staleness bound) are
+    not trained but count in the denominators. A minibatch without trained tokens has no micro-batches.
+    Raises: MalformedMessage if a version is above `newest_version`, the learner's step.
     """
     sampled = batch.sampled
     newest = int(sampled.version.max(initial=newest_version))
@@ -104,10 +106,10 @@ def make_micro_batches(
     rank: int = 0,
     num_ranks: int = 1,
 ) -> list[MicroBatch]:
-    """The micro-batches with which a rank trains its part of `tokens`, ascending indices into the batch's sampled ones.
+    """One rank's micro-batches for training `tokens`, ascending indices into the batch's sampled tokens.
 
-    A micro-batch computes at most `tokens_per_micro_batch` tokens (one context at least). A context is cut before its
-    last trained token, which is never an input; those without a trained token are not computed at all.
+    A micro-batch has at most `tokens_per_micro_batch` unique tokens, or a single longer context. A context ends before
+    its last trained token, which is never an input; a context without trained tokens is not computed.
     """
     owner = batch.sampled.context[tokens]
     contexts, first = np.unique(owner, return_index=True)

@@ -1,18 +1,18 @@
-"""Prefix-shared packing, in pure NumPy: contexts that begin alike become one row in which every prefix stands once.
+"""Prefix-shared packing, in pure NumPy: contexts become one row in which every common prefix occurs once.
 
     contexts ──sort──► depth-first order ──split──► micro-batches of at most `budget` unique tokens, dealt to ranks
                                             │
                                             pack
                                             ▼
-    a b c d      0 1 2 3 4 5 6     token    a b c d x y z      one integer a token is the whole mask:
+    a b c d      0 1 2 3 4 5 6     token    a b c d x y z      one integer per token defines the mask:
     a b x y  ──► a b c d x y z     depth    0 1 2 3 2 3 3      key j is visible to query i
     a b x z                        end      7 7 4 4 7 6 7      iff j <= i < subtree_end[j]
 
-Prefixes are shared in whole blocks of `min_share` tokens, as prefix caches do: what begins alike by chance costs more
-in small attention calls than it saves, and the rule needs only two neighbours, so that it is the same in any
-micro-batch. A context that another one continues is shared whole. Log-probs are computed once for each (packed index,
-next token) and gathered to every (context, position), where losses are formed; a branch's first token is predicted by
-its parent.
+Prefixes are shared in whole blocks of `min_share` tokens, as in prefix caches: sharing a prefix of a few tokens costs
+more in small attention calls than it saves. The rule compares only neighbours in the sorted order, so it gives the same
+result in any micro-batch. A context that is a prefix of the next one is shared whole. Log-probs are computed once per
+(packed index, next token) and gathered to every (context, position), where losses are formed; the first token of a
+branch is predicted by its parent's last token.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from protocol.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placement:
-    """Where N requested tokens were placed: M <= N pairs that are computed once.
+    """The M <= N distinct (source, target) pairs that give the scores of N requested tokens.
 
-    source  int64 [M]  packed index whose hidden state predicts
+    source  int64 [M]  packed index whose hidden state predicts the target
     target  int64 [M]  the token id that is scored
-    gather  int64 [N]  which of the M is each requested token's: `logprob[gather]`
+    gather  int64 [N]  the pair of each requested token: its log-prob is `logprob[gather]`
     """
 
     source: Index
@@ -46,14 +46,14 @@ class Pack:
     """One row for the model: the unique tokens of a forest of contexts, in depth-first order.
 
     token_ids         int64 [U]
-    depth             int64 [U]    position in its context, the rotary position
+    depth             int64 [U]    position in the context, used as the rotary position
     subtree_end       int64 [U]    key j is visible to query i iff j <= i < subtree_end[j]
-    node_start        int64 [B]    a node is an unbranched stretch [start, end) of one subtree_end, in packed order
+    node_start        int64 [B]    a node is an unbranched interval [start, end) with one subtree_end, in packed order
     node_end          int64 [B]
-    num_total_tokens               of the contexts, each computed by itself
-    path_first        int64 [C+1]  context c runs through the stretches [path_first[c], path_first[c + 1])
-    path_depth        int64 [P]    depth at which a stretch begins
-    path_shift        int64 [P]    packed index minus depth in it
+    num_total_tokens               sum of the contexts' lengths, without sharing
+    path_first        int64 [C+1]  context c consists of the segments [path_first[c], path_first[c + 1])
+    path_depth        int64 [P]    depth at which a segment starts
+    path_shift        int64 [P]    packed index minus depth, in a segment
     """
 
     token_ids: Index
@@ -71,7 +71,7 @@ class Pack:
         return len(self.token_ids)
 
     def locate(self, context: ArrayLike, position: ArrayLike) -> Index:
-        """int64 [N]: packed index of the tokens at (context, position), both int [N], positions within the contexts."""
+        """int64 [N]: the packed index of the tokens at (context, position), int [N] each; positions must exist."""
         context, position = np.asarray(context, dtype=np.int64), np.asarray(position, dtype=np.int64)
         beyond = int(self.depth.max(initial=0)) + 1
         owner = np.repeat(np.arange(len(self.path_first) - 1), np.diff(self.path_first))
@@ -79,7 +79,7 @@ class Pack:
         return position + self.path_shift[np.searchsorted(keys, context * beyond + position, side="right") - 1]
 
     def place(self, context: ArrayLike, position: ArrayLike, token_id: ArrayLike) -> Placement:
-        """Places N tokens to score, `token_id` at (context, position >= 1); none needs to be an input itself."""
+        """Places N tokens to score: `token_id` at (context, position >= 1). They need not be inputs themselves."""
         source = self.locate(context, np.asarray(position, dtype=np.int64) - 1)
         target = np.asarray(token_id, dtype=np.int64)
         beyond = int(target.max(initial=0)) + 1
@@ -88,18 +88,20 @@ class Pack:
 
 
 def pack(contexts: Sequence[NDArray[np.integer]], *, share: Share = "auto", min_share: int = 8) -> Pack:
-    """Packs C contexts, int [L_c] each, cut before their last trained token, which is never an input.
+    """Packs C contexts, int [L_c] each, that end before their last trained token, which is never an input.
 
-    share: whether common prefixes are computed once; `auto` where that saves a tenth of the predicted cost
-    min_share: prefixes are shared in blocks of so many tokens
-    No context at all gives one token of id 0, so that a rank without work still takes part in a sharded forward.
+    share      whether common prefixes are computed once; `auto`: if that saves a tenth of the predicted cost
+    min_share  prefixes are shared in blocks of this many tokens
+    Without contexts the row is one token of id 0, so that a rank without work takes part in a sharded forward.
     Raises: ConfigError for a `min_share` below 1.
     """
     forest = Forest.of(contexts, min_share=min_share)
     shared = (
-        forest.shared if is_worth_sharing(forest.cost(shared=True), forest.cost(shared=False), share) else forest.apart
+        forest.shared
+        if is_worth_sharing(forest.cost(shared=True), forest.cost(shared=False), share)
+        else forest.unshared
     )
-    return _lay_out([contexts[c] for c in forest.order], forest.order, shared) if len(contexts) else _nothing()
+    return _lay_out([contexts[c] for c in forest.order], forest.order, shared) if len(contexts) else _empty()
 
 
 def split(
@@ -110,12 +112,12 @@ def split(
     share: Share = "auto",
     min_share: int = 8,
 ) -> list[list[Index]]:
-    """By rank its micro-batches: arrays of context indices, as many on every rank, in the order of execution.
+    """Per rank its micro-batches: arrays of context indices in the order of execution, the same number on every rank.
 
-    Contexts are cut in depth-first order, so that those that share stay together, where `pack` of the same `share`
-    would pass `budget` tokens (one context at least, even if it is longer). As few micro-batches as that allows, with
-    the costliest made as cheap as possible; those that ranks execute at the same time cost about the same. Some are
-    empty only where no further cut is possible.
+    The depth-first order of the contexts is cut into intervals, so that contexts with a common prefix stay together.
+    `pack` of an interval, with the same `share`, has at most `budget` tokens, or the interval is a single context.
+    There are as few intervals as that allows, and the most expensive one is as cheap as possible; those that the ranks
+    execute at the same time cost about the same. A micro-batch is empty only if no interval can be cut further.
     Raises: ConfigError for a `budget`, `num_ranks` or `min_share` below 1.
     """
     for name, value in (("budget", budget), ("num_ranks", num_ranks)):
@@ -124,33 +126,33 @@ def split(
     forest = Forest.of(contexts, min_share=min_share)
     cutter = Cutter(forest, budget=budget, share=share)
     parts = [forest.order[start:end] for start, end in cutter.balanced(num_ranks)]
-    columns = [parts[first : first + num_ranks] for first in range(0, len(parts), num_ranks)]
-    snake = [column if number % 2 == 0 else column[::-1] for number, column in enumerate(columns)]
-    return [[column[rank] for column in snake] for rank in range(num_ranks)]
+    rounds = [parts[first : first + num_ranks] for first in range(0, len(parts), num_ranks)]
+    snake = [each if number % 2 == 0 else each[::-1] for number, each in enumerate(rounds)]  # balances the sums
+    return [[each[rank] for each in snake] for rank in range(num_ranks)]
 
 
 def _lay_out(contexts: Sequence[NDArray[np.integer]], order: Index, shared: Index) -> Pack:
-    """Packs contexts in depth-first order; the first shared[i] tokens of the i-th are those of the one before it."""
+    """Packs contexts in depth-first order; the i-th shares its first shared[i] tokens with the one before it."""
     lengths = np.array([len(context) for context in contexts], dtype=np.int64)
     added = lengths - shared
-    open_stretches: list[_Stretch] = []
+    open_segments: list[_Segment] = []
     closed: list[tuple[int, int, int]] = []
     paths: list[list[tuple[int, int]]] = []
     cursor = 0
     for length, depth in zip(lengths.tolist(), shared.tolist(), strict=True):
-        while open_stretches and open_stretches[-1].depth_end > depth:
-            closed.append(open_stretches[-1].close_from(depth, cursor))
-            if open_stretches[-1].depth_end == open_stretches[-1].depth:
-                open_stretches.pop()
-        if open_stretches and open_stretches[-1].end == cursor:
-            open_stretches[-1].depth_end = length
+        while open_segments and open_segments[-1].depth_end > depth:
+            closed.append(open_segments[-1].close_from(depth, cursor))
+            if open_segments[-1].depth_end == open_segments[-1].depth:
+                open_segments.pop()
+        if open_segments and open_segments[-1].end == cursor:
+            open_segments[-1].depth_end = length
         elif length > depth:
-            open_stretches.append(_Stretch(start=cursor, depth=depth, depth_end=length))
+            open_segments.append(_Segment(start=cursor, depth=depth, depth_end=length))
         cursor += length - depth
-        paths.append([(stretch.depth, stretch.start - stretch.depth) for stretch in open_stretches])
-    closed += [stretch.close_from(stretch.depth, cursor) for stretch in open_stretches]
+        paths.append([(segment.depth, segment.start - segment.depth) for segment in open_segments])
+    closed += [segment.close_from(segment.depth, cursor) for segment in open_segments]
     nodes = np.array(sorted(closed), dtype=np.int64).reshape(-1, 3)
-    first, stretches = _by_context(paths, order)
+    first, segments = _by_context(paths, order)
     new = [context[skip:] for context, skip in zip(contexts, shared, strict=True)]
     return Pack(
         token_ids=np.concatenate(new).astype(np.int64),
@@ -160,14 +162,14 @@ def _lay_out(contexts: Sequence[NDArray[np.integer]], order: Index, shared: Inde
         node_end=nodes[:, 1],
         num_total_tokens=int(lengths.sum()),
         path_first=first,
-        path_depth=stretches[:, 0],
-        path_shift=stretches[:, 1],
+        path_depth=segments[:, 0],
+        path_shift=segments[:, 1],
     )
 
 
 @dataclass(slots=True)
-class _Stretch:
-    """Packed tokens from `start` on, of depths [depth, depth_end), whose subtree is not complete yet."""
+class _Segment:
+    """Packed tokens from index `start`, of depths [depth, depth_end), whose subtree is not complete yet."""
 
     start: int
     depth: int
@@ -178,19 +180,19 @@ class _Stretch:
         return self.start + self.depth_end - self.depth
 
     def close_from(self, depth: int, subtree_end: int) -> tuple[int, int, int]:
-        """Cuts off what lies at `depth` or deeper; its (start, end, subtree_end)."""
+        """Cuts off the tokens at `depth` or deeper; returns their (start, end, subtree_end)."""
         end, self.depth_end = self.end, max(self.depth, depth)
         return self.end, end, subtree_end
 
 
 def _by_context(paths: list[list[tuple[int, int]]], order: Index) -> tuple[Index, Index]:
-    """(first [C + 1], stretches [P, 2]) of the contexts 0..C-1; paths are those of `order`."""
+    """(path_first [C + 1], segments [P, 2]) of the contexts 0..C-1, from the paths in depth-first `order`."""
     rank = np.argsort(order)
     counts = np.array([len(paths[i]) for i in rank], dtype=np.int64)
-    flat = [stretch for i in rank for stretch in paths[i]]
+    flat = [segment for i in rank for segment in paths[i]]
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), np.array(flat, dtype=np.int64).reshape(-1, 2)
 
 
-def _nothing() -> Pack:
+def _empty() -> Pack:
     zero, none = np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int64)
     return Pack(zero, zero, zero + 1, zero, zero + 1, 0, zero, none, none)

@@ -1,4 +1,4 @@
-"""What contexts have in common, what sharing it saves, and where to cut their depth-first order; pure NumPy."""
+"""Common prefixes of contexts, the cost that sharing them saves, and cuts of their depth-first order; pure NumPy."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ Index = NDArray[np.int64]
 Share = bool | Literal["auto"]
 
 MIN_SAVING = 0.1
-"""`auto` shares where this part of the predicted cost is saved; below it, smaller attention calls eat the gain."""
+"""`auto` shares if this fraction of the predicted cost is saved; below it, smaller attention calls cost the gain."""
 
 _PAIR_COST = 1 / 8192
-"""What a query-key pair costs beside a token's linear layers: 2 x width of the heads / parameters of a layer, which is
-about that for a model of 0.5B, and half of it for 3B; both sides of a comparison are scaled alike."""
+"""Cost of a query-key pair in units of a token's linear layers: 2 x width of the heads / parameters of a layer. This
+fits a 0.5B model; for 3B the true value is half of it. Costs are only compared with each other."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Forest:
-    """C contexts in depth-first order. order, lengths, shared int64 [C]: shared[i] tokens stand before, with i - 1."""
+    """C contexts in depth-first order.
+
+    order    int64 [C]  the context at each place
+    lengths  int64 [C]
+    shared   int64 [C]  number of first tokens that the i-th shares with the one before it
+    """
 
     order: Index
     lengths: Index
@@ -44,11 +49,12 @@ class Forest:
         return cls(order, lengths, np.where(continued, common, common - common % min_share))
 
     @property
-    def apart(self) -> Index:
+    def unshared(self) -> Index:
+        """int64 [C]: `shared` if nothing is shared."""
         return np.zeros_like(self.shared)
 
     def costs(self, *, shared: bool) -> NDArray[np.float64]:
-        """float64 [C]: what each context adds, in tokens through the linear layers."""
+        """float64 [C]: the cost that each context adds, in units of one token through the linear layers."""
         whole = _cost(self.lengths)
         return whole - _cost(self.shared) if shared else whole
 
@@ -57,16 +63,17 @@ class Forest:
 
 
 def _cost(length: Index) -> NDArray[np.float64]:
-    """Of a stretch of `length` tokens from depth 0: linear layers, and attention to all that came before."""
+    """Cost of the first `length` tokens of a context: linear layers, and attention to all earlier tokens."""
     return length + _PAIR_COST * length * (length + 1) / 2
 
 
 def is_worth_sharing(shared_cost: float, plain_cost: float, share: Share) -> bool:
-    enough = shared_cost <= (1 - MIN_SAVING) * plain_cost * (1 + 1e-9)  # the sum's order must not decide
+    enough = shared_cost <= (1 - MIN_SAVING) * plain_cost * (1 + 1e-9)  # independent of the order of summation
     return enough if share == "auto" else share
 
 
 def _common_prefix(one: NDArray[np.integer], other: NDArray[np.integer]) -> int:
+    """The length of the common prefix."""
     size = min(len(one), len(other))
     differs = one[:size] != other[:size]
     first = int(differs.argmax()) if size else 0
@@ -74,7 +81,7 @@ def _common_prefix(one: NDArray[np.integer], other: NDArray[np.integer]) -> int:
 
 
 class Cutter:
-    """Cuts a forest's order [0, C) into intervals; all sums over an interval come from prefix sums."""
+    """Cuts a forest's order [0, C) into intervals, using prefix sums of sizes and costs."""
 
     def __init__(self, forest: Forest, *, budget: int, share: Share) -> None:
         self._budget = budget
@@ -85,7 +92,7 @@ class Cutter:
         self._costs = {shared: _Sums(costs, saved * shared) for shared in (False, True)}
 
     def balanced(self, num_ranks: int) -> list[tuple[int, int]]:
-        """Intervals by descending cost: the fewest that `num_ranks` divides, their costliest as cheap as can be."""
+        """Intervals by descending cost: the fewest that `num_ranks` divides; the largest is as cheap as possible."""
         low, high = 0.0, self._costs[False].of(0, self._num_contexts)
         parts = self._cut(high)
         wanted = -(-len(parts) // num_ranks) * num_ranks
@@ -101,7 +108,7 @@ class Cutter:
         return sorted(parts, key=lambda part: self._cost(*part), reverse=True)
 
     def _one_more(self, parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Halves the costliest interval that can be halved; without one, adds an empty interval."""
+        """Halves the most expensive interval that can be halved; if there is none, adds an empty interval."""
         for start, end in sorted(parts, key=lambda part: self._cost(*part), reverse=True):
             halves = [(start, (start + end) // 2), ((start + end) // 2, end)]
             if end - start > 1 and all(self._fits(*half) for half in halves):
@@ -109,11 +116,11 @@ class Cutter:
         return [*parts, (self._num_contexts, self._num_contexts)]
 
     def _fits(self, start: int, end: int) -> bool:
-        """Halves of a shared interval may be packed without sharing, and be larger than it."""
+        """Whether the interval is within the budget. Half of a shared interval may be packed unshared, so be larger."""
         return end - start == 1 or self._sizes[self._is_shared(start, end)].of(start, end) <= self._budget
 
     def _cut(self, bound: float) -> list[tuple[int, int]]:
-        """From the left, each interval as long as its tokens are within the budget and its cost within `bound`."""
+        """Greedy from the left: each interval as long as the budget of tokens and the cost `bound` allow."""
         parts, start = [], 0
         while start < self._num_contexts:
             end = self._furthest(start, bound, shared=self._share is not False)
@@ -135,7 +142,7 @@ class Cutter:
 
 
 class _Sums:
-    """Sums over intervals of what contexts add: `whole` [C], less `shared` [C] for all but an interval's first."""
+    """Sums over intervals: each context adds `whole` [C], minus `shared` [C] unless it is the interval's first."""
 
     def __init__(self, whole: ArrayLike, shared: ArrayLike) -> None:
         self._shared = np.asarray(shared, dtype=np.float64)
@@ -145,6 +152,6 @@ class _Sums:
         return float(self._sums[end] - self._sums[start] + self._shared[start]) if end > start else 0.0
 
     def reach(self, start: int, limit: float) -> int:
-        """The greatest end with of(start, end) <= limit."""
+        """The largest end with of(start, end) <= limit."""
         bound = self._sums[start] - self._shared[start] + limit
         return int(np.searchsorted(self._sums, bound, side="right")) - 1
