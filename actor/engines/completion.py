@@ -1,4 +1,4 @@
-"""What an engine answers to /generate, validated: ids, log-probs and weight versions cover the same tokens."""
+"""Parses and validates responses of /generate: ids, log-probs and weight versions must cover the same tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from protocol.types import PolicyTag
 
 
 class Span(NamedTuple):
-    """Completion tokens [start, end) were sampled by the weights that the engine calls `weight_version`."""
+    """Completion tokens [start, end) were sampled with the weights that the engine calls `weight_version`."""
 
     start: int
     end: int
@@ -24,7 +24,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """Why a generation ended. `matched`: the stop token, which is the last of the completion's ids."""
+    """Why a generation ended. `matched`: the stop token, which is the last id of the completion."""
 
     type: Literal["stop", "length"]
     matched: int | None = None
@@ -34,9 +34,9 @@ class Finish:
 class Completion:
     """n >= 1 sampled tokens.
 
-    token_ids  int32   [n]  the stop token included
-    logprobs   float32 [n]  under the sampling temperature
-    spans      ascending and disjoint, they cover [0, n)
+    token_ids  int32   [n]  including the stop token
+    logprobs   float32 [n]  at the sampling temperature
+    spans      in ascending order, disjoint; together they cover [0, n)
     """
 
     token_ids: NDArray[np.int32]
@@ -51,27 +51,27 @@ class Completion:
 _TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
-class _Wire(BaseModel):
-    """SGLang adds fields from release to release: those that are not read here are ignored."""
+class _ResponseModel(BaseModel):
+    """Ignores unknown fields: SGLang adds fields with each release."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class _FinishFields(_Wire):
+class _FinishFields(_ResponseModel):
     type: str
     matched: int | str | None = None
     message: str | None = None
     status_code: int | None = None
 
 
-class _SpanFields(_Wire):
+class _SpanFields(_ResponseModel):
     version: str
     start: int
     end: int
 
 
-class _MetaInfo(_Wire):
-    """What is 0 or empty where it is absent is absent in SGLang's answer to a request aborted while it was queued."""
+class _MetaInfo(_ResponseModel):
+    """Fields with the default 0 or empty are absent if SGLang aborted the request while it was queued."""
 
     finish_reason: _FinishFields
     prompt_tokens: int = 0
@@ -82,29 +82,29 @@ class _MetaInfo(_Wire):
     output_token_logprobs: list[tuple[float, _TokenId, str | None]] = []
 
 
-class _GenerateAnswer(_Wire):
+class _GenerateResponse(_ResponseModel):
     output_ids: list[_TokenId] = []
     meta_info: _MetaInfo
 
 
 def parse_completion(body: bytes, *, seen_version: str | None, engine: str) -> tuple[Completion, str]:
-    """The completion in an answer of /generate, and the weight version that the engine serves at its end.
+    """Returns the completion in a response of /generate, and the weight version that the engine serves at its end.
 
-    Where the spans are absent (SGLang 0.5.17) only the version at the end is stated. `seen_version` is the one that was
-    known to be served before the request was sent. Publications only rise, so the whole completion is ascribed to it:
-    exact where the two are equal, the older of the two otherwise. An engine whose version went back (it was restarted)
-    cannot state it.
+    SGLang 0.5.17 states no spans, only the version at the end. Then the whole completion is attributed to
+    `seen_version`, the version that the engine served before the request was sent. Publications only increase, so this
+    is exact if the two versions are equal, and the older of the two otherwise. If the version at the end is older, or
+    is not of the same run, the engine was restarted and the completion's version is unknown.
 
-    Raises: EngineError (an answer that cannot be used), EngineUnavailable (aborted: the partial tokens are dropped),
+    Raises: EngineError (unusable response), EngineUnavailable (aborted: the partial tokens are dropped),
     EngineRefused, UnknownVersion.
     """
     try:
-        answer = _GenerateAnswer.model_validate_json(body)
+        response = _GenerateResponse.model_validate_json(body)
     except ValidationError as error:
-        raise EngineError(f"{engine} /generate: unreadable answer: {describe(error)}") from error
-    meta, num_tokens = answer.meta_info, len(answer.output_ids)
+        raise EngineError(f"{engine} /generate: invalid response: {describe(error)}") from error
+    meta, num_tokens = response.meta_info, len(response.output_ids)
     finish = _finish(meta.finish_reason, engine)
-    ids = np.asarray(answer.output_ids, dtype=np.int32)
+    ids = np.asarray(response.output_ids, dtype=np.int32)
     logprobs = np.asarray([entry[0] for entry in meta.output_token_logprobs], dtype=np.float32)
     logged_ids = np.asarray([entry[1] for entry in meta.output_token_logprobs], dtype=np.int32)
     if not num_tokens == len(logprobs) == meta.completion_tokens or num_tokens == 0:
@@ -142,11 +142,15 @@ def _finish(fields: _FinishFields, engine: str) -> Finish:
 def _spans(meta: _MetaInfo, num_tokens: int, seen_version: str | None, engine: str) -> tuple[Span, ...]:
     if meta.weight_versions is None:
         if meta.weight_version is None or seen_version is None:
-            raise UnknownVersion(f"{engine} /generate states no weight_versions, and none was seen before the request")
+            raise UnknownVersion(
+                f"{engine} /generate: no weight_versions, and the version before the request is unknown"
+            )
         if meta.weight_version != seen_version:
             before, after = PolicyTag.parse(seen_version), PolicyTag.parse(meta.weight_version)
             if before.run_id != after.run_id or before.publication > after.publication:
-                raise UnknownVersion(f"{engine} went back from {before} to {after} during the request")
+                raise UnknownVersion(
+                    f"{engine}: the version changed from {before} to the older or foreign {after} during the request"
+                )
         return (Span(0, num_tokens, seen_version),)
     spans = tuple(Span(s.start, s.end, s.version) for s in meta.weight_versions)
     starts = [span.start for span in spans]

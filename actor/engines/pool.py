@@ -1,8 +1,8 @@
-"""Several engines as one: each request goes to an engine that has committed a version new enough for its lease.
+"""Sends each request to one of several engines: to one that has committed a version new enough for the lease.
 
-generate ──► eligible? ──► the trajectory's engine, else the one with the least in flight ──► POST /generate
-               │ none: wait for set_engines, at most wait_s          │ unavailable, or version unknown or too old
-               └──────────◄────── the next attempt, elsewhere if there is an elsewhere ◄───────┘
+generate ──► eligible? ──► the trajectory's engine, else the one with the fewest in flight ──► POST /generate
+               │ none: wait for set_engines, at most wait_s         │ unavailable, or version unknown or too old
+               └────────◄──────── next attempt, on another engine if one is eligible ◄────────┘
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from protocol.types import PolicyTag
 
 log = logging.getLogger(__name__)
 
-# The one place where completions are retried. With Retry's delays about 38 s: an engine that was killed is started
-# again, and joins anew, in less.
+# Completions are retried only here. With Retry's delays 12 attempts take about 38 s: longer than an engine that was
+# killed needs to restart and to get its weights.
 _NUM_ATTEMPTS = 12
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """An engine as the coordinator knows it. `version`: the step that it has committed, -1 for none yet."""
+    """An engine, as the coordinator reports it. `version`: the step that it has committed, -1 for none."""
 
     url: str
     version: int
 
 
 class Generator(Protocol):
-    """What a session samples from: an `EnginePool`."""
+    """Source of completions for a session: an `EnginePool`."""
 
     async def generate(
         self, input_ids: Sequence[int], sampling: SamplingParams, *, min_version: int, prefer: str = "", rid: str = ""
@@ -46,8 +46,11 @@ class Generator(Protocol):
 
 
 class EnginePool:
-    """Used as an async context manager. `run_id`: tokens that are not of this run are refused; None accepts any
-    (evaluation of an endpoint), and then `min_version` is held against the engines' committed versions only.
+    """Sends requests to engines and retries them on failure. Use it as an async context manager.
+
+    `run_id`: completions sampled by weights of another run are refused. None accepts any weights (to evaluate an
+    endpoint); `min_version` is then compared with the engines' committed versions only. `wait_s`: longest wait for an
+    eligible engine.
     """
 
     def __init__(
@@ -85,10 +88,10 @@ class EnginePool:
         return self._in_flight.total()
 
     def set_engines(self, engines: Sequence[EngineInfo]) -> None:
-        """The engines from now on. Requests in flight on one that is left out run to their end.
+        """Replaces the engines. Requests in flight on an engine that is no longer listed run to their end.
 
-        One whose url may not be used (see `check_url`) is left out with a warning: it is news from elsewhere, and
-        others may serve.
+        An engine whose URL is refused by `check_url` is ignored, with one warning: the list comes from the coordinator,
+        and the other engines can serve.
         """
         usable: dict[str, EngineInfo] = {}
         refused: set[str] = set()
@@ -99,7 +102,7 @@ class EnginePool:
             except (ConfigError, SecurityError) as error:
                 refused.add(engine.url)
                 if engine.url not in self._refused:
-                    log.warning("an engine is left out: %s", error)
+                    log.warning("ignored an engine: %s", error)
         self._engines, self._refused = usable, refused
         self._clients = {url: self._clients.get(url) or self._open(url) for url in self._engines}
         self._changed.set()
@@ -108,12 +111,12 @@ class EnginePool:
     async def generate(
         self, input_ids: Sequence[int], sampling: SamplingParams, *, min_version: int, prefer: str = "", rid: str = ""
     ) -> Completion:
-        """Samples on an engine that has committed `min_version`, on `prefer` (a url: its prefix cache) if that can.
+        """Samples on an engine that has committed `min_version`: on `prefer` (a URL; for its prefix cache) if it has.
 
-        Tokens of a failed attempt are thrown away, also those whose version is unknown or below `min_version` (an
-        engine that was restarted and is still trusted here).
+        The tokens of a failed attempt are dropped. An attempt also fails if the version of its tokens is unknown or
+        below `min_version`: the engine was restarted, and the coordinator has not reported it yet.
 
-        Raises: EngineRefused, EngineError, EngineUnavailable or UnknownVersion (after the last attempt).
+        Raises: EngineRefused, EngineError; EngineUnavailable or UnknownVersion after the last attempt.
         """
         failed: set[str] = set()
         for attempt in range(self._retry.num_attempts):
@@ -137,7 +140,7 @@ class EnginePool:
 
     def _open(self, url: str) -> SGLangClient:
         if self._http is None:
-            raise RuntimeError("EnginePool is used inside `async with`")
+            raise RuntimeError("EnginePool must be used inside `async with`")
         return SGLangClient(url, api_key=self._api_key, timeouts=self._timeouts, http=self._http)
 
     def _eligible(self, min_version: int) -> set[str]:

@@ -1,4 +1,4 @@
-"""How tokens are sampled, and what may be trained on."""
+"""Sampling parameters, and which of them may be used for training."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from protocol.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """Parameters of one generation, named as SGLang names them; `temperature` 0 is greedy.
+    """Parameters of one generation, with SGLang's names. `temperature` 0 is greedy.
 
-    SGLang's log-probs are temperature-scaled but not renormalised for truncation. So anything that truncates (top_p,
-    top_k, min_p, greedy) is refused unless `allow_truncation` says that the tokens will not be trained on.
-    `seed` (`sampling_seed`) makes a generation repeatable where the engine supports it.
+    SGLang's log-probs are temperature-scaled but not renormalised for truncation. So truncation (top_p, top_k, min_p,
+    greedy) is refused unless `allow_truncation` is set, for tokens that are not trained on. `seed` (SGLang's
+    `sampling_seed`) makes a generation repeatable if the engine supports it.
 
     Raises: ConfigError.
     """
@@ -49,13 +49,13 @@ class SamplingParams:
         return self.temperature == 0 or self.top_p < 1 or self.top_k != -1 or self.min_p > 0
 
     def derived_seed(self, name: str | int) -> int | None:
-        """A seed in [0, 2^31) for something of that name under this one (a trajectory, its n-th generation)."""
+        """Derives a seed in [0, 2^31) from `seed` and `name` (a trajectory, a generation). None if `seed` is None."""
         if self.seed is None:
             return None
         return int.from_bytes(blake2b(f"{self.seed}:{name}".encode(), digest_size=4).digest(), "big") >> 1
 
     def to_wire(self) -> dict[str, float | int | list[int]]:
-        """The `sampling_params` of /generate. Only what differs from SGLang's defaults is optional."""
+        """Returns the `sampling_params` of /generate. `sampling_seed` is present only if a seed is set."""
         wire: dict[str, float | int | list[int]] = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -69,6 +69,6 @@ class SamplingParams:
         return wire
 
 
-def _check(name: str, bound: str, value: object, holds: bool) -> None:
-    if not holds:
+def _check(name: str, bound: str, value: object, is_valid: bool) -> None:
+    if not is_valid:
         raise ConfigError(f"sampling.{name} must be {bound}, got {value}")

@@ -1,8 +1,8 @@
-"""A client of SGLang's native HTTP API: token ids in, token ids out. The embedded engine speaks the same API.
+"""A client of SGLang's native HTTP API, with token ids as input and output. The embedded engine has the same API.
 
-Every call has a time-out, and nothing is retried here: no connection, no answer in time, HTTP 5xx and an abort are
-`EngineUnavailable`, and the pool asks again, perhaps elsewhere. What was sampled before is thrown away, so a token is
-counted once or not at all. An HTTP 4xx is `EngineRefused`, with the server's own words.
+Every call has a time-out, and this client never retries. No connection, no response in time, HTTP 5xx and an abort
+raise `EngineUnavailable`; the pool then retries, if possible on another engine. Tokens sampled before the failure are
+dropped, so no token is counted twice. HTTP 4xx raises `EngineRefused` with the server's message.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from protocol.framing import describe
 
 PauseMode = Literal["abort", "retract", "in_place"]
 UpdateMode = Literal["abort", "retract"]
-"""What an update may do to requests in flight: those kept in place would keep the KV of old weights."""
+"""What an update may do to requests in flight. `in_place` is excluded: it would keep the KV cache of old weights."""
 _FLUSHES_WITH_RETRACTED = (0, 5, 23)
-# A completion of 10^5 tokens with log-probs is about 5 MB of JSON; anything much larger is not an answer.
-_MAX_ANSWER_BYTES = 64 << 20
+# A completion of 10^5 tokens with log-probs is about 5 MB of JSON.
+_MAX_RESPONSE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
-    """How a pool asks again: `num_attempts` in all; the k-th is followed by a wait of base_s · 2^k, at most max_s."""
+    """How a pool retries: `num_attempts` in all, with a wait of min(max_s, base_s · 2^k) after attempt k = 0, 1, …"""
 
     num_attempts: int = 4
     base_s: float = 0.25
@@ -47,7 +47,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeouts:
-    """`generate_s` includes the time in which the engine is paused for an update: calls hang until it continues."""
+    """Time-outs by kind of call. `generate_s` includes pauses for weight updates, during which requests wait."""
 
     connect_s: float = 5.0
     control_s: float = 10.0
@@ -55,24 +55,24 @@ class Timeouts:
     update_s: float = 600.0
 
 
-class _Answer(BaseModel):
+class _Response(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
 
-class ModelInfo(_Answer):
+class ModelInfo(_Response):
     """GET /model_info."""
 
     model_path: str
     weight_version: str | None = None
 
 
-class ServerInfo(_Answer):
-    """GET /server_info. `version`: the release of the server."""
+class ServerInfo(_Response):
+    """GET /server_info. `version`: the server's release."""
 
     version: str = ""
 
 
-class UpdateResult(_Answer):
+class UpdateResult(_Response):
     """POST /update_weights_from_disk."""
 
     success: bool
@@ -80,11 +80,11 @@ class UpdateResult(_Answer):
     num_paused_requests: int | None = None
 
 
-A = TypeVar("A", bound=_Answer)
+A = TypeVar("A", bound=_Response)
 
 
 class SGLangClient:
-    """One engine at `base_url`. Used as an async context manager, or with a `http` session that its owner closes.
+    """Client of the engine at `base_url`. Use it as an async context manager, or pass `http`, a session that you close.
 
     Raises: ConfigError, SecurityError (see `check_url`).
     """
@@ -116,7 +116,7 @@ class SGLangClient:
             self._http = None
 
     async def generate(self, input_ids: Sequence[int], sampling: SamplingParams, *, rid: str = "") -> Completion:
-        """Samples after `input_ids` [>= 1]. `rid` is a prefix, to which a suffix of its own is added.
+        """Samples a completion of `input_ids` (>= 1 token). `rid` is a prefix; a unique suffix is added to it.
 
         Raises: EngineRefused, EngineUnavailable, UnknownVersion, EngineError.
         """
@@ -133,7 +133,7 @@ class SGLangClient:
         }
         try:
             body = await self._call("POST", "/generate", request, timeout_s=self._timeouts.generate_s)
-        except _NoAnswerInTime:
+        except _ResponseTimeout:
             with suppress(EngineError):
                 await self.abort(rid)
             raise
@@ -155,7 +155,7 @@ class SGLangClient:
         return self._read(ServerInfo, "/server_info", body)
 
     async def pause(self, mode: PauseMode) -> None:
-        """Stops sampling; idempotent. Requests in flight are aborted, retracted (KV dropped) or kept in place."""
+        """Stops sampling. Idempotent. Requests in flight are aborted, retracted (KV dropped) or kept in place."""
         await self._call("POST", "/pause_generation", {"mode": mode}, timeout_s=self._timeouts.control_s)
 
     async def continue_(self) -> None:
@@ -164,7 +164,7 @@ class SGLangClient:
     async def update_weights_from_disk(
         self, model_path: str, *, weight_version: str, flush_cache: bool = True
     ) -> UpdateResult:
-        """Loads the folder on the engine's machine. Raises: EngineRefused (a bad path), EngineError (success false)."""
+        """Loads a folder of the engine's machine. Raises: EngineRefused (a bad path), EngineError (success false)."""
         request = {"model_path": model_path, "weight_version": weight_version, "flush_cache": flush_cache}
         path = "/update_weights_from_disk"
         body = await self._call("POST", path, request, timeout_s=self._timeouts.update_s)
@@ -175,13 +175,13 @@ class SGLangClient:
         return result
 
     async def abort(self, rid: str | None = None) -> None:
-        """Aborts the request `rid`, or all of them."""
+        """Aborts the request `rid`, or all requests if it is None."""
         request = {"abort_all": True} if rid is None else {"rid": rid}
         await self._call("POST", "/abort_request", request, timeout_s=self._timeouts.control_s)
 
     async def _call(self, method: str, path: str, request: object = None, *, timeout_s: float) -> bytes:
         if self._http is None:
-            raise RuntimeError("SGLangClient is used inside `async with`, or with a http session")
+            raise RuntimeError("SGLangClient must be used inside `async with`, or with an http session")
         url = self.base_url + path
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=self._timeouts.connect_s)
         data = None if request is None else orjson.dumps(request)
@@ -190,27 +190,28 @@ class SGLangClient:
             async with self._http.request(method, url, data=data, headers=headers, timeout=timeout) as response:
                 body, status = await _read_body(response), response.status
         except TimeoutError as error:
-            raise _NoAnswerInTime(f"{url}: no answer in {timeout_s:g} s") from error
+            raise _ResponseTimeout(f"{url}: no response in {timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise EngineUnavailable(f"{url}: {error or type(error).__name__}") from error
         if 400 <= status < 500:
-            raise EngineRefused(f"{url}: HTTP {status}: {_message(body)}")
+            raise EngineRefused(f"{url}: HTTP {status}: {_error_message(body)}")
         if status != 200:
-            raise EngineUnavailable(f"{url}: HTTP {status}: {_message(body)}")
+            raise EngineUnavailable(f"{url}: HTTP {status}: {_error_message(body)}")
         return body
 
     def _read(self, cls: type[A], path: str, body: bytes) -> A:
         try:
             return cls.model_validate_json(body)
         except ValidationError as error:
-            raise EngineError(f"{self.base_url}{path}: unreadable answer: {describe(error)}") from error
+            raise EngineError(f"{self.base_url}{path}: invalid response: {describe(error)}") from error
 
 
 def update_mode(release: str) -> UpdateMode:
-    """How a server of that release is paused for an update; its cache is flushed then.
+    """Returns how to pause a server of this release for an update, which flushes its cache.
 
-    `retract` loses nothing that was sampled and takes milliseconds. SGLang 0.5.20 crashes when the cache is flushed
-    with retracted requests, 0.5.23 does not. `abort` takes SGLang 1 s, and is for whatever is not known to be safe.
+    `retract` keeps all sampled tokens and takes milliseconds. But SGLang 0.5.20 crashes if the cache is flushed while
+    requests are retracted; 0.5.23 does not. `abort` takes 1 s in SGLang, and is used for all releases not known to be
+    safe.
     """
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", release)
     is_safe = match is not None and tuple(map(int, match.groups())) >= _FLUSHES_WITH_RETRACTED
@@ -218,9 +219,9 @@ def update_mode(release: str) -> UpdateMode:
 
 
 def check_url(url: str, *, api_key: str | None) -> None:
-    """Beyond loopback, prompts and weights' control need a bearer token.
+    """Checks an engine's URL. An address beyond loopback needs a bearer token.
 
-    Raises: ConfigError (not http://HOST:PORT), SecurityError (beyond loopback, and no key).
+    Raises: ConfigError (not http://HOST:PORT), SecurityError (beyond loopback without `api_key`).
     """
     try:
         parts = urlsplit(url)
@@ -228,17 +229,17 @@ def check_url(url: str, *, api_key: str | None) -> None:
     except ValueError:
         is_http = False
     if not is_http:
-        raise ConfigError(f"an engine's address must be http://HOST:PORT, got {url!r}")
+        raise ConfigError(f"an engine's URL must be http://HOST:PORT, got {url!r}")
     if not api_key and not is_loopback(url):
         raise SecurityError(f"engine {url} is beyond loopback and needs a bearer token: set network.api_key_file")
 
 
-class _NoAnswerInTime(EngineUnavailable):
-    """The request may still be running there."""
+class _ResponseTimeout(EngineUnavailable):
+    """The request may still run on the engine."""
 
 
 def open_http() -> aiohttp.ClientSession:
-    """A session without a limit of its own on connections: the runner bounds what is in flight."""
+    """Opens a session without a limit on connections: the actor bounds the requests in flight."""
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), trust_env=False)
 
 
@@ -246,17 +247,17 @@ async def _read_body(response: aiohttp.ClientResponse) -> bytes:
     body = bytearray()
     async for chunk in response.content.iter_any():
         body += chunk
-        if len(body) > _MAX_ANSWER_BYTES:
-            raise EngineError(f"{response.url}: an answer has at most {_MAX_ANSWER_BYTES} bytes")
+        if len(body) > _MAX_RESPONSE_BYTES:
+            raise EngineError(f"{response.url}: a response must have <= {_MAX_RESPONSE_BYTES} bytes, got more")
     return bytes(body)
 
 
-def _message(body: bytes, limit: int = 500) -> str:
-    """The server's own words: SGLang's {"error": {"message"}} or {"message"}, else the start of the body."""
-    text = body[: 4 * limit].decode("utf-8", "replace")
+def _error_message(body: bytes, max_chars: int = 500) -> str:
+    """Extracts the server's message: SGLang's {"error": {"message"}} or {"message"}, else the start of the body."""
+    text = body[: 4 * max_chars].decode("utf-8", "replace")
     with suppress(orjson.JSONDecodeError):
-        answer = orjson.loads(body)
-        inner = answer.get("error", answer) if isinstance(answer, dict) else answer
+        parsed = orjson.loads(body)
+        inner = parsed.get("error", parsed) if isinstance(parsed, dict) else parsed
         message = inner.get("message") if isinstance(inner, dict) else inner
         text = message if isinstance(message, str) else text
-    return text[:limit] or "no message"
+    return text[:max_chars] or "no message"

@@ -1,3 +1,5 @@
+"""The engine pool against scripted HTTP servers: which engine gets a request, and what is retried."""
+
 import asyncio
 
 import pytest
@@ -15,7 +17,7 @@ def pool(run_id: str | None = "run", wait_s: float = 5.0) -> EnginePool:
     return EnginePool(run_id=run_id, retry=FAST, wait_s=wait_s)
 
 
-async def test_only_engines_that_committed_the_version_serve(start_engine) -> None:
+async def test_only_engines_that_committed_the_version_get_requests(start_engine) -> None:
     old, new = await start_engine(), await start_engine()
     new.weight_version = "run:9:3"
     new.reply([1])
@@ -26,7 +28,7 @@ async def test_only_engines_that_committed_the_version_serve(start_engine) -> No
     assert not old.requests
 
 
-async def test_it_waits_for_an_engine_and_not_for_ever(engine) -> None:
+async def test_generate_waits_for_an_eligible_engine_up_to_wait_s(engine) -> None:
     engine.weight_version = "run:2:1"
     engine.reply([1])
     async with pool() as p:
@@ -55,7 +57,7 @@ async def test_a_trajectory_stays_on_its_engine_and_fails_over(start_engine) -> 
         assert p.num_in_flight == 0
 
 
-async def test_requests_go_where_the_least_are_in_flight(start_engine) -> None:
+async def test_a_request_goes_to_the_engine_with_the_fewest_in_flight(start_engine) -> None:
     a, b = sorted([await start_engine(), await start_engine()], key=lambda e: e.url)
     a.hang_once()
     b.reply([1])
@@ -81,7 +83,7 @@ async def test_tokens_of_an_unknown_foreign_or_older_version_are_refused(engine,
     assert len(engine.requests) == 3
 
 
-async def test_an_engine_that_comes_back_with_its_version_serves_again(engine) -> None:
+async def test_an_engine_that_has_its_version_again_gets_the_retry(engine) -> None:
     engine.reply([5, 1], spans=[("default", 0, 2)])
     engine.reply([6, 1], spans=[("run:1:5", 0, 2)])
     async with pool() as p:
@@ -89,7 +91,7 @@ async def test_an_engine_that_comes_back_with_its_version_serves_again(engine) -
         assert (await p.generate([3], SAMPLING, min_version=5)).token_ids.tolist() == [6, 1]
 
 
-async def test_a_retry_has_a_fresh_id_and_drops_partial_tokens(engine) -> None:
+async def test_a_retry_has_a_new_id_and_drops_partial_tokens(engine) -> None:
     engine.reply([5, 6], finish={"type": "abort", "message": "weights"})
     engine.fail(503, "starting")
     engine.reply([7, 1])
@@ -101,7 +103,7 @@ async def test_a_retry_has_a_fresh_id_and_drops_partial_tokens(engine) -> None:
     assert len({request["rid"] for request in engine.requests}) == 3
 
 
-async def test_an_engine_whose_address_may_not_be_used_is_left_out(engine, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_engine_whose_url_is_refused_is_ignored(engine, caplog: pytest.LogCaptureFixture) -> None:
     engine.reply([1])
     refused = [EngineInfo("http://10.0.0.1:1", 0), EngineInfo("nonsense", 0)]
     async with pool() as p:
@@ -109,11 +111,11 @@ async def test_an_engine_whose_address_may_not_be_used_is_left_out(engine, caplo
             p.set_engines([*refused, EngineInfo(engine.url, 0)])
         assert (await p.generate([3], SAMPLING, min_version=0, prefer=refused[0].url)).engine == engine.url
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == 2, "once each, not with every status"
+    assert len(warnings) == 2, "one warning for each engine, not for each call of set_engines"
     assert "network.api_key_file" in warnings[0]
 
 
-async def test_a_refusal_is_final(start_engine) -> None:
+async def test_a_refused_request_is_not_retried(start_engine) -> None:
     a, b = sorted([await start_engine(), await start_engine()], key=lambda e: e.url)
     a.fail(400, "too long")
     async with pool() as p:
@@ -123,14 +125,14 @@ async def test_a_refusal_is_final(start_engine) -> None:
     assert not b.requests
 
 
-async def test_an_engine_that_left_is_not_asked_again(start_engine) -> None:
+async def test_an_engine_that_is_no_longer_listed_gets_no_retry(start_engine) -> None:
     a, b = sorted([await start_engine(), await start_engine()], key=lambda e: e.url)
     a.fail(500, "dying")
     b.reply([1])
     async with pool() as p:
         p.set_engines([EngineInfo(a.url, 0)])
         waiting = asyncio.create_task(p.generate([3], SAMPLING, min_version=0, prefer=a.url))
-        while p.num_retries == 0:  # noqa: ASYNC110 - the pool has nothing to wait on
+        while p.num_retries == 0:  # noqa: ASYNC110 (the pool signals no event for a retry)
             await asyncio.sleep(0)
         p.set_engines([EngineInfo(b.url, 0)])
         assert (await waiting).engine == b.url

@@ -1,3 +1,5 @@
+"""The HTTP client of one engine against a scripted server, and the bounds of the sampling parameters."""
+
 import asyncio
 
 import numpy as np
@@ -31,7 +33,7 @@ async def test_a_completion_has_ids_logprobs_and_spans(engine) -> None:
     assert request["sampling_params"]["stop_token_ids"] == [1]
 
 
-async def test_an_abort_or_a_failure_is_for_the_pool_to_retry(engine) -> None:
+async def test_an_abort_or_a_failure_raises_engine_unavailable_without_a_retry(engine) -> None:
     engine.reply([5, 6], finish={"type": "abort", "message": "weights"})
     engine.reply_as_queued_and_aborted()
     engine.fail(500, "boom")
@@ -45,7 +47,7 @@ async def test_an_abort_or_a_failure_is_for_the_pool_to_retry(engine) -> None:
     assert len({request["rid"] for request in engine.requests}) == 3
 
 
-async def test_a_refusal_says_the_servers_words(engine) -> None:
+async def test_a_refusal_has_the_servers_message(engine) -> None:
     engine.fail(400, "token id 999 is out of the vocabulary")
     async with client(engine) as c:
         with pytest.raises(EngineRefused, match="token id 999"):
@@ -53,34 +55,34 @@ async def test_a_refusal_says_the_servers_words(engine) -> None:
     assert len(engine.requests) == 1
 
 
-async def test_nobody_listens() -> None:
+async def test_no_connection_raises_engine_unavailable() -> None:
     async with SGLangClient("http://127.0.0.1:9") as c:
         with pytest.raises(EngineUnavailable, match=r"127\.0\.0\.1:9"):
             await c.model_info()
 
 
 @pytest.mark.parametrize("url", ["http://10.0.0.1:30000", "https://engine.example:30000", "http://0.0.0.0:30000"])
-def test_beyond_loopback_it_needs_a_key(url: str) -> None:
+def test_a_url_beyond_loopback_needs_an_api_key(url: str) -> None:
     with pytest.raises(SecurityError, match=r"network\.api_key_file"):
         SGLangClient(url)
     SGLangClient(url, api_key="s3cret")
 
 
 @pytest.mark.parametrize("url", ["", "127.0.0.1:3", "tcp://127.0.0.1:3", "http://", "http://[", "http://h:99999"])
-def test_an_address_that_is_none(url: str) -> None:
+def test_an_invalid_url_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="must be http://HOST:PORT"):
         SGLangClient(url, api_key="s3cret")
 
 
-async def test_a_request_without_answer_is_aborted(engine) -> None:
+async def test_a_request_that_times_out_is_aborted_on_the_server(engine) -> None:
     engine.hang_once()
     async with client(engine, timeouts=Timeouts(generate_s=0.1)) as c:
-        with pytest.raises(EngineUnavailable, match=r"no answer in 0[.]1 s"):
+        with pytest.raises(EngineUnavailable, match=r"no response in 0[.]1 s"):
             await c.generate([3], SAMPLING)
     assert engine.aborted == [{"rid": engine.requests[0]["rid"]}]
 
 
-async def test_without_spans_the_version_seen_before_is_taken(engine) -> None:
+async def test_without_spans_the_version_before_the_request_is_used(engine) -> None:
     engine.reply([5, 1], has_spans=False)
     engine.reply([5, 1], has_spans=False, weight_version="run:2:1")
     engine.reply([5, 1], has_spans=False, weight_version="run:2:1")
@@ -90,7 +92,7 @@ async def test_without_spans_the_version_seen_before_is_taken(engine) -> None:
 
 
 @pytest.mark.parametrize("after", ["default", "run:0:0", "other:2:1"])
-async def test_without_spans_a_restarted_engine_cannot_state_its_version(engine, after: str) -> None:
+async def test_without_spans_the_version_of_a_restarted_engine_is_unknown(engine, after: str) -> None:
     engine.reply([5, 1], has_spans=False, weight_version=after)
     async with client(engine) as c:
         with pytest.raises(UnknownVersion):
@@ -112,7 +114,7 @@ async def test_without_spans_a_restarted_engine_cannot_state_its_version(engine,
         {"finish": {"type": "weird"}},
     ],
 )
-async def test_an_answer_that_does_not_add_up_is_refused(engine, meta: dict) -> None:
+async def test_an_inconsistent_response_is_refused(engine, meta: dict) -> None:
     engine.reply([5, 6, 1], **meta)
     async with client(engine) as c:
         with pytest.raises(EngineError):
@@ -132,14 +134,14 @@ async def test_cancelling_a_generation_leaves_the_client_usable(engine) -> None:
 
 
 @pytest.mark.parametrize("bad", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"temperature": 0.0}])
-def test_truncating_samplers_are_for_evaluation_only(bad: dict) -> None:
+def test_truncation_needs_allow_truncation(bad: dict) -> None:
     with pytest.raises(ConfigError, match="truncate"):
         SamplingParams(**bad)
     assert SamplingParams(**bad, allow_truncation=True).truncates
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_p": 0}, {"top_k": 0}, {"max_new_tokens": 0}, {"min_p": 2}])
-def test_bounds_are_named(bad: dict) -> None:
+def test_an_invalid_sampling_parameter_is_named(bad: dict) -> None:
     with pytest.raises(ConfigError, match=f"sampling.{next(iter(bad))} must be"):
         SamplingParams(**bad, allow_truncation=True)
 
@@ -159,5 +161,5 @@ def test_bounds_are_named(bad: dict) -> None:
         ("", "abort"),
     ],
 )
-def test_requests_are_kept_across_an_update_where_the_release_can(release: str, mode: str) -> None:
+def test_update_mode_of_each_release(release: str, mode: str) -> None:
     assert update_mode(release) == mode
