@@ -17,15 +17,20 @@ import click
     "--replay",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     metavar="RUN",
-    help="Train the batches that the run in this folder has recorded, without any server.",
+    help="Train on the batches recorded in the folder of another run, without any server.",
 )
-@click.option("--check-drift", is_flag=True, help="Rate 0: the mismatch between engines and learner must stay flat.")
+@click.option(
+    "--check-drift",
+    is_flag=True,
+    help="Train with learning rate 0 and report how the mismatch between engines and learner changes.",
+)
 def learner(config: Path, overrides: tuple[str, ...], replay: Path | None, check_drift: bool) -> None:
-    """Train: lease questions, take groups, step, publish weights.
+    """Run the learner: it leases questions, receives groups, trains on them and publishes weights.
 
-    CONFIG is the run's TOML, or the config.json that `palimpsest up` saved in the run's folder. Run again, it resumes
-    from the newest checkpoint and the recorded batches. With --replay, metrics and checkpoints go to RUN/replay, or to
-    the run.dir that --set names. With learner.ranks above 1 it runs under torchrun: docs/scaling.md.
+    CONFIG is the run's TOML, or the config.json that `palimpsest up` saved in the run's folder. The same command
+    resumes from the newest checkpoint and the recorded batches. With --replay, metrics and checkpoints are written to
+    RUN/replay, or to the run.dir given with --set. If learner.ranks is above 1, it runs under torchrun; see
+    docs/scaling.md.
     """
     from protocol.config_file import load_config
     from protocol.role_startup import start_role
@@ -39,7 +44,7 @@ def learner(config: Path, overrides: tuple[str, ...], replay: Path | None, check
     if loaded.learner.ranks > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         _run_ranks(loaded.learner.ranks)
 
-    from learner.build import run_learner, run_replay  # torch comes with it: a bad config is told before
+    from learner.build import run_learner, run_replay  # imports torch: report a bad config first
 
     if replay is None:
         run_learner(loaded)
@@ -48,14 +53,15 @@ def learner(config: Path, overrides: tuple[str, ...], replay: Path | None, check
 
 
 def _run_ranks(num_ranks: int) -> NoReturn:
-    """The same command once for each rank, under torchrun in this process; ends as the first rank that fails."""
+    """Runs this command once per rank, with torchrun in this process. Exits with the status of the first rank that
+    failed."""
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # a rank has said what is wrong
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the rank has logged the error
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     options = ["--standalone", "--nproc-per-node", str(num_ranks), "-m", "learner.launch"]
     try:

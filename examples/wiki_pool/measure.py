@@ -13,7 +13,7 @@ from actor.engine.server import EngineServer
 from actor.engines.sampling import SamplingParams
 from actor.evaluation.evaluate import EvaluationPlan, play, run_evaluation
 from actor.tasks.build import training_task
-from learner.launch.plan import plan, with_ports
+from learner.launch.process_plan import plan, with_ports
 from learner.launch.supervisor import Supervisor
 from protocol.config import Config
 from protocol.types import Context, Status

@@ -1,11 +1,14 @@
-"""`palimpsest chaos RUN --seed N`: faults on purpose in a run that goes on, then the audit.
+"""`palimpsest chaos RUN --seed N`: injects faults into a running run, then audits it.
 
-    wait for the first step ─► draw (seeded): whom, what, for how long ─► inflict ─┐
-                                 ▲                                   pause         │
-                                 └─────────────────────────────────────────────────┘
-    until there were enough, or the run nears its end ─► wait for two more steps ─► audit
+    wait for the first step ─► draw (seeded): process, kind, duration ─► pause ─► inject ─┐
+                                 ▲                                                        │
+                                 └────────────────────────────────────────────────────────┘
+    until `--faults` were injected or the run nears its end ─► wait for two more steps ─► audit
 
-Faults may overlap. A process is killed less often than its launcher takes for hopeless.
+    task per fault   consumes: a drawn fault, when its pause is over   waits for: the fault's end
+                     produces: a row of RUN/chaos.json, and the process may be hit again
+
+Faults may overlap, but a process has one at a time. A process is killed less often than `RestartPolicy` allows.
 """
 
 from __future__ import annotations
@@ -17,41 +20,47 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
 
-from learner.launch.inflict import Kind, can_cut, inflict
-from learner.launch.recovery import full_rate_s, second_step_s
-from learner.launch.supervisor import MAX_RESTARTS
+from learner.launch.fault_actions import FaultKind, can_cut, inject_fault
+from learner.launch.recovery_time import full_rate_s, second_step_s
+from learner.launch.restart_policy import RestartPolicy
+from learner.launch.step_log import StepLog
 from learner.launch.up import is_finished
-from learner.launch.view import Steps
 from learner.store.audit import audit_run
 from learner.store.folder_lock import is_locked
 from learner.store.run_folder import RunFolder
+from protocol.atomic_write import atomic_write
 from protocol.config_file import load_config
 from protocol.errors import DataError, SecurityError
 from protocol.role_startup import run_async
 
-KINDS: tuple[Kind, ...] = ("kill", "stop", "slow", "cut")
+KINDS: tuple[FaultKind, ...] = ("kill", "stop", "slow", "cut")
 ROLES = ("learner", "actor", "engine", "retriever")
-# How long a process is disturbed. The longest stop is longer than an engine may be silent.
-_FOR_S: dict[Kind, tuple[float, float]] = {"kill": (0, 0), "stop": (0.5, 10.0), "slow": (2.0, 10.0), "cut": (0.5, 5.0)}
+# (shortest, longest) duration. The longest stop exceeds the time after which a silent engine is considered lost.
+_DURATION_S: dict[FaultKind, tuple[float, float]] = {
+    "kill": (0, 0),
+    "stop": (0.5, 10.0),
+    "slow": (2.0, 10.0),
+    "cut": (0.5, 5.0),
+}
 _POLL_S = 0.1
-# No fault so near the end: whoever dies once the learner has left finds nobody to come back to.
-_LAST_STEPS = 3
+# No fault in the last steps: a process that restarts after the learner's end has no learner to connect to.
+_NUM_LAST_STEPS_WITHOUT_FAULTS = 3
 _RECOVERY_TIMEOUT_S = 300.0
-_PROCESS = re.compile(r"(learner|actor|engine|retriever)(-\d+)?")
+_PROCESS_NAME = re.compile(r"(learner|actor|engine|retriever)(-\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault; `pause_s` comes before it. `ended_at` (Unix time) is 0 until it has been inflicted."""
+    """One fault; `pause_s` is the pause before it. `ended_at` (Unix time) is 0 until the fault has ended."""
 
     process: str
-    kind: Kind
+    kind: FaultKind
     for_s: float
     pause_s: float
     ended_at: float = 0.0
@@ -61,24 +70,50 @@ class Fault:
         return self.process.partition("-")[0]
 
 
-def draw(rng: random.Random, *, kinds: Sequence[Kind], processes: Sequence[str], every_s: float) -> Fault:
-    """Each kind and each process equally likely; pauses exponential with mean `every_s`, at most three times that."""
+def draw(rng: random.Random, *, kinds: Sequence[FaultKind], processes: Sequence[str], every_s: float) -> Fault:
+    """Draws kind and process uniformly, the pause from an exponential distribution with mean `every_s`, cut off at
+    three times the mean."""
     kind = rng.choice(kinds)
     return Fault(
         process=rng.choice(processes),
         kind=kind,
-        for_s=rng.uniform(*_FOR_S[kind]),
+        for_s=rng.uniform(*_DURATION_S[kind]),
         pause_s=min(3 * every_s, rng.expovariate(1 / every_s)),
+    )
+
+
+def eligible_processes(
+    pids: Mapping[str, int],
+    *,
+    roles: Collection[str],
+    disturbed: Collection[str] = (),
+    kills: Sequence[tuple[str, int]] = (),
+    newest_step: int = 0,
+) -> list[str]:
+    """The names, sorted, of the processes that the next fault may hit. Pure.
+
+    These are the processes that the launcher restarts, of `roles`, without those that have a fault now (`disturbed`)
+    and those that one more kill without a new step might exhaust. `kills`: (process, the run's newest step then).
+    """
+    num_kills = Counter(name for name, step in kills if step == newest_step)
+    limit = RestartPolicy().max_restarts - 1
+    return sorted(
+        name
+        for name in pids
+        if (match := _PROCESS_NAME.fullmatch(name)) is not None
+        and match[1] in roles
+        and name not in disturbed
+        and num_kills[name] < limit
     )
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--faults", "num_faults", type=click.IntRange(1), default=20, show_default=True, help="How many.")
-@click.option("--every", "every_s", type=click.FloatRange(0.1), default=5.0, show_default=True, help="Mean pause, s.")
-@click.option("--kind", "kinds", type=click.Choice(KINDS), multiple=True, help="Only these.  [default: all]")
-@click.option("--role", "roles", type=click.Choice(ROLES), multiple=True, help="Only these.  [default: all]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
+@click.option("--faults", "num_faults", type=click.IntRange(1), default=20, show_default=True, help="Number of faults.")
+@click.option("--every", "every_s", type=click.FloatRange(0.1), default=5.0, show_default=True, help="Mean pause in s.")
+@click.option("--kind", "kinds", type=click.Choice(KINDS), multiple=True, help="Only faults of this kind; repeatable.")
+@click.option("--role", "roles", type=click.Choice(ROLES), multiple=True, help="Only this role; repeatable.")
 @click.pass_context
 def chaos(
     ctx: click.Context,
@@ -86,58 +121,60 @@ def chaos(
     seed: int,
     num_faults: int,
     every_s: float,
-    kinds: tuple[Kind, ...],
+    kinds: tuple[FaultKind, ...],
     roles: tuple[str, ...],
 ) -> None:
-    """Kill, stop (SIGSTOP), slow and cut off processes of RUN, a run's folder, while `up` or `demo` goes on in it.
+    """Kill, stop (SIGSTOP), slow down and disconnect processes of a run while `up` or `demo` runs in its folder, RUN.
 
-    Begins after the run's first step. Then the audit: exit status 1 where a promise was broken or the run did not go
-    on. What was done is in RUN/chaos.json. On the launcher's machine, as the launcher's user, on Linux.
+    It starts after the run's first step and ends with an audit. The exit status is 1 if the audit finds a problem or
+    if the run makes no progress after the last fault. RUN/chaos.json lists the faults. Linux only; run it on the
+    launcher's machine as the launcher's user.
     """
-    chosen = Chaos(run, seed=seed, kinds=kinds or KINDS, roles=roles or ROLES, every_s=every_s)
-    recovered = run_async(chosen.run(num_faults=num_faults))
-    click.echo(chosen.report())
+    injector = Chaos(run, seed=seed, kinds=kinds or KINDS, roles=roles or ROLES, every_s=every_s)
+    recovered = run_async(injector.run(num_faults=num_faults))
+    click.echo(injector.report())
     problems = audit_run(run).problems
     for problem in problems:
         click.echo(f"  PROBLEM: {problem}")
     if not recovered:
-        click.echo(f"  PROBLEM: no two steps in the {_RECOVERY_TIMEOUT_S:.0f} s after the last fault")
+        click.echo(f"  PROBLEM: fewer than two steps in the {_RECOVERY_TIMEOUT_S:.0f} s after the last fault")
     click.echo(f"audit: {'clean' if not problems else f'{len(problems)} problems'}")
     ctx.exit(1 if problems or not recovered else 0)
 
 
 class Chaos:
-    """Faults in the run in `run_dir`. Raises: DataError where no launcher runs there."""
+    """Injects faults into the run in `run_dir`. Raises: DataError if no launcher runs there."""
 
     def __init__(
-        self, run_dir: Path, *, seed: int, kinds: Sequence[Kind], roles: Sequence[str], every_s: float
+        self, run_dir: Path, *, seed: int, kinds: Sequence[FaultKind], roles: Sequence[str], every_s: float
     ) -> None:
         self._run_dir = run_dir
+        self._folder = RunFolder(run_dir)
         self._rng = random.Random(seed)
         self._kinds = list(kinds)
         self._roles = roles
         self._every_s = every_s
-        self._steps = Steps(RunFolder(run_dir).metrics)
+        self._steps = StepLog(self._folder.metrics)
         self._faults: list[Fault] = []
-        self._busy: set[str] = set()
-        self._killed_at: list[tuple[str, int]] = []
+        self._disturbed: set[str] = set()
+        self._kills: list[tuple[str, int]] = []
         if not self._is_running():
             raise DataError(f"no launcher runs in {run_dir}: start `palimpsest up` or `palimpsest demo` there first")
 
     async def run(self, *, num_faults: int) -> bool:
-        """Inflicts them, then whether the run has made two more steps, or has come to its end."""
-        while self._is_running() and not self._step_times():  # noqa: ASYNC110 (other processes change it)
+        """Injects the faults, then returns whether the run completed two more steps or ended."""
+        while self._is_running() and not self._step_times():  # noqa: ASYNC110 (the learner writes them)
             await asyncio.sleep(_POLL_S)
         self._drop_cuts_without_permission()
-        config = load_config(self._run_dir / "config.json")
-        last = config.learner.num_steps - _LAST_STEPS
+        config = load_config(self._folder.config)
+        last = config.learner.num_steps - _NUM_LAST_STEPS_WITHOUT_FAULTS
         async with asyncio.TaskGroup() as tasks:
             for _ in range(num_faults):
                 fault = await self._next(last_step=last)
                 if fault is None:
                     break
-                self._busy.add(fault.process)
-                tasks.create_task(self._inflict(fault))
+                self._disturbed.add(fault.process)
+                tasks.create_task(self._inject(fault))
         deadline = time.monotonic() + _RECOVERY_TIMEOUT_S
         while self._is_running() and not is_finished(config) and None in self._recoveries():
             if time.monotonic() > deadline:
@@ -150,30 +187,32 @@ class Chaos:
         counts = Counter(f"{fault.kind} {fault.role}" for fault in self._faults)
         lines = [f"chaos: {len(self._faults)} faults: " + ", ".join(f"{n} x {what}" for what, n in counts.items())]
         for what, seconds in (
-            ("the second step came", self._recoveries()),
-            ("the run was at full rate again, where no other fault came before,", self._full_rates()),
+            ("second step complete", self._recoveries()),
+            ("full rate again (only faults without another one before that)", self._full_rates()),
         ):
             if known := [each for each in seconds if each is not None]:
                 lines.append(
-                    f"chaos: {what} {statistics.median(known):.1f} s after a fault (median of {len(known)}), "
-                    f"{max(known):.1f} s at most"
+                    f"chaos: {what}: {statistics.median(known):.1f} s after a fault (median of {len(known)}), "
+                    f"maximum {max(known):.1f} s"
                 )
         return "\n".join(lines)
 
     def _drop_cuts_without_permission(self) -> None:
-        """Raises: SecurityError where nothing is left."""
-        if "cut" in self._kinds and not all(can_cut(pid) for pid in self._processes().values()):
-            what = "this user may not reach into other processes' sockets (see kernel.yama.ptrace_scope)"
+        """Removes "cut" from the kinds if this user may not cut. Raises: SecurityError if no kind is left."""
+        pids = self._pids()
+        names = eligible_processes(pids, roles=self._roles)
+        if "cut" in self._kinds and not all(can_cut(pids[name]) for name in names):
+            reason = "this user may not access other processes' sockets (see kernel.yama.ptrace_scope)"
             self._kinds.remove("cut")
             if not self._kinds:
-                raise SecurityError(f"--kind cut: {what}; run it as root")
-            click.echo(f"chaos: nothing is cut off: {what}")
+                raise SecurityError(f"--kind cut: {reason}; run it as root")
+            click.echo(f"chaos: no faults of kind cut: {reason}")
 
     async def _next(self, *, last_step: int) -> Fault | None:
-        """The next fault, after its pause, when its process runs; None where the run nears its end."""
+        """Draws the next fault and returns it after its pause, once its process runs; None if the run nears its end."""
         fault = None
         while self._is_running() and self._newest_step() < last_step:
-            candidates = sorted(name for name in self._processes() if self._may_hit(name))
+            candidates = self._candidates()
             if fault is None and candidates:
                 fault = draw(self._rng, kinds=self._kinds, processes=candidates, every_s=self._every_s)
                 await asyncio.sleep(fault.pause_s)
@@ -183,35 +222,33 @@ class Chaos:
                 await asyncio.sleep(_POLL_S)
         return None
 
-    async def _inflict(self, fault: Fault) -> None:
-        """The process can be hit again when this returns."""
+    async def _inject(self, fault: Fault) -> None:
+        """Injects a fault and records it; afterwards its process may be hit again."""
         if fault.kind == "kill":
-            self._killed_at.append((fault.process, self._newest_step()))
+            self._kills.append((fault.process, self._newest_step()))
         click.echo(f"chaos: {fault.kind} {fault.process}" + (f" for {fault.for_s:.1f} s" if fault.for_s else ""))
-        if (pid := self._processes().get(fault.process)) and await inflict(fault.kind, pid, for_s=fault.for_s):
+        if (pid := self._pids().get(fault.process)) and await inject_fault(fault.kind, pid, for_s=fault.for_s):
             self._faults.append(replace(fault, ended_at=time.time()))
-        self._busy.remove(fault.process)
+        self._disturbed.remove(fault.process)
 
-    def _may_hit(self, process: str) -> bool:
-        """One fault at a time; and not so many kills that its launcher would give the run up."""
-        newest = self._newest_step()
-        num_kills = sum(name == process and step == newest for name, step in self._killed_at)
-        return process not in self._busy and num_kills < MAX_RESTARTS - 1
+    def _candidates(self) -> list[str]:
+        return eligible_processes(
+            self._pids(),
+            roles=self._roles,
+            disturbed=self._disturbed,
+            kills=self._kills,
+            newest_step=self._newest_step(),
+        )
 
-    def _processes(self) -> dict[str, int]:
-        """Those that the launcher starts again, of the roles wanted: name → pid."""
+    def _pids(self) -> dict[str, int]:
+        """The processes that the launcher runs now: name → pid."""
         try:
-            pids: dict[str, int] = json.loads((self._run_dir / "processes.json").read_text())
+            return json.loads(self._folder.processes.read_text())
         except FileNotFoundError:
             return {}
-        return {
-            name: pid
-            for name, pid in pids.items()
-            if (match := _PROCESS.fullmatch(name)) is not None and match[1] in self._roles
-        }
 
     def _is_running(self) -> bool:
-        return is_locked(RunFolder(self._run_dir).launcher_lock)
+        return is_locked(self._folder.launcher_lock)
 
     def _newest_step(self) -> int:
         return max(self._step_times(), default=0)
@@ -222,14 +259,15 @@ class Chaos:
         return {number: step["time"] for number, step in self._steps.by_step.items()}
 
     def _recoveries(self) -> list[float | None]:
-        """To the second step after each fault."""
+        """For each fault, the seconds to the second step after it."""
         times = self._step_times()
         return [second_step_s(fault.ended_at, times) for fault in self._faults]
 
     def _full_rates(self) -> list[float | None]:
+        """For each fault, the seconds until the run was at full rate again."""
         times, ends = self._step_times(), sorted(fault.ended_at for fault in self._faults)
         return [
-            full_rate_s(fault.ended_at, times, others=next((end for end in ends if end > fault.ended_at), None))
+            full_rate_s(fault.ended_at, times, next_fault_at=next((end for end in ends if end > fault.ended_at), None))
             for fault in self._faults
         ]
 
@@ -238,4 +276,4 @@ class Chaos:
             {**asdict(fault), "second_step_after_s": second, "full_rate_after_s": full}
             for fault, second, full in zip(self._faults, self._recoveries(), self._full_rates(), strict=True)
         ]
-        (self._run_dir / "chaos.json").write_text(json.dumps(rows, indent=2) + "\n")
+        atomic_write(self._run_dir / "chaos.json", json.dumps(rows, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The `palimpsest` command. Subcommands are imported when they are called, so `--help` is instant."""
+"""The `palimpsest` command. A subcommand is imported when it is called, so `--help` is instant."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ from collections.abc import Iterator
 
 import click
 
-# name: (where it is, one line of help)
+# name: (module:attribute, one line of help)
 _COMMANDS = {
-    "demo": ("learner.launch.demo:demo", "Show the whole system learn on this machine, in about four minutes."),
-    "up": ("learner.launch.up:up", "Start and supervise all roles of a run; run it again to resume."),
+    "demo": (
+        "learner.launch.demo:demo",
+        "Run the whole system on this machine for about four minutes and see the reward rise.",
+    ),
+    "up": ("learner.launch.up:up", "Start and supervise all roles of a run; the same command resumes it."),
     "learner": ("learner.command:learner", "One role: lease questions, train, publish weights."),
     "actor": ("actor.command:actor", "One role: roll out trajectories."),
     "engine": ("actor.engine.command:engine", "One role: serve the policy (or attach to an SGLang server)."),
     "retriever": ("retriever.command:retriever", "One role: serve indexes."),
-    "index": ("retriever.command:index", "Corpus -> index folder."),
-    "eval": ("actor.command:evaluate", "Accuracy and token cost of the policy that an engine serves."),
-    "audit": ("learner.store.audit:audit", "Recompute from the store what was leased, trained, skipped, and how old."),
+    "index": ("retriever.command:index", "Build an index folder from a corpus."),
+    "eval": ("actor.command:evaluate", "Measure accuracy and token cost of the policy that an engine serves."),
+    "audit": (
+        "learner.store.audit:audit",
+        "Check a run's store: what was leased, trained and skipped, and how stale it was.",
+    ),
     "chaos": (
         "learner.launch.chaos:chaos",
-        "Kill, stop, slow and cut off processes of a run that goes on; then audit.",
+        "Kill, stop, slow down and disconnect processes of a running run; then audit it.",
     ),
-    "keys": ("learner.launch.keys:keys", "Make CURVE keys for addresses beyond loopback."),
+    "keys": ("learner.launch.keys:keys", "Make CURVE keys, which addresses beyond loopback need."),
 }
 
 
@@ -49,8 +55,10 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Exit status: 0 done, 1 a defect or a failed run, 2 bad input, 3 training cannot go on (one sentence each), 130
-    Ctrl-C."""
+    """Exit status: 0 success, 1 a bug or a failed run, 2 bad input, 3 training cannot continue, 130 Ctrl-C.
+
+    Bad input, a failed run and a training stop print one sentence; a bug prints its traceback.
+    """
     try:
         status = cli(standalone_mode=False)
     except click.ClickException as error:
@@ -67,11 +75,11 @@ def main() -> None:
         message, code = known
         click.echo(f"error: {message}", err=True)
         sys.exit(code)
-    sys.exit(status if isinstance(status, int) else 0)  # what ctx.exit() was given
+    sys.exit(status if isinstance(status, int) else 0)  # the argument of ctx.exit()
 
 
 def _known(error: BaseException) -> tuple[str, int] | None:
-    """(sentence, exit status) of an error raised on purpose, also from inside task groups; None for a defect."""
+    """(message, exit status) of an error of PalimpsestError's tree, also inside exception groups; None for a bug."""
     from protocol.errors import PalimpsestError, TrainingStopped, UserError
 
     leaves = list(_leaves(error))

@@ -1,4 +1,4 @@
-"""The demo's report.json, and what is printed of it."""
+"""The demo's report.json and the summary that the demo prints."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from learner.launch.view import Steps, sparkline
+from learner.launch.command_line import command_line
+from learner.launch.demo_run import DemoRun
+from learner.launch.live_view import sparkline
+from learner.launch.step_log import StepLog
 from learner.store.audit import audit_run
-from learner.store.run_folder import RunFolder
+from protocol.atomic_write import atomic_write
 from protocol.config import Config
 
-
-def relative(path: Path) -> Path:
-    """As a person would type it from here."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+_REAL_QUESTIONS = Path("examples/wiki_pool/README.md")
 
 
-def finish(
-    config: Config, *, seed: int, num_steps: int, before: Path, after: Path, seconds: Mapping[str, float]
-) -> str:
-    """Writes RUN/report.json from the evaluations, the audit of the store and the metrics; the text to print."""
-    run_dir = config.run.dir
-    audit = audit_run(run_dir)
-    evaluations = {name: json.loads(path.read_text()) for name, path in (("before", before), ("after", after))}
-    steps = Steps(RunFolder(run_dir).metrics)
+def write_report(run: DemoRun, config: Config, *, seconds: Mapping[str, float]) -> str:
+    """Writes RUN/report.json from the evaluations, the audit and the metrics; returns the summary to print.
+
+    `seconds`: phase → seconds.
+    """
+    audit = audit_run(run.run_dir)
+    evaluations = {when: json.loads(run.evaluation(when).read_text()) for when in ("before", "after")}
+    steps = StepLog(run.folder.metrics)
     steps.refresh()
     rewards = [steps.by_step[step]["reward/mean"] for step in sorted(steps.by_step)]
     report = {
-        "seed": seed,
-        "num_steps": num_steps,
+        "seed": run.settings.seed,
+        "num_steps": run.settings.num_steps,
         "ablation": config.learner.ablation,
         "em_before": evaluations["before"]["sampled"]["em"],
         "em_after": evaluations["after"]["sampled"]["em"],
@@ -55,11 +55,11 @@ def finish(
             sum(block) / len(block) for i in range(0, len(rewards), 10) if (block := rewards[i : i + 10])
         ],
     }
-    (run_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    return _text(report, rewards, relative(run_dir))
+    atomic_write(run.folder.report, json.dumps(report, indent=2) + "\n")
+    return _summary(report, rewards, run)
 
 
-def _text(report: Mapping[str, object], rewards: list[float], run_dir: Path) -> str:
+def _summary(report: Mapping[str, object], rewards: list[float], run: DemoRun) -> str:
     r = report
     return "\n".join(
         (
@@ -69,14 +69,24 @@ def _text(report: Mapping[str, object], rewards: list[float], run_dir: Path) -> 
             f"   greedy: {r['em_greedy_before']:.3f} -> {r['em_greedy_after']:.3f}"
             f"   ({r['num_eval_questions']} questions)",
             f"trained {r['num_trajectories_trained']:,} trajectories, {r['num_contexts_trained']:,} contexts, "
-            f"{r['num_tokens_trained']:,} tokens; ages mean {r['staleness_mean']:.2f}, max {r['staleness_max']} of at "
-            f"most {r['staleness_bound']}; groups lost {r['num_groups_lost']}",
+            f"{r['num_tokens_trained']:,} tokens; staleness mean {r['staleness_mean']:.2f}, "
+            f"max {r['staleness_max']} of at most {r['staleness_bound']}; groups lost {r['num_groups_lost']}",
             f"warm start {r['warm_start_s']:.0f} s, reinforcement learning {r['rl_s']:.0f} s, "
             f"evaluations {r['eval_s']:.0f} s",
             "",
-            f"next:  palimpsest audit {run_dir}",
-            f"       tensorboard --logdir {run_dir}/tensorboard",
-            "       palimpsest demo --ablation last-context     (what training every context is worth)",
-            "       palimpsest up examples/wiki_pool/run.toml   (real questions over Wikipedia; see its README)",
+            *_next_commands(run),
         )
     )
+
+
+def _next_commands(run: DemoRun) -> list[str]:
+    """Commands that run as printed, from the current folder."""
+    lines = [
+        f"next:  {command_line('palimpsest', 'audit', run.run_dir)}",
+        f"       {command_line('tensorboard', '--logdir', run.folder.tensorboard)}",
+        f"       {command_line('palimpsest', 'demo', '--ablation', 'last-context')}"
+        "     (compare with training every context)",
+    ]
+    if _REAL_QUESTIONS.is_file():
+        lines.append(f"       see {_REAL_QUESTIONS} for real questions over Wikipedia")
+    return lines

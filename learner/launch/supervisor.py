@@ -1,11 +1,16 @@
-"""Runs the processes of a plan on this machine: starts, watches, restarts, stops.
+"""Starts, watches, restarts and stops the processes of a plan on this machine.
 
     start ─► running ──exit 0──► done
-               │  └──exit 2──► a user error at the first start: the run stops with its sentence; 3: at any start
-               └──any other──► restarted after a growing pause; too often while the run makes no step: it stops
+               │  └──exit 2──► at the first start: a user error, which stops the run with its message
+               │  └──exit 3──► at any start: training cannot continue, which stops the run with its message
+               └──any other──► restarted after a growing pause; too many failures without a new step fail the run
 
-Each process leads a session of its own, so Ctrl-C reaches only the launcher, which ends them in order: SIGTERM, then
-SIGKILL after `STOP_TIMEOUT_S`. Should the launcher itself be killed, the kernel ends its children.
+    task per process   consumes: its exit status   produces: a restart, or the run's failure
+    wait(), run()      wait for: the process they name, or the run's failure
+
+Each process leads its own session, so Ctrl-C reaches only the launcher. The launcher stops the processes: SIGTERM to
+all, then SIGKILL to those that still run after `stop_timeout_s`. If the launcher is killed, the kernel sends SIGTERM
+to its processes (protocol/role_startup.py).
 """
 
 from __future__ import annotations
@@ -22,63 +27,60 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from learner.launch.plan import ProcessSpec
+from learner.launch.process_plan import ProcessSpec
+from learner.launch.restart_policy import RestartPolicy, RestartState
 from learner.metrics.jsonl import last_step
 from learner.store.folder_lock import locked
 from learner.store.run_folder import RunFolder
+from protocol.atomic_write import atomic_write
 from protocol.errors import PalimpsestError, TrainingStopped, UserError
 from protocol.fault_injection import VARIABLE as FAULT_VARIABLE
 
 log = logging.getLogger(__name__)
 
-STOP_TIMEOUT_S = 10.0
-_RESTART_PAUSE_S = 0.25
-# A process that is started again so often, and ends again, while the run makes no step fails the run.
-MAX_RESTARTS = 5
-# Whoever ran so long had started well: it is no part of a row of failures.
-_LONG_LIFE_S = 600.0
-# The pause before a restart doubles with each life in a row that was as short as this; one that was killed may well
-# work at once, one that ended by itself will hardly.
-_SHORT_LIFE_S = 10.0
-_MAX_PAUSE_S = 15.0
-_MAX_PAUSE_KILLED_S = 2.0
+_STOP_TIMEOUT_S = 10.0
 _USER_ERROR_STATUS = 2
 _TRAINING_STOPPED_STATUS = 3
+_NUM_LOG_LINES_IN_ERROR = 15
 
 
 class RunFailed(PalimpsestError):
-    """A process ended too often; its last log lines are in the message."""
+    """A process failed too often. The message contains its last log lines."""
 
 
 @dataclass(slots=True)
 class _Child:
     spec: ProcessSpec
+    restarts: RestartState
     process: asyncio.subprocess.Process | None = None
     status: int | None = None
     num_restarts: int = 0
     started_s: float = 0.0
-    num_failures: int = 0
-    """In a row: the run has made no step since the first of them."""
-    failed_at_step: int = -1
-    num_short_lives: int = 0
-    """In a row."""
 
 
 class Supervisor:
-    """An async context manager: leaving it stops all processes, whatever the reason."""
+    """An async context manager; its exit stops all processes, also after an error or a cancellation."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
-        self._temporary = run_dir.resolve() / "tmp"
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        restart_policy: RestartPolicy = RestartPolicy(),
+        stop_timeout_s: float = _STOP_TIMEOUT_S,
+    ) -> None:
+        self._folder = RunFolder(run_dir)
+        self._temporary = RunFolder(run_dir.resolve()).temporary
+        self._restart_policy = restart_policy
+        self._stop_timeout_s = stop_timeout_s
         self._children: dict[str, _Child] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._failure: asyncio.Future[None] | None = None
         self._lock = ExitStack()
 
     async def __aenter__(self) -> Supervisor:
-        """Raises: DataError where another launcher works in the folder."""
-        self._lock.enter_context(locked(RunFolder(self._run_dir).launcher_lock, what="a launcher"))
-        (self._run_dir / "logs").mkdir(exist_ok=True)
+        """Raises: DataError if another launcher works in the folder."""
+        self._lock.enter_context(locked(self._folder.launcher_lock, what="a launcher"))
+        self._folder.logs.mkdir(exist_ok=True)
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir()
         self._failure = asyncio.get_running_loop().create_future()
@@ -88,23 +90,24 @@ class Supervisor:
         with self._lock:
             await self.stop(list(self._children))
             if self._failure is not None and self._failure.done() and not self._failure.cancelled():
-                self._failure.exception()
-            (self._run_dir / "processes.json").unlink(missing_ok=True)
+                self._failure.exception()  # marks it as retrieved
+            self._folder.processes.unlink(missing_ok=True)
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def log_path(self, name: str) -> Path:
-        return self._run_dir / "logs" / f"{name}.log"
+        return self._folder.log(name)
 
     async def start(self, specs: Iterable[ProcessSpec]) -> None:
+        """Starts the processes in order and restarts those that fail."""
         for spec in specs:
-            child = self._children[spec.name] = _Child(spec)
-            await self._spawn(child)
+            child = await self._spawn_new(spec)
             watcher = asyncio.create_task(self._watch(child), name=f"watch {spec.name}")
             watcher.add_done_callback(self._watcher_ended)
             self._watchers[spec.name] = watcher
 
     async def wait(self, name: str) -> None:
-        """Until `name` has ended well. Raises: UserError, RunFailed where any process stops the run."""
+        """Waits until `name` ends with status 0. Raises: UserError, TrainingStopped, RunFailed if any process stops
+        the run."""
         assert self._failure is not None
         watcher = self._watchers[name]
         await asyncio.wait([watcher, self._failure], return_when=asyncio.FIRST_COMPLETED)
@@ -112,9 +115,9 @@ class Supervisor:
             self._failure.result()
 
     async def run(self, spec: ProcessSpec) -> None:
-        """Runs a process that is to end by itself. Raises: UserError, RunFailed (also for any other status but 0)."""
-        child = self._children[spec.name] = _Child(spec)
-        await self._spawn(child)
+        """Runs a process once, until it ends. Raises: UserError, TrainingStopped, RunFailed (every other status but 0),
+        or the error of another process that stops the run."""
+        child = await self._spawn_new(spec)
         assert child.process is not None
         assert self._failure is not None
         ended = asyncio.ensure_future(child.process.wait())
@@ -128,13 +131,13 @@ class Supervisor:
             raise error
 
     def _watcher_ended(self, watcher: asyncio.Task[None]) -> None:
-        """A watcher that dies leaves its process unwatched: the run stops with its error."""
+        """Without its watcher a process is unsupervised: the watcher's error stops the run."""
         error = None if watcher.cancelled() else watcher.exception()
         if error is not None and self._failure is not None and not self._failure.done():
             self._failure.set_exception(error)
 
     async def stop(self, names: list[str]) -> None:
-        """SIGTERM to all, SIGKILL to those that stay. Shielded: a second Ctrl-C does not leave half of them."""
+        """SIGTERM to all, SIGKILL to those that do not end in time. Shielded: a second Ctrl-C does not interrupt it."""
         for name in names:
             if (watcher := self._watchers.pop(name, None)) is not None:
                 watcher.cancel()
@@ -142,8 +145,13 @@ class Supervisor:
         await asyncio.shield(asyncio.gather(*(self._end(child) for child in children)))
 
     def states(self) -> dict[str, tuple[str, int]]:
-        """name → (running, restarting or its exit status; restarts so far)"""
+        """name → (running, done or restarting; restarts so far)"""
         return {name: (_state(child), child.num_restarts) for name, child in self._children.items()}
+
+    async def _spawn_new(self, spec: ProcessSpec) -> _Child:
+        child = self._children[spec.name] = _Child(spec, RestartState(self._restart_policy))
+        await self._spawn(child)
+        return child
 
     async def _spawn(self, child: _Child) -> None:
         with self.log_path(child.spec.name).open("ab") as output:
@@ -166,32 +174,18 @@ class Supervisor:
             self._write_processes()
             if child.status == 0:
                 return
-            too_often = self._count_failure(child) > MAX_RESTARTS
-            wrong_from_the_start = child.status == _USER_ERROR_STATUS and child.num_restarts == 0
-            if wrong_from_the_start or child.status == _TRAINING_STOPPED_STATUS or too_often:
+            newest_step = last_step(self._folder.metrics)
+            child.restarts.record_failure(uptime_s=time.monotonic() - child.started_s, newest_step=newest_step)
+            is_first_user_error = child.status == _USER_ERROR_STATUS and child.num_restarts == 0
+            if is_first_user_error or child.status == _TRAINING_STOPPED_STATUS or child.restarts.is_exhausted:
                 if not self._failure.done():
                     self._failure.set_exception(self._error_of(child, child.status) or RunFailed(child.spec.name))
                 return
-            pause_s = self._pause_s(child)
+            pause_s = child.restarts.pause_s(was_killed=child.status == -signal.SIGKILL)
             log.warning("%s ended (%s): restarting in %.1f s", child.spec.name, _ended(child.status), pause_s)
             await asyncio.sleep(pause_s)
             child.num_restarts += 1
             await self._spawn(child)
-
-    def _pause_s(self, child: _Child) -> float:
-        is_short = time.monotonic() - child.started_s < _SHORT_LIFE_S
-        child.num_short_lives = child.num_short_lives + 1 if is_short else 0
-        longest_s = _MAX_PAUSE_KILLED_S if child.status == -signal.SIGKILL else _MAX_PAUSE_S
-        return min(longest_s, _RESTART_PAUSE_S * 2 ** (child.num_short_lives + 1))
-
-    def _count_failure(self, child: _Child) -> int:
-        """How often in a row it has failed by now."""
-        step = last_step(RunFolder(self._run_dir).metrics)
-        if step > child.failed_at_step or time.monotonic() - child.started_s > _LONG_LIFE_S:
-            child.num_failures = 0
-        child.num_failures += 1
-        child.failed_at_step = max(child.failed_at_step, step)
-        return child.num_failures
 
     async def _end(self, child: _Child) -> None:
         process = child.process
@@ -199,45 +193,48 @@ class Supervisor:
             return
         process.terminate()
         try:
-            async with asyncio.timeout(STOP_TIMEOUT_S):
+            async with asyncio.timeout(self._stop_timeout_s):
                 await process.wait()
         except TimeoutError:
-            log.warning("%s did not stop in %.0f s: killed", child.spec.name, STOP_TIMEOUT_S)
+            log.warning("%s did not stop in %.0f s: killed", child.spec.name, self._stop_timeout_s)
             process.kill()
             await process.wait()
 
     def _error_of(self, child: _Child, status: int) -> PalimpsestError | None:
         if status == 0:
             return None
-        lines = self.log_path(child.spec.name).read_text(errors="replace").splitlines()
+        path = self.log_path(child.spec.name)
+        lines = path.read_text(errors="replace").splitlines()
         if status in (_USER_ERROR_STATUS, _TRAINING_STOPPED_STATUS):
-            said = next((line for line in reversed(lines) if line.startswith("error: ")), "error: see its log")
+            message = next((line for line in reversed(lines) if line.startswith("error: ")), f"error: see {path}")
             kind = UserError if status == _USER_ERROR_STATUS else TrainingStopped
-            return kind(f"{child.spec.name}: {said.removeprefix('error: ')}")
-        tail = "\n".join(lines[-15:])
-        return RunFailed(f"{child.spec.name} ended ({_ended(status)}); {self.log_path(child.spec.name)} ends:\n{tail}")
+            return kind(f"{child.spec.name}: {message.removeprefix('error: ')}")
+        tail = "\n".join(lines[-_NUM_LOG_LINES_IN_ERROR:])
+        return RunFailed(f"{child.spec.name} ended ({_ended(status)}); {path} ends:\n{tail}")
 
     def _write_processes(self) -> None:
-        """RUN/processes.json: who runs under which pid, for people and tools."""
+        """Writes RUN/processes.json, the name and pid of each running process, for people and tools."""
         pids = {
             name: child.process.pid
             for name, child in self._children.items()
             if child.process is not None and child.process.returncode is None
         }
-        aside = self._run_dir / "processes.json.tmp"
-        aside.write_text(json.dumps(pids, indent=2) + "\n")
-        aside.replace(self._run_dir / "processes.json")
+        atomic_write(self._folder.processes, json.dumps(pids, indent=2) + "\n")
 
 
 def _environment(temporary: Path, *, first: bool) -> dict[str, str]:
-    """One torch/BLAS thread a process unless a role asks for more; the launcher's pid, whose end is theirs; a folder
-    for temporary files, which the launcher removes, because a process that is killed cannot; and faults that were asked
-    for, at a `first` start only."""
+    """The environment of a child process.
+
+    - One torch/BLAS thread per process, unless the user's environment says otherwise.
+    - The launcher's pid, so that a role ends when its launcher does.
+    - A folder for temporary files, which the launcher removes because a killed process cannot.
+    - The fault to inject, if one was requested, only at the `first` start.
+    """
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name not in os.environ}
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     launcher = {"PALIMPSEST_LAUNCHER_PID": str(os.getpid()), "TMPDIR": str(temporary)}
-    given = {name: value for name, value in os.environ.items() if first or name != FAULT_VARIABLE}
-    return {**given, **threads, **quiet, **launcher}
+    inherited = {name: value for name, value in os.environ.items() if first or name != FAULT_VARIABLE}
+    return {**inherited, **threads, **quiet, **launcher}
 
 
 def _state(child: _Child) -> str:

@@ -1,4 +1,7 @@
-"""`palimpsest up RUN.toml`: all roles of a run on this machine."""
+"""`palimpsest up RUN.toml`: runs all roles of a run on this machine.
+
+RUN.toml ─► config with ports ─► check ─► RUN/config.json ─► process plan ─► supervisor + live view ─► last step
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,31 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from learner.launch.plan import ProcessSpec
+    from learner.launch.process_plan import ProcessSpec
     from protocol.config import Config
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the config.")
-@click.option("--dry-run", is_flag=True, help="Print what would start, and start nothing.")
-@click.option("--quiet", is_flag=True, help="No live view.")
-@click.option("--check-drift", is_flag=True, help="Rate 0: the mismatch between engines and learner must stay flat.")
+@click.option("--dry-run", is_flag=True, help="Print the command line of each process and exit.")
+@click.option("--quiet", is_flag=True, help="Show no live view.")
+@click.option(
+    "--check-drift",
+    is_flag=True,
+    help="Train with learning rate 0 and report how the mismatch between engines and learner changes.",
+)
 def up(run: Path, overrides: tuple[str, ...], dry_run: bool, quiet: bool, check_drift: bool) -> None:
-    """Start, supervise and restart the roles that RUN (a TOML file) names, until its last step.
+    """Start the roles that RUN (a TOML file) configures, and restart those that fail, until the run's last step.
 
-    Ctrl-C stops all of them; running it again resumes. Logs are in the run's folder under logs/, TensorBoard's files
-    under tensorboard/, checkpoints under checkpoints/.
+    Ctrl-C stops them; the same command resumes the run. The run's folder contains logs/, tensorboard/ and
+    checkpoints/.
     """
     import logging
 
-    from learner.launch.plan import plan, with_ports
+    from learner.launch.command_line import command_line
+    from learner.launch.process_plan import plan, with_ports
+    from learner.store.run_folder import RunFolder
     from protocol.config_file import load_config, save_config
     from protocol.role_startup import run_async
 
@@ -34,28 +43,30 @@ def up(run: Path, overrides: tuple[str, ...], dry_run: bool, quiet: bool, check_
     if check_drift:
         overrides = (*overrides, "learner.check_drift=true")
     config = with_ports(load_config(run, overrides))
-    saved = config.run.dir / "config.json"
-    processes = plan(config, config_path=saved)
+    folder = RunFolder(config.run.dir)
+    processes = plan(config, config_path=folder.config)
     if dry_run:
         for process in processes:
             click.echo(f"{process.name}: {' '.join(process.argv)}")
         return
     check(config)
     if is_finished(config):
-        click.echo(f"up: {config.run.name} was at its last step, {config.learner.num_steps}, before")
+        click.echo(f"up: {config.run.name} has already completed its last step, {config.learner.num_steps}")
         return
-    save_config(config, saved)
+    save_config(config, folder.config)
     try:
         run_async(run_all(config, processes, quiet=quiet))
     except KeyboardInterrupt:
-        click.echo("up: stopped; the same command goes on where it was")
+        click.echo("up: stopped; the same command resumes the run")
         raise
     click.echo(
-        f"up: {config.run.name} is at its last step, {config.learner.num_steps}; it is in {config.run.dir}/checkpoints"
+        f"up: {config.run.name} has completed its last step, {config.learner.num_steps}; "
+        f"its checkpoints are in {folder.checkpoints}"
     )
     if check_drift:
-        click.echo((config.run.dir / "drift.txt").read_text().rstrip())
-    click.echo(f"next: palimpsest audit {config.run.dir}; tensorboard --logdir {config.run.dir}/tensorboard")
+        click.echo(folder.drift.read_text().rstrip())
+    click.echo(f"next:  {command_line('palimpsest', 'audit', folder.root)}")
+    click.echo(f"       {command_line('tensorboard', '--logdir', folder.tensorboard)}")
 
 
 def is_finished(config: Config) -> bool:
@@ -69,7 +80,7 @@ def is_finished(config: Config) -> bool:
 
 
 def check(config: Config) -> None:
-    """What can be known to be wrong before anything starts. Raises: DataError, SecurityError."""
+    """Checks what can be checked before a process starts. Raises: DataError, SecurityError."""
     from protocol.addresses import is_loopback
     from protocol.errors import DataError, SecurityError
 
@@ -79,10 +90,6 @@ def check(config: Config) -> None:
             raise DataError(f"{name}: no folder {path}")
     if not (config.model.path / "tokenizer.json").is_file():
         raise DataError(f"model.path: {config.model.path} has no tokenizer.json; save the model's fast tokenizer there")
-    for key in ("questions", "eval_questions"):
-        for path in getattr(config.task, key):
-            if not path.is_file():
-                raise DataError(f"task.{key}: no file {path}")
     if not is_loopback(config.network.control_address) and config.network.keys is None:
         raise SecurityError(
             f"network.host {config.network.host} is beyond loopback and needs CURVE keys: run `palimpsest keys DIR` "
@@ -96,9 +103,9 @@ def check(config: Config) -> None:
 
 
 async def run_all(config: Config, processes: list[ProcessSpec], *, quiet: bool) -> None:
-    """Until the learner is done. Raises: UserError, RunFailed."""
+    """Runs the processes until the learner ends. Raises: UserError, TrainingStopped, RunFailed."""
+    from learner.launch.live_view import show_while, view_of
     from learner.launch.supervisor import Supervisor
-    from learner.launch.view import show_while, view_of
 
     async with Supervisor(config.run.dir) as supervisor:
         await supervisor.start(processes)

@@ -1,4 +1,4 @@
-"""Faults on purpose: what is drawn, what is done to a process, and a run that goes on under it."""
+"""`palimpsest chaos`: the draws, the faults on a process, the recovery times, and a run under faults."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from learner.launch.chaos import KINDS, Chaos, draw
-from learner.launch.inflict import can_cut, inflict
-from learner.launch.recovery import full_rate_s, second_step_s
-from learner.launch.supervisor import MAX_RESTARTS
+from learner.launch.chaos import KINDS, draw, eligible_processes
+from learner.launch.fault_actions import can_cut, inject_fault
+from learner.launch.recovery_time import full_rate_s, second_step_s
+from learner.launch.restart_policy import RestartPolicy
 from learner.store.audit import audit_run
-from learner.store.folder_lock import locked
-from learner.store.run_folder import RunFolder
 from tests.launch.running import RUN_TIMEOUT_S, launched, steps, until
 from tests.launch.tiny_run import make_tiny_run
 
@@ -42,7 +40,7 @@ def is_stopped(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
-def test_what_is_drawn_depends_on_the_seed_alone() -> None:
+def test_draws_depend_only_on_the_seed() -> None:
     def drawn(seed: int) -> list[object]:
         rng = random.Random(seed)
         return [draw(rng, kinds=KINDS, processes=["actor-0", "learner"], every_s=5.0) for _ in range(200)]
@@ -60,34 +58,34 @@ def test_what_is_drawn_depends_on_the_seed_alone() -> None:
 def test_recovery_is_the_second_new_step_after_a_fault() -> None:
     assert second_step_s(10.0, {0: 9.0, 1: 11.0, 2: 12.5, 3: 14.0}) == 2.5
     assert second_step_s(12.0, {0: 9.0, 1: 11.0, 2: 12.5}) is None
-    assert second_step_s(10.0, {0: 9.0, 1: 13.0, 2: 14.0}) == 4.0, "step 1 was made again, after the fault"
+    assert second_step_s(10.0, {0: 9.0, 1: 13.0, 2: 14.0}) == 4.0, "step 1 was repeated after the fault"
 
 
-def test_full_rate_is_five_steps_in_a_row_at_nearly_the_runs_rate() -> None:
+def test_full_rate_is_five_consecutive_steps_near_the_median_rate() -> None:
     times = [*range(10), 15.0, 18.0, *(19.0 + i for i in range(8))]
     steps = dict(enumerate(map(float, times)))
-    assert full_rate_s(9.5, steps) == 8.5, "steps 10 and 11 are late, from then on it is one a second"
+    assert full_rate_s(9.5, steps) == 8.5, "steps 10 and 11 are late; after them there is one per second"
     assert full_rate_s(5.0, steps) == 14.0 - 1.0
     assert full_rate_s(2.0, steps) == 1.0
-    assert full_rate_s(9.5, steps, others=17.0) is None
+    assert full_rate_s(9.5, steps, next_fault_at=17.0) is None
     assert full_rate_s(24.0, steps) is None
     assert full_rate_s(0.0, {0: 1.0}) is None
 
 
-async def test_kill() -> None:
+async def test_kill_ends_the_process_and_later_faults_return_false() -> None:
     with process(SLEEPS) as victim:
-        assert await inflict("kill", victim.pid, for_s=0.0)
+        assert await inject_fault("kill", victim.pid, for_s=0.0)
         assert victim.wait(timeout=WAIT_S) == -signal.SIGKILL
-        assert not await inflict("kill", victim.pid, for_s=0.0)
-        assert not await inflict("stop", victim.pid, for_s=0.1)
-        assert not await inflict("cut", victim.pid, for_s=0.1)
+        assert not await inject_fault("kill", victim.pid, for_s=0.0)
+        assert not await inject_fault("stop", victim.pid, for_s=0.1)
+        assert not await inject_fault("cut", victim.pid, for_s=0.1)
 
 
-async def test_a_stopped_process_runs_again_however_the_stop_ends() -> None:
+async def test_a_stopped_process_is_continued_also_after_cancellation() -> None:
     with process(SLEEPS) as victim:
-        assert await inflict("stop", victim.pid, for_s=0.05)
+        assert await inject_fault("stop", victim.pid, for_s=0.05)
         assert not is_stopped(victim.pid)
-        stopping = asyncio.create_task(inflict("stop", victim.pid, for_s=600.0))
+        stopping = asyncio.create_task(inject_fault("stop", victim.pid, for_s=600.0))
         async with asyncio.timeout(WAIT_S):
             while not is_stopped(victim.pid):  # noqa: ASYNC110 (another process)
                 await asyncio.sleep(0.001)
@@ -96,18 +94,32 @@ async def test_a_stopped_process_runs_again_however_the_stop_ends() -> None:
         assert not is_stopped(victim.pid)
 
 
-async def test_a_slowed_process_is_stopped_most_of_the_time() -> None:
+async def test_a_slowed_process_is_stopped_for_nine_tenths_of_each_cycle() -> None:
+    num_sleeps = 6
+    cycle: list[tuple[bool, float]] = []
+    done = asyncio.Event()
+
+    async def record(seconds: float) -> None:
+        """Waits until the process has changed its state, instead of the seconds."""
+        expected = not cycle[-1][0] if cycle else True
+        while is_stopped(victim.pid) != expected:  # noqa: ASYNC110 (another process)
+            await asyncio.sleep(0)
+        cycle.append((expected, seconds))
+        if len(cycle) == num_sleeps:
+            done.set()
+            await asyncio.Event().wait()
+
     with process(SLEEPS) as victim:
-        slowing = asyncio.create_task(inflict("slow", victim.pid, for_s=1.0))
-        samples = []
-        while not slowing.done():
-            await asyncio.sleep(0.003)
-            samples.append(is_stopped(victim.pid))
-        assert 0.6 < sum(samples) / len(samples) < 1.0
+        slowing = asyncio.create_task(inject_fault("slow", victim.pid, for_s=600.0, sleep=record))
+        await asyncio.wait_for(done.wait(), WAIT_S)
+        slowing.cancel()
+        await asyncio.wait([slowing])
         assert not is_stopped(victim.pid)
+    stopped_s = sum(seconds for stopped, seconds in cycle if stopped)
+    assert stopped_s / sum(seconds for _, seconds in cycle) == pytest.approx(0.9)
 
 
-async def test_cut_breaks_connections_and_those_made_again() -> None:
+async def test_cut_also_breaks_new_connections() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(WAIT_S)
         port = server.getsockname()[1]
@@ -115,8 +127,8 @@ async def test_cut_breaks_connections_and_those_made_again() -> None:
         with process(f"import socket, time\nwhile True:\n    {connect}\n    time.sleep(0.01)") as victim:
             first, _ = await asyncio.to_thread(server.accept)
             if not can_cut(victim.pid):
-                pytest.skip("needs the permission to trace")
-            cutting = asyncio.create_task(inflict("cut", victim.pid, for_s=600.0))
+                pytest.skip("needs the permission to trace processes")
+            cutting = asyncio.create_task(inject_fault("cut", victim.pid, for_s=600.0))
             for connection in (first, (await asyncio.to_thread(server.accept))[0]):
                 connection.settimeout(WAIT_S)
                 assert await asyncio.to_thread(connection.recv, 1) == b""
@@ -126,37 +138,31 @@ async def test_cut_breaks_connections_and_those_made_again() -> None:
             assert victim.poll() is None
 
 
-def test_whom_chaos_hits(tmp_path: Path) -> None:
-    """Processes that are started again, of the roles wanted; never so often that the launcher gives the run up."""
-    running = dict.fromkeys(("learner", "actor-0", "actor-12", "engine-0", "sglang-0", "eval-before-greedy"), 1)
-    (tmp_path / "processes.json").write_text(json.dumps(running))
-    with locked(RunFolder(tmp_path).launcher_lock, what="a launcher"):
-        chaos = Chaos(tmp_path, seed=0, kinds=KINDS, roles=("actor", "learner"), every_s=1.0)
-    assert set(chaos._processes()) == {"learner", "actor-0", "actor-12"}
-    RunFolder(tmp_path).metrics.write_text('{"step": 3, "time": 1.0}\n{"step": 4, "time": 2.0}\n')
-    chaos._killed_at = [("learner", 4)] * (MAX_RESTARTS - 1) + [("actor-0", 3)] * MAX_RESTARTS
-    chaos._busy = {"actor-12"}
-    assert [name for name in running if chaos._may_hit(name)] == [
-        "actor-0",
-        "engine-0",
-        "sglang-0",
-        "eval-before-greedy",
-    ]
+def test_eligible_processes_are_restartable_idle_and_not_near_the_restart_limit() -> None:
+    """Only processes of the chosen roles that the launcher restarts; never one that another kill would exhaust."""
+    names = ("learner", "actor-0", "actor-12", "engine-0", "sglang-0", "eval-before-greedy")
+    running: dict[str, int] = dict.fromkeys(names, 1)
+    roles, max_restarts = ("actor", "learner"), RestartPolicy().max_restarts
+    assert eligible_processes(running, roles=roles) == ["actor-0", "actor-12", "learner"]
+    assert eligible_processes(running, roles=roles, disturbed={"actor-12"}) == ["actor-0", "learner"]
+    kills = [("learner", 4)] * (max_restarts - 1) + [("actor-0", 3)] * max_restarts + [("actor-0", 4)]
+    assert eligible_processes(running, roles=roles, kills=kills, newest_step=4) == ["actor-0", "actor-12"]
+    assert eligible_processes(running, roles=()) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_run_goes_on_under_chaos(tmp_path: Path, seed: int) -> None:
+def test_a_run_completes_under_chaos(tmp_path: Path, seed: int) -> None:
     num_steps = 60
     run = make_tiny_run(tmp_path)
-    log, said = tmp_path / "up.log", tmp_path / "chaos.log"
+    log, chaos_log = tmp_path / "up.log", tmp_path / "chaos.log"
     with launched("up", run.config, "--set", f"learner.num_steps={num_steps}", log=log) as process:
         until(lambda: steps(run.run_dir) >= 1, process, log)
         options = ("--seed", str(seed), "--faults", "8", "--every", "2")
-        with launched("chaos", run.run_dir, *options, log=said) as chaos:
-            assert chaos.wait(timeout=RUN_TIMEOUT_S) == 0, said.read_text() + log.read_text()[-4000:]
+        with launched("chaos", run.run_dir, *options, log=chaos_log) as chaos:
+            assert chaos.wait(timeout=RUN_TIMEOUT_S) == 0, chaos_log.read_text() + log.read_text()[-4000:]
         assert process.wait(timeout=RUN_TIMEOUT_S) == 0, log.read_text()
-    assert "audit: clean" in said.read_text()
+    assert "audit: clean" in chaos_log.read_text()
     faults = json.loads((run.run_dir / "chaos.json").read_text())
     assert len(faults) >= 4
     audit = audit_run(run.run_dir)

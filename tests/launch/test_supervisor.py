@@ -1,4 +1,4 @@
-"""The supervisor with real processes: restarts, failures, and nothing left behind."""
+"""The supervisor with real processes: restarts, failures, and that no process or file remains."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from learner.launch import supervisor as supervisor_module
-from learner.launch.plan import ProcessSpec
+from learner.launch.process_plan import ProcessSpec
+from learner.launch.restart_policy import RestartPolicy, RestartState
 from learner.launch.supervisor import RunFailed, Supervisor
 from learner.store.run_folder import RunFolder
 from protocol.errors import TrainingStopped, UserError
 
 WAIT_S = 30.0
 SLEEP = "import time; time.sleep(600)"
+AT_ONCE = RestartPolicy(base_pause_s=0.0)
+MAX_RESTARTS = AT_ONCE.max_restarts
 
 
 def python(name: str, code: str) -> ProcessSpec:
@@ -48,13 +50,8 @@ def pids(run_dir: Path) -> dict[str, int]:
         return {}
 
 
-@pytest.fixture(autouse=True)
-def _restart_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor_module, "_RESTART_PAUSE_S", 0.0)
-
-
-async def test_a_killed_process_is_started_again(tmp_path: Path) -> None:
-    async with Supervisor(tmp_path) as supervisor:
+async def test_a_killed_process_is_restarted(tmp_path: Path) -> None:
+    async with Supervisor(tmp_path, restart_policy=AT_ONCE) as supervisor:
         await supervisor.start([python("role", SLEEP), python("other", SLEEP)])
         first = pids(tmp_path)
         os.kill(first["role"], signal.SIGKILL)
@@ -66,21 +63,21 @@ async def test_a_killed_process_is_started_again(tmp_path: Path) -> None:
     assert not (tmp_path / "processes.json").exists()
 
 
-async def test_it_waits_for_a_process_that_ends_well(tmp_path: Path) -> None:
+async def test_wait_returns_when_the_process_exits_with_status_0(tmp_path: Path) -> None:
     flag = tmp_path / "flag"
     code = f"import pathlib, sys; p = pathlib.Path({str(flag)!r}); e = p.exists(); p.touch(); sys.exit(0 if e else 7)"
-    async with Supervisor(tmp_path) as supervisor:
+    async with Supervisor(tmp_path, restart_policy=AT_ONCE) as supervisor:
         await supervisor.start([python("learner", code), python("engine", SLEEP)])
         await asyncio.wait_for(supervisor.wait("learner"), WAIT_S)
         assert supervisor.states() == {"learner": ("done", 1), "engine": ("running", 0)}
         assert list(pids(tmp_path)) == ["engine"]
 
 
-async def test_bad_input_stops_the_run_with_its_sentence(tmp_path: Path) -> None:
+async def test_a_user_error_stops_the_run_with_its_message(tmp_path: Path) -> None:
     code = (
         "import sys; print('a log line', file=sys.stderr); print('error: no such model', file=sys.stderr); sys.exit(2)"
     )
-    async with Supervisor(tmp_path) as supervisor:
+    async with Supervisor(tmp_path, restart_policy=AT_ONCE) as supervisor:
         await supervisor.start([python("learner", SLEEP), python("engine-0", code)])
         running = pids(tmp_path)["learner"]
         with pytest.raises(UserError, match=r"^engine-0: no such model$"):
@@ -90,61 +87,58 @@ async def test_bad_input_stops_the_run_with_its_sentence(tmp_path: Path) -> None
 
 async def test_too_many_restarts_fail_the_run_with_the_log(tmp_path: Path) -> None:
     code = "import sys; print('trouble'); sys.exit(4)"
-    async with Supervisor(tmp_path) as supervisor:
+    async with Supervisor(tmp_path, restart_policy=AT_ONCE) as supervisor:
         await supervisor.start([python("learner", SLEEP), python("actor-0", code)])
         with pytest.raises(RunFailed, match=r"(?s)actor-0 ended \(exit status 4\); .*actor-0.log ends:\n.*trouble"):
             await asyncio.wait_for(supervisor.wait("learner"), WAIT_S)
-        assert supervisor.states()["actor-0"][1] == supervisor_module.MAX_RESTARTS
-    assert supervisor.log_path("actor-0").read_text().count("trouble") == supervisor_module.MAX_RESTARTS + 1
+        assert supervisor.states()["actor-0"][1] == MAX_RESTARTS
+    assert supervisor.log_path("actor-0").read_text().count("trouble") == MAX_RESTARTS + 1
 
 
-async def test_a_run_that_goes_on_forgives_a_process_that_ends_again_and_again(tmp_path: Path) -> None:
-    """Each life of it ends after another step of the run; the last one ends well."""
+async def test_a_new_step_between_failures_resets_the_failure_count(tmp_path: Path) -> None:
+    """The process fails after each step, more often than `max_restarts`, and exits with status 0 at the end."""
     metrics = RunFolder(tmp_path).metrics
     code = (
         f"import pathlib, sys; metrics = pathlib.Path({str(metrics)!r})\n"
         "step = len(metrics.read_text().splitlines()) if metrics.exists() else 0\n"
-        f"if step == {supervisor_module.MAX_RESTARTS + 2}: sys.exit(0)\n"
+        f"if step == {MAX_RESTARTS + 2}: sys.exit(0)\n"
         "with metrics.open('a') as lines: lines.write(f'{{\"step\": {step}}}\\n')\n"
         "sys.exit(4)"
     )
-    async with Supervisor(tmp_path) as supervisor:
+    async with Supervisor(tmp_path, restart_policy=AT_ONCE) as supervisor:
         await supervisor.start([python("learner", code)])
         await asyncio.wait_for(supervisor.wait("learner"), WAIT_S)
-        assert supervisor.states()["learner"] == ("done", supervisor_module.MAX_RESTARTS + 2)
+        assert supervisor.states()["learner"] == ("done", MAX_RESTARTS + 2)
 
 
-async def test_pauses_grow_with_each_short_life(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_pauses_double_with_each_short_uptime(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pause_s = 0.001
-    monkeypatch.setattr(supervisor_module, "_RESTART_PAUSE_S", pause_s)
     code = "import sys; sys.exit(4)"
-    async with Supervisor(tmp_path) as supervisor:
+    async with Supervisor(tmp_path, restart_policy=RestartPolicy(base_pause_s=pause_s)) as supervisor:
         await supervisor.start([python("learner", code)])
         with pytest.raises(RunFailed):
             await asyncio.wait_for(supervisor.wait("learner"), WAIT_S)
-    pauses = [float(record.args[2]) for record in caplog.records if isinstance(record.args, tuple)]
+    pauses = [record.args[2] for record in caplog.records if isinstance(record.args, tuple)]
     assert pauses == [pause_s * 2**i for i in range(2, 7)]
 
 
-async def test_a_learner_that_cannot_go_on_is_not_started_again(tmp_path: Path) -> None:
-    """Not even where it was restarted before for another reason."""
+async def test_a_learner_whose_training_cannot_continue_is_not_restarted(tmp_path: Path) -> None:
+    """Also if it was restarted before for another reason."""
     flag = tmp_path / "flag"
     code = (
         f"import os, pathlib, sys; flag = pathlib.Path({str(flag)!r})\n"
         "if not flag.exists(): flag.touch(); os.kill(os.getpid(), 9)\n"
         "print('error: they drift'); sys.exit(3)"
     )
-    async with Supervisor(tmp_path) as supervisor:
+    async with Supervisor(tmp_path, restart_policy=AT_ONCE) as supervisor:
         await supervisor.start([python("learner", code)])
         with pytest.raises(TrainingStopped, match=r"^learner: they drift$"):
             await asyncio.wait_for(supervisor.wait("learner"), WAIT_S)
         assert supervisor.states()["learner"][1] == 1
 
 
-async def test_a_step_that_fails(tmp_path: Path) -> None:
-    async with Supervisor(tmp_path) as supervisor:
+async def test_run_raises_the_error_of_the_process(tmp_path: Path) -> None:
+    async with Supervisor(tmp_path, restart_policy=AT_ONCE) as supervisor:
         await supervisor.run(python("good", "pass"))
         with pytest.raises(RunFailed, match=r"(?s)bad ended \(exit status 1\).*ZeroDivisionError"):
             await supervisor.run(python("bad", "1 / 0"))
@@ -154,32 +148,31 @@ async def test_a_step_that_fails(tmp_path: Path) -> None:
             await supervisor.run(python("bad", "import sys; print('error: say so', file=sys.stderr); sys.exit(2)"))
 
 
-async def test_a_process_that_fails_ends_a_step_that_runs(tmp_path: Path) -> None:
-    async with Supervisor(tmp_path) as supervisor:
+async def test_run_ends_when_another_process_stops_the_run(tmp_path: Path) -> None:
+    async with Supervisor(tmp_path, restart_policy=AT_ONCE) as supervisor:
         step = asyncio.create_task(supervisor.run(python("step", SLEEP)))
         await until(lambda: "step" in pids(tmp_path))
         pid = pids(tmp_path)["step"]
         await supervisor.start([python("role", "import sys; sys.exit(2)")])
-        with pytest.raises(UserError, match="role: see its log"):
+        with pytest.raises(UserError, match=r"^role: see .*role\.log$"):
             await asyncio.wait_for(step, WAIT_S)
     assert not alive(pid)
 
 
-async def test_one_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor_module, "STOP_TIMEOUT_S", 0.2)
-    code = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); {SLEEP}"
-    async with Supervisor(tmp_path) as supervisor:
-        await supervisor.start([python("deaf", code)])
-        await until(lambda: "deaf" in supervisor.log_path("deaf").read_text())
-        pid = pids(tmp_path)["deaf"]
+async def test_a_process_that_ignores_sigterm_is_killed_after_the_time_out(tmp_path: Path) -> None:
+    code = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); {SLEEP}"
+    async with Supervisor(tmp_path, stop_timeout_s=0.2) as supervisor:
+        await supervisor.start([python("role", code)])
+        await until(lambda: "ready" in supervisor.log_path("role").read_text())
+        pid = pids(tmp_path)["role"]
     assert not alive(pid)
 
 
-async def test_an_error_in_the_block_leaves_no_process(tmp_path: Path) -> None:
+async def test_no_process_remains_after_an_error_in_the_block(tmp_path: Path) -> None:
     found: dict[str, int] = {}
 
     async def launch() -> None:
-        async with Supervisor(tmp_path) as supervisor:
+        async with Supervisor(tmp_path, restart_policy=AT_ONCE) as supervisor:
             await supervisor.start([python("a", SLEEP), python("b", SLEEP)])
             found.update(pids(tmp_path))
             raise ZeroDivisionError
@@ -190,9 +183,9 @@ async def test_an_error_in_the_block_leaves_no_process(tmp_path: Path) -> None:
     assert not any(alive(pid) for pid in found.values())
 
 
-async def test_cancelled_it_leaves_no_process(tmp_path: Path) -> None:
+async def test_no_process_remains_after_cancellation(tmp_path: Path) -> None:
     async def launch() -> None:
-        async with Supervisor(tmp_path) as supervisor:
+        async with Supervisor(tmp_path, restart_policy=AT_ONCE) as supervisor:
             await supervisor.start([python("a", SLEEP)])
             await supervisor.run(python("b", SLEEP))
 
@@ -205,10 +198,10 @@ async def test_cancelled_it_leaves_no_process(tmp_path: Path) -> None:
     assert not any(alive(pid) for pid in found.values())
 
 
-async def test_temporary_files_of_a_killed_process_go_with_the_run(tmp_path: Path) -> None:
-    """An engine that is killed cannot remove its folder of weights: the launcher does."""
+async def test_temporary_files_of_a_killed_process_are_removed_at_the_end(tmp_path: Path) -> None:
+    """A killed engine cannot remove its folder of weights, so the launcher removes it."""
     code = f"import tempfile; print(tempfile.mkdtemp(), flush=True); {SLEEP}"
-    async with Supervisor(tmp_path) as supervisor:
+    async with Supervisor(tmp_path, restart_policy=AT_ONCE) as supervisor:
         await supervisor.start([python("engine", code)])
         await until(lambda: "\n" in supervisor.log_path("engine").read_text())
         folder = Path(supervisor.log_path("engine").read_text().strip())
@@ -220,7 +213,7 @@ async def test_temporary_files_of_a_killed_process_go_with_the_run(tmp_path: Pat
 _LAUNCHER = """
 import asyncio, sys
 from pathlib import Path
-from learner.launch.plan import ProcessSpec
+from learner.launch.process_plan import ProcessSpec
 from learner.launch.supervisor import Supervisor
 
 async def main():
@@ -246,7 +239,7 @@ async def test_roles_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
     await until(lambda: not alive(pid))
 
 
-def test_a_role_whose_launcher_is_gone_ends_at_once() -> None:
+def test_a_role_whose_launcher_has_ended_exits_at_start() -> None:
     code = "from protocol.role_startup import start_role; start_role('role'); print('never')"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -256,3 +249,29 @@ def test_a_role_whose_launcher_is_gone_ends_at_once() -> None:
         timeout=WAIT_S,
     )
     assert (done.returncode, done.stdout) == (143, "")
+
+
+def failed(policy: RestartPolicy, *failures: tuple[float, int]) -> RestartState:
+    """The state after failures of (uptime in seconds, the run's newest step)."""
+    state = RestartState(policy)
+    for uptime_s, newest_step in failures:
+        state.record_failure(uptime_s=uptime_s, newest_step=newest_step)
+    return state
+
+
+def test_only_a_new_step_or_a_long_uptime_resets_the_failure_count() -> None:
+    policy = RestartPolicy(max_restarts=2, reset_uptime_s=600.0)
+    assert not failed(policy, (1.0, 4), (1.0, 4)).is_exhausted
+    assert failed(policy, (1.0, 4), (1.0, 4), (1.0, 4)).is_exhausted
+    assert failed(policy, (1.0, 4), (1.0, 4), (600.0, 3)).is_exhausted, "an older step after a resume is no progress"
+    assert not failed(policy, (1.0, 4), (1.0, 4), (1.0, 5)).is_exhausted
+    assert not failed(policy, (1.0, 4), (1.0, 4), (601.0, 4)).is_exhausted
+
+
+def test_the_pause_is_bounded_and_reset_by_a_long_uptime() -> None:
+    policy = RestartPolicy(base_pause_s=0.25, short_uptime_s=10.0, max_pause_s=15.0, max_pause_after_kill_s=2.0)
+    assert failed(policy, (11.0, 0)).pause_s(was_killed=False) == 0.5
+    assert failed(policy, (1.0, 0)).pause_s(was_killed=False) == 1.0
+    assert failed(policy, *[(1.0, 0)] * 9).pause_s(was_killed=False) == 15.0
+    assert failed(policy, *[(1.0, 0)] * 9).pause_s(was_killed=True) == 2.0
+    assert failed(policy, *[(1.0, 0)] * 9, (11.0, 0)).pause_s(was_killed=False) == 0.5

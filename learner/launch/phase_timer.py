@@ -1,4 +1,4 @@
-"""Seconds by phase, kept in a file, so that a run that was stopped and resumed adds up."""
+"""The seconds that each phase of a run took, kept in a file, so that they add up over stops and resumes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from protocol.atomic_write import atomic_write
 
-class Stopwatch:
+
+class PhaseTimer:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
 
     @contextmanager
-    def lap(self, phase: str) -> Iterator[None]:
-        """Adds what passes to `phase`, also where it is left by an error."""
+    def measure(self, phase: str) -> Iterator[None]:
+        """Adds the seconds that the block takes to `phase` and saves them, also if the block raises."""
         started = time.perf_counter()
         try:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
-            self._path.write_text(json.dumps(self.seconds) + "\n")
+            atomic_write(self._path, json.dumps(self.seconds) + "\n")

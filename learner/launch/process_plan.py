@@ -1,4 +1,4 @@
-"""What processes a config asks for. Pure but for finding free ports."""
+"""The processes that a config requires. Pure, except for the search for free ports."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ class ProcessSpec:
 
 
 def with_ports(config: Config) -> Config:
-    """The config with a free port wherever it says 0, so that a role that is restarted is found again."""
+    """Replaces each port 0 by a free port, so that a restarted role has the same address.
+
+    Raises: ConfigError.
+    """
     num_engines = config.engine.count
     if config.engine.ports and len(config.engine.ports) != num_engines:
-        raise ConfigError(f"engine.ports must name {num_engines} ports (engine.count), got {len(config.engine.ports)}")
+        raise ConfigError(f"engine.ports must have {num_engines} ports (engine.count), got {len(config.engine.ports)}")
     engine_ports = config.engine.ports or (0,) * num_engines
     network = config.network
     wanted = [network.control_port, network.weights_port, network.announce_port, config.retriever.port, *engine_ports]
@@ -43,7 +46,10 @@ def with_ports(config: Config) -> Config:
 
 
 def plan(config: Config, *, config_path: Path) -> list[ProcessSpec]:
-    """The processes of a config whose ports are resolved, in the order in which to start them."""
+    """Returns the processes of a config without a port 0, in the order in which to start them.
+
+    Raises: ConfigError.
+    """
     path = str(config_path)
     processes = [ProcessSpec("learner", "learner", _command("learner", path))]
     if config.retriever.indexes:
@@ -76,7 +82,10 @@ def _command(*arguments: str) -> tuple[str, ...]:
 
 
 def _free_ports(host: str, count: int) -> list[int]:
-    """`count` different ports that were free a moment ago. Raises: ConfigError (a host that is not this machine's)."""
+    """Returns `count` different ports that are free now; another process may take one before its role does.
+
+    Raises: ConfigError (`host` is not an address of this machine).
+    """
     sockets = []
     try:
         for _ in range(count):
@@ -85,7 +94,7 @@ def _free_ports(host: str, count: int) -> list[int]:
             sockets[-1].bind((host, 0))
         return [each.getsockname()[1] for each in sockets]
     except OSError as error:
-        raise ConfigError(f"network.host {host!r} is no address of this machine: {error.strerror}") from error
+        raise ConfigError(f"network.host {host!r} is not an address of this machine: {error.strerror}") from error
     finally:
         for each in sockets:
             each.close()

@@ -1,4 +1,7 @@
-"""The live view of a run: what it learns, how stale it trains, and who waits for whom. Reads RUN/metrics.jsonl."""
+"""The live view of a run: reward, staleness, throughput, and what the learner and the actors wait for.
+
+Reads RUN/metrics.jsonl.
+"""
 
 from __future__ import annotations
 
@@ -13,45 +16,21 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from learner.metrics.jsonl import read_line
+from learner.launch.step_log import StepLog, StepMetrics
 from learner.store.run_folder import RunFolder
 from protocol.config import Config
 
 _BARS = "▁▂▃▄▅▆▇█"
 _REFRESH_S = 0.5
-_PLAIN_EVERY_STEPS = 10
+_PRINT_EVERY_STEPS = 10
 
-Step = Mapping[str, float]
 States = Mapping[str, tuple[str, int]]
+"""process name → (its state, restarts so far)"""
 
 
-class Steps:
-    """The lines of metrics.jsonl, read as they come; a step that was written twice counts once, the later one."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-        self.by_step: dict[int, Step] = {}
-
-    def refresh(self) -> None:
-        if not self._path.is_file():
-            return
-        with self._path.open("rb") as lines:
-            lines.seek(self._offset)
-            for line in lines:
-                if not line.endswith(b"\n"):
-                    break
-                self._offset += len(line)
-                if (step := read_line(line)) is not None:
-                    self.by_step[int(step["step"])] = step
-
-    @property
-    def last(self) -> Step | None:
-        return self.by_step[max(self.by_step)] if self.by_step else None
-
-
-class View:
-    """Runs beside a supervisor. On a terminal it redraws a panel; elsewhere it prints a line now and then."""
+class LiveView:
+    """Runs beside a supervisor. On a terminal it redraws a panel; otherwise it prints a line for every tenth step
+    and the last one. With `quiet` it shows nothing."""
 
     def __init__(
         self,
@@ -64,7 +43,7 @@ class View:
         quiet: bool,
     ) -> None:
         self._title = title
-        self._steps = Steps(metrics)
+        self._steps = StepLog(metrics)
         self._num_steps = num_steps
         self._bound = staleness_bound
         self._states = states
@@ -73,7 +52,7 @@ class View:
         self._printed = -1
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Runs until cancelled."""
         if self._quiet or not self._console.is_terminal:
             while True:
                 self._print_lines()
@@ -81,14 +60,14 @@ class View:
         with Live(console=self._console, auto_refresh=False, transient=False) as live:
             try:
                 while True:
-                    self._steps.refresh()
                     live.update(self.render(), refresh=True)
                     await asyncio.sleep(_REFRESH_S)
             finally:
-                self._steps.refresh()
                 live.update(self.render(), refresh=True)
 
     def render(self) -> RenderableType:
+        """The panel for the newest step in metrics.jsonl."""
+        self._steps.refresh()
         last = self._steps.last
         processes = Text("  ".join(_state(name, *state) for name, state in self._states().items()), style="dim")
         if last is None:
@@ -107,7 +86,7 @@ class View:
     def _print_lines(self) -> None:
         self._steps.refresh()
         for number in sorted(self._steps.by_step):
-            due = number % _PLAIN_EVERY_STEPS == 0 or number + 1 == self._num_steps
+            due = number % _PRINT_EVERY_STEPS == 0 or number + 1 == self._num_steps
             if number > self._printed and due and not self._quiet:
                 facts = "  ".join(
                     f"{name}: {value}" for name, value in rows(self._steps.by_step[number], bound=self._bound)
@@ -116,8 +95,8 @@ class View:
                 self._printed = number
 
 
-def view_of(config: Config, states: Callable[[], States], *, quiet: bool) -> View:
-    return View(
+def view_of(config: Config, states: Callable[[], States], *, quiet: bool) -> LiveView:
+    return LiveView(
         title=config.run.name,
         metrics=RunFolder(config.run.dir).metrics,
         num_steps=config.learner.num_steps,
@@ -127,24 +106,24 @@ def view_of(config: Config, states: Callable[[], States], *, quiet: bool) -> Vie
     )
 
 
-async def show_while(view: View, waiting: Awaitable[None]) -> None:
-    """Shows `view` until `waiting` ends; raises what it raises."""
+async def show_while(view: LiveView, awaited: Awaitable[None]) -> None:
+    """Shows `view` until `awaited` ends; raises its exception."""
     viewing = asyncio.create_task(view.run())
     try:
-        await waiting
+        await awaited
     finally:
         viewing.cancel()
         await asyncio.gather(viewing, return_exceptions=True)
 
 
-def rows(step: Step, *, bound: int) -> list[tuple[str, str]]:
-    """(what, how it stands) of one step's metrics."""
+def rows(step: StepMetrics, *, bound: int) -> list[tuple[str, str]]:
+    """(label, text) for each row of the panel, from one step's metrics. `bound`: the staleness bound."""
     busy_s = step["learner/step_s"] + step["learner/publish_s"]
     waiting = step["learner/wait_s"] / max(1e-9, busy_s + step["learner/wait_s"])
     waits = f"learner {waiting:.0%} of its time for trajectories"
     free = step.get("queue/credits_free", 0.0)
     if free > 0:
-        waits += f"; actors for leases: {free:.0f} groups held back by the staleness bound"
+        waits += f"; actors for leases: the staleness bound holds back {free:.0f} groups"
     reward = f"{step['reward/mean']:.3f}"
     if "reward/em" in step:
         reward += f"   EM {step['reward/em']:.3f}"
@@ -167,7 +146,7 @@ def rows(step: Step, *, bound: int) -> list[tuple[str, str]]:
 
 
 def sparkline(values: list[float], *, width: int) -> str:
-    """At most `width` bars over [0, max(1, …)], each the mean of its share of the values."""
+    """At most `width` bars over [0, max(1, largest bar)]; each bar is the mean of consecutive values."""
     if not values:
         return ""
     size = -(-len(values) // width)

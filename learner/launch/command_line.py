@@ -1,0 +1,38 @@
+"""Command lines that a message shows, written so that the user can paste them into the shell they are in."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+
+def command_line(program: str, *arguments: str | Path, argv0: str | None = None) -> str:
+    """Returns a command line that runs `program`, a script installed with Palimpsest, from the current folder.
+
+    The program is named as the user named `palimpsest`: by its name if the shell finds it, else by its path. Paths are
+    relative to the current folder if they are below it. `argv0` defaults to sys.argv[0].
+    """
+    called = Path(sys.argv[0] if argv0 is None else argv0)
+    if called.name == "__main__.py":  # python -m learner.launch
+        called = Path(sys.executable)
+    script = called.with_name(program)
+    if _is_same_file(shutil.which(program), script):
+        command = program
+    else:
+        path = relative(script)
+        command = f"./{path}" if path.parent == Path() else str(path)
+    return shlex.join([command, *(str(relative(each)) if isinstance(each, Path) else each for each in arguments)])
+
+
+def relative(path: Path) -> Path:
+    """Returns `path` relative to the current folder if it is below it, else unchanged."""
+    # abspath, because resolve() would follow a virtual environment's link to the system's python
+    absolute, here = Path(os.path.abspath(path)), Path.cwd()
+    return absolute.relative_to(here) if absolute.is_relative_to(here) else path
+
+
+def _is_same_file(found: str | None, script: Path) -> bool:
+    return found is not None and (not script.exists() or Path(found).samefile(script))

@@ -1,0 +1,109 @@
+"""The faults that `palimpsest chaos` injects into a process of this machine: kill, stop, slow, cut (Linux).
+
+A pidfd is held during a fault, so that a new process with the same pid is never hit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+FaultKind = Literal["kill", "stop", "slow", "cut"]
+"""kill: SIGKILL. stop: SIGSTOP, then SIGCONT. slow: stopped 90 % of the time. cut: TCP connections are shut down."""
+
+Sleep = Callable[[float], Awaitable[object]]
+
+_SLOW_STOPPED_S, _SLOW_RUNNING_S = 0.09, 0.01
+_CUT_INTERVAL_S = 0.02
+_PIDFD_GETFD = 438  # the system call's number, the same on every architecture
+
+
+async def inject_fault(kind: FaultKind, pid: int, *, for_s: float, sleep: Sleep = asyncio.sleep) -> bool:
+    """Returns False if the process does not exist or ends during the fault.
+
+    A stopped process is always continued, also after an error or a cancellation. `sleep` times the steps of "slow",
+    "stop" and "cut". Raises: PermissionError.
+    """
+    try:
+        with _open_pidfd(pid) as pidfd:
+            if kind == "kill":
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            else:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(for_s):
+                        await _disturb_until_cancelled(kind, pid, pidfd, sleep)
+    except (ProcessLookupError, FileNotFoundError):  # FileNotFoundError: its folder in /proc is gone
+        return False
+    return True
+
+
+def can_cut(pid: int) -> bool:
+    """Whether this process may duplicate the sockets of `pid`; a debugger's permission (kernel.yama.ptrace_scope)."""
+    try:
+        with _open_pidfd(pid) as pidfd:
+            return all(True for _ in _connections(pid, pidfd))
+    except OSError:
+        return False
+
+
+async def _disturb_until_cancelled(kind: FaultKind, pid: int, pidfd: int, sleep: Sleep) -> None:
+    if kind == "cut":
+        while True:
+            for connection in _connections(pid, pidfd):
+                with suppress(OSError):  # it is closed already
+                    connection.shutdown(socket.SHUT_RDWR)
+            await sleep(_CUT_INTERVAL_S)
+    try:
+        while True:
+            signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
+            await sleep(_SLOW_STOPPED_S)
+            if kind == "slow":
+                signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+                await sleep(_SLOW_RUNNING_S)
+    finally:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+
+
+@contextmanager
+def _open_pidfd(pid: int) -> Iterator[int]:
+    pidfd = os.pidfd_open(pid)
+    try:
+        yield pidfd
+    finally:
+        os.close(pidfd)
+
+
+def _connections(pid: int, pidfd: int) -> Iterator[socket.socket]:
+    """Yields duplicates of the process's established TCP connections; each is closed when the next one is requested."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            if not os.readlink(entry).startswith("socket:"):
+                continue
+        except FileNotFoundError:
+            continue
+        duplicate = libc.syscall(_PIDFD_GETFD, pidfd, int(entry.name), 0)
+        if duplicate < 0:
+            if (error := ctypes.get_errno()) == errno.EBADF:
+                continue
+            raise OSError(error, os.strerror(error))
+        with socket.socket(fileno=duplicate) as connection:
+            if connection.family in (socket.AF_INET, socket.AF_INET6) and _is_connected(connection):
+                yield connection
+
+
+def _is_connected(connection: socket.socket) -> bool:
+    try:
+        connection.getpeername()
+    except OSError:
+        return False
+    return True
