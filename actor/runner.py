@@ -1,13 +1,18 @@
-"""The actor's runner: takes leases against its credits, rolls groups out at once, sends each until it is acknowledged.
+"""The actor's main loop: takes leases, rolls out one group for each, and sends each group until it is acknowledged.
 
-    Lease ──► rollout (G episodes, bounded) ──► SubmitGroup ──► held ──► SubmitReply: dropped
-                                                   ▲               │
-                                                   └───────────────┘ again while not acknowledged, over any reconnect
-    Heartbeat every heartbeat_s and on each change: capacity and all held leases, absolute
+    Lease ──► rollout (G episodes, bounded) ──► SubmitGroup ──► unacknowledged ──► SubmitReply: dropped
+                                                   ▲                  │
+                                                   └──────────────────┘ sent again while not acknowledged
+    Heartbeat every heartbeat_s and after each acknowledgement: the capacity and the ids of all leases that it holds
 
-It waits for leases (the staleness bound holds them back), for engines and the retriever (inside a rollout), and for
-acknowledgements; never for the learner to read. A learner that is absent costs it nothing: heartbeats are dropped, and
-groups are held. One that is slow gets a group again only once it has been heard since the last time.
+    task         consumes                       produces                         waits for             unblocked by
+    receive      messages of the coordinator    rollout tasks; drops groups      the next message      the coordinator
+    roll out     one lease (a task each)        an unacknowledged group, sent    engines, retriever    their responses
+    heartbeats   acknowledgements, the clock    heartbeats; sends groups again   heartbeat_s           a SubmitReply
+
+The number of leases is limited by `capacity` and by the learner's staleness bound. No task waits for the learner to
+read a message: while it is absent, heartbeats are dropped and groups are kept. If it is slow, a group is sent again
+only after a RunStatus has arrived since the group was last sent.
 """
 
 from __future__ import annotations
@@ -39,21 +44,27 @@ log = logging.getLogger(__name__)
 
 Rollout = Callable[[Lease], Awaitable[TrajectoryGroup]]
 
-# A group is sent again when it is not acknowledged for so long and a RunStatus came since: the learner was restarted,
-# or the message was lost. Without the RunStatus, a learner that does not read would find each group many times over.
-RESEND_S = 5.0
-
 
 @dataclass(slots=True)
-class _Held:
-    """A finished group until its acknowledgement. `sent_s`: when it was last sent, None for not yet."""
+class _FinishedGroup:
+    """A group that is not acknowledged. `sent_s`: event-loop time at which it was last sent; None: not yet sent."""
 
     frames: list[Buffer]
     sent_s: float | None = None
 
 
 class Runner:
-    """One actor's conversation with the coordinator. `run` returns when the run is over (Drain)."""
+    """Exchanges messages with the coordinator for one actor. `run` returns when the run is over (Drain).
+
+    capacity     largest number of leases held at once
+    on_engines   called with the engines of each RunStatus
+    counters     returns the counters of each heartbeat
+    resend_s     a group is sent again if it is not acknowledged after this time and a RunStatus arrived since: the
+                 learner was restarted, or the message was lost. Without the second condition, a learner that does not
+                 read would later find many copies of each group.
+
+    `num_sent`: groups sent, each counted once. `num_refused`: groups that the coordinator refused.
+    """
 
     def __init__(
         self,
@@ -65,6 +76,7 @@ class Runner:
         on_engines: Callable[[Sequence[EngineFields]], None],
         counters: Callable[[], dict[str, float]],
         heartbeat_s: float,
+        resend_s: float = 5.0,
     ) -> None:
         self._name = name
         self._incarnation = secrets.token_hex(8)
@@ -74,27 +86,29 @@ class Runner:
         self._on_engines = on_engines
         self._counters = counters
         self._heartbeat_s = heartbeat_s
+        self._resend_s = resend_s
         self._running: dict[int, asyncio.Task[None]] = {}
-        self._held: dict[int, _Held] = {}
-        self._changed = asyncio.Event()
-        self._status_s = -math.inf
+        self._unacknowledged: dict[int, _FinishedGroup] = {}
+        self._acknowledged = asyncio.Event()
+        self._last_status_s = -math.inf
         self.num_sent = 0
         self.num_refused = 0
 
     async def run(self) -> str:
-        """Until the coordinator says Drain; its reason. Cancelled or not, the leases are given back."""
+        """Runs until the coordinator sends Drain; returns its reason. On exit, also if cancelled, frees all leases."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                heartbeat = tasks.create_task(self._heartbeats())
+                heartbeats = tasks.create_task(self._send_heartbeats())
                 reason = await self._receive(tasks)
-                heartbeat.cancel()
+                heartbeats.cancel()
                 for task in self._running.values():
                     task.cancel()
             return reason
         finally:
-            await self._goodbye()
+            await self._send_goodbye()
 
     async def _receive(self, tasks: asyncio.TaskGroup) -> str:
+        """Handles messages until a Drain; returns its reason. Starts one task in `tasks` for each new lease."""
         while True:
             frames = await self._dealer.recv()
             try:
@@ -104,73 +118,82 @@ class Runner:
                 continue
             match message:
                 case RunStatus():
-                    self._status_s = asyncio.get_running_loop().time()
+                    self._last_status_s = asyncio.get_running_loop().time()
                     self._on_engines(message.engines)
-                case Lease() if message.lease_id not in self._running and message.lease_id not in self._held:
-                    task = tasks.create_task(self._work(message), name=f"group {message.cursor}")
+                case Lease() if message.lease_id not in self._held_leases():
+                    task = tasks.create_task(self._roll_out(message), name=f"group {message.cursor}")
                     self._running[message.lease_id] = task
                 case SubmitReply():
-                    self._acknowledged(message)
+                    self._handle_reply(message)
                 case Drain():
                     return message.reason
                 case _:
-                    log.warning("ignored a %s", message.kind)
+                    log.warning("ignored an unexpected message: %s", message.kind)
 
-    async def _work(self, lease: Lease) -> None:
+    def _held_leases(self) -> set[int]:
+        """Leases whose group is being rolled out or is not acknowledged."""
+        return {*self._running, *self._unacknowledged}
+
+    async def _roll_out(self, lease: Lease) -> None:
+        """Rolls out the group of one lease and sends it."""
         try:
             group = await self._rollout(lease)
-            # Raises where the coordinator could not read it: it would have no answer, and be held for ever.
+            # Raises if the coordinator could not decode the group: it would not reply, and the group would never be
+            # acknowledged.
             frames = encode_group(group, lease_id=lease.lease_id)
-            held = self._held[lease.lease_id] = _Held(frames)
+            finished = self._unacknowledged[lease.lease_id] = _FinishedGroup(frames)
             fault_point("actor.finished")
-            self._send(held)
+            self._try_send(finished)
             fault_point("actor.sent")
         finally:
             del self._running[lease.lease_id]
 
-    def _send(self, held: _Held) -> None:
-        """Where the learner cannot take it, the group stays as it is, for a later heartbeat to find."""
-        if self._dealer.try_send(held.frames):
-            self.num_sent += held.sent_s is None
-            held.sent_s = asyncio.get_running_loop().time()
+    def _try_send(self, group: _FinishedGroup) -> None:
+        """Sends the group if the socket can take it now; if not, the heartbeat task tries again."""
+        if self._dealer.try_send(group.frames):
+            self.num_sent += group.sent_s is None
+            group.sent_s = asyncio.get_running_loop().time()
 
-    def _is_due(self, held: _Held) -> bool:
-        if held.sent_s is None:
+    def _must_send(self, group: _FinishedGroup) -> bool:
+        """Whether the group was not sent yet, or must be sent again (see `resend_s`)."""
+        if group.sent_s is None:
             return True
         now_s = asyncio.get_running_loop().time()
-        return now_s - held.sent_s > RESEND_S and self._status_s > held.sent_s
+        return now_s - group.sent_s > self._resend_s and self._last_status_s > group.sent_s
 
-    def _acknowledged(self, reply: SubmitReply) -> None:
-        if self._held.pop(reply.lease_id, None) is None:
+    def _handle_reply(self, reply: SubmitReply) -> None:
+        if self._unacknowledged.pop(reply.lease_id, None) is None:
             return
         fault_point("actor.acknowledged")
         if reply.outcome == "refused":
             self.num_refused += 1
             log.warning("the coordinator refused a group: %s", reply.reason)
-        self._changed.set()
+        self._acknowledged.set()
 
-    async def _heartbeats(self) -> None:
+    async def _send_heartbeats(self) -> None:
+        """Sends a heartbeat, and the groups that are due, every `heartbeat_s` and after each acknowledgement."""
         while True:
             heartbeat = Heartbeat(
                 actor=self._name,
                 incarnation=self._incarnation,
                 capacity=self._capacity,
-                held=sorted({*self._running, *self._held}),
+                held=sorted(self._held_leases()),
                 counters=self._counters(),
             )
-            self._changed.clear()
+            self._acknowledged.clear()
             self._dealer.try_send([encode(heartbeat)])
-            for held in list(self._held.values()):
-                if self._is_due(held):
-                    self._send(held)
+            for group in list(self._unacknowledged.values()):
+                if self._must_send(group):
+                    self._try_send(group)
             try:
                 async with asyncio.timeout(self._heartbeat_s):
-                    await self._changed.wait()
+                    await self._acknowledged.wait()
             except TimeoutError:
                 pass
 
-    async def _goodbye(self) -> None:
+    async def _send_goodbye(self) -> None:
+        """Tells the coordinator to free this actor's leases. Waits at most 1 s."""
         try:
             await self._dealer.send([encode(Goodbye(actor=self._name, incarnation=self._incarnation))], timeout_s=1.0)
         except TimeoutError:
-            log.warning("could not say goodbye: the leases will expire")
+            log.warning("Goodbye could not be sent in 1 s: the leases will expire")

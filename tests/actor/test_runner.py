@@ -1,4 +1,4 @@
-"""The runner against a coordinator that is played by hand on a real socket."""
+"""The runner on a real socket, with the test in the role of the coordinator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from actor import runner as runner_module
 from actor.runner import Runner
 from protocol.codec import decode_group
 from protocol.errors import MalformedMessage
@@ -23,15 +22,20 @@ STATUS = RunStatus(run_id="run", step=0, num_steps=1, engines=[])
 
 
 @dataclass
-class Stage:
-    """The coordinator's end, a rollout that waits until the test lets it go, and the runner between them."""
+class RunnerUnderTest:
+    """A runner, the coordinator's socket, and a rollout that ends when the test calls `finish`.
 
+    `rollout_error`: the rollout raises it. `num_heartbeats` counts heartbeats that were made, also unsent ones.
+    """
+
+    resend_s: float
     transport: Transport = field(default_factory=Transport)
     engines: list[Sequence[EngineFields]] = field(default_factory=list)
     gates: dict[int, asyncio.Event] = field(default_factory=dict)
     question_id: str = "q"
+    rollout_error: Exception | None = None
     peer: bytes = b""
-    num_beats: int = 0
+    num_heartbeats: int = 0
     num_received: int = 0
 
     def __post_init__(self) -> None:
@@ -44,15 +48,18 @@ class Stage:
             on_engines=self.engines.append,
             counters=self._counters,
             heartbeat_s=0.02,
+            resend_s=self.resend_s,
         )
         self.running = asyncio.create_task(self.runner.run())
 
     def _counters(self) -> dict[str, float]:
-        """Asked for once in each heartbeat, also in those that cannot be sent."""
-        self.num_beats += 1
+        """The runner calls this once for each heartbeat, also for those that cannot be sent."""
+        self.num_heartbeats += 1
         return {"busy": 1.0}
 
     async def _rollout(self, lease: Lease) -> TrajectoryGroup:
+        if self.rollout_error is not None:
+            raise self.rollout_error
         await self.gates.setdefault(lease.lease_id, asyncio.Event()).wait()
         context = Context(
             token_ids=np.array([1, 2], dtype=np.int32),
@@ -67,7 +74,7 @@ class Stage:
         self.gates.setdefault(lease_id, asyncio.Event()).set()
 
     async def receive(self, kind: type[Message], *, held: list[int] | None = None) -> Message:
-        """The next message of `kind`; of heartbeats, the next one that names `held`."""
+        """Receives the next message of `kind`; if `held` is given, the next heartbeat with these leases."""
         async with asyncio.timeout(WAIT_S):
             while True:
                 self.peer, frames = await self.router.recv()
@@ -89,15 +96,21 @@ class Stage:
 
 
 @pytest.fixture
-async def stage() -> AsyncIterator[Stage]:
-    stage = Stage()
+def resend_s() -> float:
+    """The runner's `resend_s`; tests set another value with `parametrize`."""
+    return 5.0
+
+
+@pytest.fixture
+async def stage(resend_s: float) -> AsyncIterator[RunnerUnderTest]:
+    stage = RunnerUnderTest(resend_s)
     yield stage
     stage.running.cancel()
     await asyncio.wait([stage.running])
     stage.transport.close()
 
 
-async def test_heartbeats_say_everything(stage: Stage) -> None:
+async def test_heartbeats_state_capacity_leases_and_counters_and_engines_are_passed_on(stage: RunnerUnderTest) -> None:
     first = await stage.receive(Heartbeat)
     assert isinstance(first, Heartbeat)
     assert (first.actor, first.capacity, first.held, first.counters) == ("actor-0", 3, [], {"busy": 1.0})
@@ -111,10 +124,8 @@ async def test_heartbeats_say_everything(stage: Stage) -> None:
     assert stage.engines == [[engine]]
 
 
-async def test_a_group_is_held_and_sent_again_until_it_is_acknowledged(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runner_module, "RESEND_S", 0.05)
+@pytest.mark.parametrize("resend_s", [0.05])
+async def test_a_group_is_sent_again_until_it_is_acknowledged(stage: RunnerUnderTest) -> None:
     await stage.receive(Heartbeat)
     await stage.lease(1)
     await stage.receive(Heartbeat, held=[1])
@@ -131,9 +142,9 @@ async def test_a_group_is_held_and_sent_again_until_it_is_acknowledged(
     assert stage.runner.num_sent == 1
 
 
-async def test_a_learner_that_is_not_heard_gets_a_group_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is busy or frozen would otherwise find each held group many times over."""
-    monkeypatch.setattr(runner_module, "RESEND_S", 0.0)
+@pytest.mark.parametrize("resend_s", [0.0])
+async def test_a_group_is_not_sent_again_before_a_run_status(stage: RunnerUnderTest) -> None:
+    """A learner that is busy or stopped would otherwise receive many copies of each group later."""
     await stage.receive(Heartbeat)
     await stage.send(STATUS)
     await stage.lease(1)
@@ -144,11 +155,9 @@ async def test_a_learner_that_is_not_heard_gets_a_group_once(stage: Stage, monke
         assert isinstance(decode(frames)[0], Heartbeat)
 
 
-async def test_it_outlives_an_absence_of_the_learner_and_delivers_what_it_held(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Absent for many more heartbeats than any queue of its socket holds: nothing is lost, nothing floods in."""
-    monkeypatch.setattr(runner_module, "RESEND_S", 0.0)
+@pytest.mark.parametrize("resend_s", [0.0])
+async def test_after_an_absence_of_the_learner_all_groups_arrive_without_a_flood(stage: RunnerUnderTest) -> None:
+    """The absence lasts 50 heartbeats: they are dropped, not queued, and no group is lost."""
     await stage.receive(Heartbeat)
     await stage.lease(1)
     await stage.lease(2)
@@ -157,10 +166,10 @@ async def test_it_outlives_an_absence_of_the_learner_and_delivers_what_it_held(
     await stage.receive(SubmitGroup)
     address = stage.router.address
     stage.router.close()
-    beats = stage.num_beats
+    num_heartbeats = stage.num_heartbeats
     stage.finish(2)
     async with asyncio.timeout(WAIT_S):
-        while stage.num_beats < beats + 50:  # noqa: ASYNC110 (nothing tells of a heartbeat that was dropped)
+        while stage.num_heartbeats < num_heartbeats + 50:  # noqa: ASYNC110 (no event for a dropped heartbeat)
             await asyncio.sleep(0.01)
     assert not stage.running.done()
     stage.router = stage.transport.router(address)
@@ -179,7 +188,7 @@ async def test_it_outlives_an_absence_of_the_learner_and_delivers_what_it_held(
     await stage.receive(Heartbeat, held=[])
 
 
-async def test_a_refused_group_is_dropped(stage: Stage) -> None:
+async def test_a_refused_group_is_dropped(stage: RunnerUnderTest) -> None:
     await stage.receive(Heartbeat)
     await stage.lease(1)
     stage.finish(1)
@@ -189,7 +198,7 @@ async def test_a_refused_group_is_dropped(stage: Stage) -> None:
     assert stage.runner.num_refused == 1
 
 
-async def test_a_lease_that_comes_twice_is_worked_on_once(stage: Stage) -> None:
+async def test_a_lease_that_arrives_twice_is_rolled_out_once(stage: RunnerUnderTest) -> None:
     await stage.receive(Heartbeat)
     await stage.lease(1)
     await stage.lease(1)
@@ -202,7 +211,7 @@ async def test_a_lease_that_comes_twice_is_worked_on_once(stage: Stage) -> None:
     assert stage.runner.num_sent == 1
 
 
-async def test_drain_ends_it_with_goodbye(stage: Stage) -> None:
+async def test_drain_ends_the_runner_with_goodbye(stage: RunnerUnderTest) -> None:
     await stage.receive(Heartbeat)
     await stage.lease(1)
     await stage.receive(Heartbeat, held=[1])
@@ -214,7 +223,7 @@ async def test_drain_ends_it_with_goodbye(stage: Stage) -> None:
         assert await stage.running == "the run is over"
 
 
-async def test_cancelled_it_says_goodbye(stage: Stage) -> None:
+async def test_a_cancelled_runner_sends_goodbye(stage: RunnerUnderTest) -> None:
     await stage.receive(Heartbeat)
     await stage.lease(1)
     await stage.receive(Heartbeat, held=[1])
@@ -224,7 +233,7 @@ async def test_cancelled_it_says_goodbye(stage: Stage) -> None:
     assert stage.running.cancelled()
 
 
-async def test_foreign_and_malformed_messages_are_ignored(stage: Stage) -> None:
+async def test_unexpected_and_malformed_messages_are_ignored(stage: RunnerUnderTest) -> None:
     beat = await stage.receive(Heartbeat)
     for frames in ([b""], [b"\xff" * 9], [encode(beat)], [b"x"] * 20):
         assert stage.router.send(stage.peer, frames)
@@ -232,13 +241,9 @@ async def test_foreign_and_malformed_messages_are_ignored(stage: Stage) -> None:
     await stage.receive(Heartbeat, held=[1])
 
 
-async def test_a_failing_rollout_ends_the_actor(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A defect is seen: the process ends with it, its leases are given back, and the launcher starts another."""
-
-    async def fail(lease: Lease) -> TrajectoryGroup:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(stage.runner, "_rollout", fail)
+async def test_an_exception_in_a_rollout_ends_the_actor(stage: RunnerUnderTest) -> None:
+    """The process ends with the error, its leases are freed, and the launcher restarts it: a defect is not hidden."""
+    stage.rollout_error = ZeroDivisionError()
     await stage.receive(Heartbeat)
     await stage.lease(1)
     await stage.receive(Goodbye)
@@ -248,8 +253,8 @@ async def test_a_failing_rollout_ends_the_actor(stage: Stage, monkeypatch: pytes
     assert isinstance(error.exceptions[0], ZeroDivisionError)
 
 
-async def test_a_group_that_no_coordinator_could_read_is_an_error_here(stage: Stage) -> None:
-    """Its header would be refused unread, without an answer, and the actor would hold it for ever."""
+async def test_a_group_that_the_coordinator_could_not_decode_ends_the_actor(stage: RunnerUnderTest) -> None:
+    """The coordinator would drop it without a reply, and the actor would never get an acknowledgement."""
     stage.question_id = "q" * 200
     await stage.receive(Heartbeat)
     await stage.lease(1)
