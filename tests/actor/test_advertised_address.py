@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from actor.engine.advertised_address import check_advertised
-from actor.engine.command import random_engine_seed
+from actor.engine_command import random_engine_seed
 from protocol.errors import ConfigError
 
 
