@@ -1,4 +1,4 @@
-"""Attention over a packed forest, as an attention implementation of transformers: exact, with no dense mask.
+"""Attention over a packed forest, as an attention implementation of transformers: exact, without a dense mask.
 
 Scorer ── attention_plan=plan ──► decoder ──► each layer's attention ──► plan.attend(query, key, value)
                                                                         blocks (CPU): learner/model/attention_cpu.py
@@ -21,7 +21,7 @@ from learner.batch.packing import Pack
 from protocol.errors import DataError
 
 NAME = "palimpsest"
-"""Of the attention implementation, in transformers."""
+"""Name of the attention implementation in transformers."""
 
 Implementation = Literal["blocks", "flex"]
 
@@ -29,11 +29,11 @@ _logger = logging.getLogger(__name__)
 
 
 class AttentionPlan(Protocol):
-    """How one pack attends; planned once, used by all layers."""
+    """The attention of one pack: planned once, used by all layers."""
 
     @property
     def num_depths(self) -> int:
-        """The longest context's number of tokens."""
+        """Number of tokens of the longest context."""
         ...
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
@@ -43,10 +43,10 @@ class AttentionPlan(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedInputs:
-    """A pack on a device, of U tokens; a plan may add some that nothing sees and that see nothing else.
+    """A pack of U tokens on a device. U may include padding tokens, which attend only to themselves.
 
     token_ids, position_ids  int64 [1, U]
-    plan                     what the decoder's forward takes as `attention_plan=`
+    plan                     the argument `attention_plan=` of the decoder's forward
     """
 
     token_ids: Tensor
@@ -56,7 +56,7 @@ class PackedInputs:
 
 @functools.cache
 def choose(device_type: str) -> Implementation:
-    """`flex` (FlexAttention) on CUDA, `blocks` on a CPU; logged once each. Raises: DataError for another device."""
+    """`flex` (FlexAttention) on CUDA, `blocks` on a CPU; logs each once. Raises: DataError for another device type."""
     if device_type not in ("cpu", "cuda"):
         raise DataError(f"packed attention runs on a device of type cpu or cuda, got {device_type}")
     chosen: Implementation = "flex" if device_type == "cuda" else "blocks"
@@ -65,7 +65,7 @@ def choose(device_type: str) -> Implementation:
 
 
 def to_device(pack: Pack, device: torch.device | str, *, implementation: Implementation | None = None) -> PackedInputs:
-    """Plans the attention of a pack and brings it to `device`; `implementation` is that of `choose` if not given."""
+    """Plans a pack's attention and moves it to `device`; `implementation` defaults to `choose(device.type)`."""
     device = torch.device(device)
     if (implementation or choose(device.type)) == "flex":
         from learner.model.attention_flex import flex_inputs  # imports torch's compiler
@@ -80,9 +80,9 @@ def to_device(pack: Pack, device: torch.device | str, *, implementation: Impleme
 
 
 def install(model: PreTrainedModel) -> None:
-    """Makes `model` attend by the plan that its decoder's forward is given as `attention_plan=`.
+    """Makes `model` use the plan that its decoder's forward gets as `attention_plan=`.
 
-    Without a plan it attends causally and takes no mask: rows may be padded on the right, never on the left.
+    Without a plan its attention is causal and has no mask: rows may be padded on the right, never on the left.
     """
     AttentionInterface.register(NAME, _attention_forward)
     model.set_attn_implementation(NAME)
@@ -101,7 +101,7 @@ def _attention_forward(
     attention_plan: AttentionPlan | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer: query [B, H, U, D], key and value [B, K, U, D] -> [B, U, H, D]."""
+    """transformers calls this in each layer: query [B, H, U, D], key and value [B, K, U, D] -> [B, U, H, D]."""
     if attention_plan is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout)
     if sliding_window is not None and sliding_window < attention_plan.num_depths:

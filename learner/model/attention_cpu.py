@@ -1,14 +1,15 @@
-"""Attention over a packed forest on a CPU: a few calls of PyTorch's flash kernel, each without a mask, and exact.
+"""Exact attention over a packed forest on a CPU: a few calls of PyTorch's flash kernel, without a dense mask.
 
-    packed       [ system | question | memory a | memory b ]      self   each node on itself, causal
-    self           ◣        ◣          ◣          ◣               cross  what is below an inner node, on its keys
+    packed       [ system | question | memory a | memory b ]      self   each node's queries on its own keys, causal
+    self           ◣        ◣          ◣          ◣               cross  descendants' queries on a node's keys
     cross                   ■system────────────────────►
                                        ■question────────►
 
-Partial results merge by their log-sum-exp. With P = exp(S - lse) and D = rowsum(dO O), the gradient of a block needs
-nothing of the others but lse and O, so the backward pass calls each block's kernel with the *global* ones (Dao et al.
-2022, FlashAttention, algorithm 4). Small blocks of about the same size go through the kernel as one padded batch: a
-causal mask keeps padding on the right from all real queries, and in cross blocks padded keys are masked.
+Partial results are merged by their log-sum-exp (lse). With P = exp(S - lse) and D = rowsum(dO O), the gradient of a
+block depends on other blocks only through lse and O, so the backward pass calls each block's kernel with the *global*
+lse and O (Dao et al. 2022, FlashAttention, algorithm 4). Small blocks of similar size go through the kernel as one
+batch, padded on the right: in self blocks the causal mask hides padded keys from real queries, in cross blocks a mask
+does.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from torch import Tensor
 from learner.batch.packing import Index, Pack
 
 _SMALL = 128**2
-"""Query-key pairs; a larger block is worth a kernel call of its own, which needs no copies."""
+"""Query-key pairs. A larger block gets a separate kernel call, which needs no copies."""
 _CLASS = 1.25
-"""Lengths of a padded batch differ by at most this factor."""
+"""Largest factor between the lengths in one padded batch."""
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -57,11 +58,11 @@ class _Slice:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Rows:
-    """N packed tokens as b rows padded to L, each row a stretch of tokens of its own.
+    """N packed tokens as b rows padded to L; each row is an interval of packed tokens.
 
-    index    int64 [b * L]   packed token, for padding some other
-    real     int64 [N]       where of b * L a real token is
-    padding  int64 [b*L-N]   and where none is
+    index    int64 [b * L]   packed index of each place; an arbitrary valid one for padding
+    real     int64 [N]       the places with a real token
+    padding  int64 [b*L-N]   the other places
     tokens   int64 [N]       index[real]
     """
 
@@ -81,7 +82,7 @@ class _Rows:
         return cls(len(starts), *(torch.from_numpy(array) for array in arrays))
 
     def take(self, tokens: Tensor, *, padding: float | None = None) -> Tensor:
-        """[b, L, ...] of tokens [U, ...], with `padding` where there is none, anything finite if not given."""
+        """[b, L, ...] of tokens [U, ...]; padded places hold `padding`, or an arbitrary finite value if it is None."""
         rows = tokens.index_select(0, self.index)
         if padding is not None:
             rows.index_fill_(0, self.padding, padding)
@@ -103,7 +104,7 @@ class _Rows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Block:
-    """Queries that see keys: their own and those before (causal), or all; mask additive [b, 1, Lq, Lk] over padding."""
+    """Queries and the keys they attend to: causal, or all. mask: additive [b, 1, Lq, Lk], hides padded keys."""
 
     queries: _Slice | _Rows
     keys: _Slice | _Rows
@@ -112,11 +113,11 @@ class _Block:
 
     @property
     def sides(self) -> tuple[_Slice | _Rows, _Slice | _Rows, _Slice | _Rows]:
-        """Whose query, key and value are read, and gradients written."""
+        """The rows of query, key and value, to read them and to write their gradients."""
         return self.queries, self.keys, self.keys
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """(out [n, H, D], lse [n, H]) of the block's queries over its keys alone; arguments [U, heads, D]."""
+        """(out [n, H, D], lse [n, H]) of the block's queries over only its keys; arguments [U, heads, D]."""
         inputs = _heads_first(self.queries.take(query), self.keys.take(key), self.keys.take(value))
         out, lse = _forward(*inputs, 0.0, self.causal, attn_mask=self._mask(query), scale=scale)
         return self.queries.unpadded(out.transpose(1, 2)), self.queries.unpadded(lse.transpose(1, 2))
@@ -124,7 +125,7 @@ class _Block:
     def backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the block adds to the gradients of its queries [n, H, D], keys and values [n', K, D]."""
+        """The block's part of the gradients of its queries [n, H, D], keys and values [n', K, D]."""
         inputs = _heads_first(
             self.queries.take(grad, padding=0.0),
             self.queries.take(query),
@@ -143,7 +144,7 @@ class _Block:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockPlan:
-    """The blocks of a pack: `own`, in which every token is a query exactly once, and `inner`, on ancestors' keys."""
+    """The blocks of a pack: `own` are self blocks, with every token once as query; `inner` are cross blocks."""
 
     num_depths: int
     own: tuple[_Block, ...]
@@ -220,7 +221,7 @@ def _rows(starts: Index, ends: Index) -> _Slice | _Rows:
 
 
 def _cross(starts: Index, ends: Index, subtree_ends: Index) -> _Block:
-    """All queries below some nodes on these nodes' keys; the nodes are of one level, so no query is in it twice."""
+    """All queries below some nodes on these nodes' keys. The nodes have one level, so no query occurs twice."""
     queries, keys = _rows(ends, subtree_ends), _rows(starts, ends)
     if isinstance(keys, _Slice) or not len(keys.padding):
         return _Block(queries, keys, causal=False)
@@ -230,7 +231,7 @@ def _cross(starts: Index, ends: Index, subtree_ends: Index) -> _Block:
 
 
 def _batches(num_queries: Index, num_keys: Index) -> list[Index]:
-    """Which of n blocks go together: small ones of about equal numbers, int64 [n], of queries and of keys."""
+    """The blocks of each kernel call: a large one alone, small ones of similar size; both arguments int64 [n]."""
     sizes = np.stack([num_queries, num_keys])
     classes = np.ceil(np.log(np.maximum(sizes, 8)) / np.log(_CLASS)).astype(np.int64)
     large, small = np.flatnonzero(num_queries * num_keys > _SMALL), np.flatnonzero(num_queries * num_keys <= _SMALL)

@@ -1,8 +1,8 @@
-"""Attention over a packed forest on a GPU: FlexAttention with the forest's integer mask, one block mask for all layers.
+"""Attention over a packed forest on a GPU: FlexAttention with one block mask, used by all layers.
 
-The block mask comes from the integers themselves: key block J is visible to a later query block I where some key of J
-still has a subtree that reaches into I, and wholly where every key of J has one that reaches beyond I. So no
-[U, U] mask is ever formed. Its forward is tested uncompiled on a CPU; it has not been run on a GPU.
+The block mask is computed from `subtree_end`: key block J is visible to a later query block I if the subtree of some
+key in J extends into I, and fully visible if the subtree of every key in J covers I. No [U, U] mask is formed. The
+forward pass is tested uncompiled on a CPU; it has not been run on a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from learner.batch.packing import Index, Pack
 
 _BLOCK = 128
-"""Tokens of a mask block; the row is padded to a multiple, so that the compiled kernel sees whole blocks only."""
+"""Tokens per mask block. The row is padded to a multiple of it, so that the compiled kernel gets only whole blocks."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,9 +44,9 @@ class FlexPlan:
 
 
 def flex_inputs(pack: Pack, device: torch.device) -> tuple[Tensor, Tensor, FlexPlan]:
-    """(token_ids [U], position_ids [U], plan), U a multiple of 128 and at least 256; added tokens see only themselves.
+    """(token_ids [U], position_ids [U], plan), U a multiple of 128 and at least 256; padding attends only to itself.
 
-    At least two blocks, because the compiler makes a graph of its own for a size of 1.
+    At least two blocks, because the compiler makes a separate graph for a size of 1.
     """
     num_added = max(2 * _BLOCK - pack.num_unique_tokens, -pack.num_unique_tokens % _BLOCK)
     token_ids, depth = (np.pad(column, (0, num_added)) for column in (pack.token_ids, pack.depth))
@@ -79,7 +79,7 @@ def block_mask(subtree_end: Index, device: torch.device) -> BlockMask:
 
 
 def _ordered(blocks: NDArray[np.bool_], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(counts int32 [1, 1, Q], key blocks int32 [1, 1, Q, K], those that count first) of a bool [Q, K]."""
+    """(counts int32 [1, 1, Q], key blocks int32 [1, 1, Q, K] with the true ones first) of a bool [Q, K]."""
     counts, order = blocks.sum(axis=1), np.argsort(~blocks, axis=1, kind="stable")
     count, indices = (torch.from_numpy(array.astype(np.int32))[None, None].to(device) for array in (counts, order))
     return count, indices
@@ -90,11 +90,11 @@ Attend = Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor]
 
 @functools.cache
 def compiled(scale: float, is_grouped: bool, *, backend: str | Callable = "inductor") -> Attend:
-    """One graph for every number of tokens: (query, key, value, block mask) -> out.
+    """A compiled function (query, key, value, block mask) -> out, with one graph for every number of tokens.
 
-    The number of blocks may by chance be that of heads, or of a head's width: without `use_duck_shape` the compiler
-    does not take them for the same size. Beyond the limit of graphs it would run uncompiled, which forms all scores,
-    in silence: it shall fail.
+    `use_duck_shape=False`: otherwise the compiler would treat sizes that are equal by chance (number of blocks, number
+    of heads, head width) as one symbol. `fail_on_recompile_limit_hit`: otherwise, beyond the limit of graphs, it would
+    run uncompiled without a warning, which forms all scores.
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:

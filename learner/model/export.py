@@ -1,4 +1,4 @@
-"""The weights as engines and other programs take them: whole, on the CPU, under the base model's names."""
+"""Exports weights for engines and Hugging Face folders: unsharded, on the CPU, under the base model's names."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from protocol.messages import CanaryFields
 
 _CANARY_PROMPTS = 4
 _CANARY_TOKENS = 8
-# Any number that is prime to usual vocabularies: the prompts are no text.
+# Any number coprime to common vocabulary sizes; the prompts are arbitrary token ids, not text.
 _CANARY_STRIDE = 7919
 
 
 @torch.no_grad()
 def published_weights(model: PreTrainedModel, *, world: World, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights in `dtype`, tied ones once, adapters merged, under the names that `save_pretrained` gives.
+    """The weights in `dtype`, tied ones once, adapters merged, under the names that `save_pretrained` uses.
 
-    All ranks call it; rank 0 gets the weights, the others nothing. On the CPU they may be the parameters themselves:
-    write or copy them before the next update.
+    All ranks must call it; rank 0 gets the weights, the others an empty dict. On a CPU the tensors may be the
+    parameters themselves: write or copy them before the next update.
     """
     tied = set(model.all_tied_weights_keys or ())
     scaling = scalings(model)
@@ -46,9 +46,10 @@ def published_weights(model: PreTrainedModel, *, world: World, dtype: torch.dtyp
 
 @torch.no_grad()
 def canary(scorer: Scorer, *, device: torch.device) -> CanaryFields:
-    """What an engine that has the published weights must say: prompts that share no prefix, and log-probs after them.
+    """Prompts without a common prefix, and the log-prob of the most likely next token of each, to verify engines.
 
-    All ranks call it: one forward of a few tokens, as the learner computes, in bf16 where it trains in bf16.
+    An engine with the published weights must reproduce the log-probs. All ranks must call it. It is one forward of a
+    few tokens in the learner's compute dtype.
     """
     num_tokens = cast(nn.Linear, scorer.model.get_output_embeddings()).weight.shape[0]
     places = np.arange(_CANARY_PROMPTS)[:, None]
@@ -57,14 +58,14 @@ def canary(scorer: Scorer, *, device: torch.device) -> CanaryFields:
     last = row.locate(places[:, 0], np.full(_CANARY_PROMPTS, _CANARY_TOKENS - 1))
     scores = scorer(to_device(row, device), torch.from_numpy(last).to(device), None)
     if isinstance(scorer, FSDPModule):
-        scorer.reshard()  # without a backward the root would stay whole, and in bf16
+        scorer.reshard()  # without a backward pass, FSDP would leave the root unsharded and in bf16
     return CanaryFields(prompts=prompts.tolist(), logprobs=scores.logprob.tolist())
 
 
 def save_folder(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """Writes config and `weights` of `model` into an existing folder, as `save_pretrained` does, whose config it is.
+    """Writes config and `weights` of `model` into an existing folder, in the format of `save_pretrained`.
 
-    The config names the dtype of `weights`, which is what an engine will load them as.
+    The config names the dtype of `weights`, in which an engine will load them.
     """
     config = copy.deepcopy(model.config)
     config.dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())

@@ -1,4 +1,4 @@
-"""What a training step costs in floating-point operations, beside what the devices could do: MFU."""
+"""Floating-point operations of a training step, and the peak of the devices, for MFU (model FLOPs utilisation)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ _PEAK_BF16_TFLOPS = {
     "L40S": 362.0,
     "B200": 2250.0,
 }
-"""Dense bf16, from the makers' data sheets, by a part of the device's name."""
+"""Dense bf16, from the vendors' data sheets, by a substring of the device's name."""
 
 
 def training_flops(model: PreTrainedModel, *, num_tokens: int, num_scored: int, num_forwards: int = 0) -> float:
-    """6 P U + 6 V H M for a forward and backward of U tokens with logits at M of them; 2 for each forward more, not 6.
+    """6 P U + 6 V H M for forward and backward of U tokens with logits at M of them, plus 2 P U + 2 V H M per forward.
 
-    Weights that do not train cost 4: no gradient of theirs is formed. P counts the parameters that are neither
-    embedding; attention's quadratic part is left out, so that MFU is a lower bound.
+    num_tokens: U; num_scored: M; num_forwards: further forward passes. A frozen weight has factor 4 instead of 6,
+    because its gradient is not computed. P counts all parameters but the embeddings. The quadratic part of attention is
+    left out, so MFU is a lower bound.
     Source: Kaplan et al. 2020, section 2.1.
     """
     head = _parameters(model.get_output_embeddings())
@@ -37,7 +38,7 @@ def training_flops(model: PreTrainedModel, *, num_tokens: int, num_scored: int, 
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of one device in a second, in dense bf16; None where it is not known, as for every CPU."""
+    """Peak of one device in dense bf16 FLOP/s; None if it is not known, as for every CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,4 +1,4 @@
-"""The policy: a causal language model from a Hugging Face folder."""
+"""Loads a policy: a causal language model from a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-"""What is copied beside the weights, so that a checkpoint can be served."""
+"""Files copied next to the weights, so that a checkpoint can be served."""
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -33,8 +33,10 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A model ready for training, and the tokenizer files that belong to it. Dropout is off for good: the proximal
-    policy is the model itself, and two forwards of one input must agree."""
+    """A model ready for training, and its tokenizer files.
+
+    Dropout is always off: the proximal policy is the model itself, so two forwards of one input must agree.
+    """
 
     model: PreTrainedModel
     tokenizer_files: tuple[Path, ...]
@@ -45,10 +47,10 @@ class Policy:
 
 
 def load_policy(folder: Path, *, device: str = "cpu") -> Policy:
-    """Loads config, safetensors (as float32) and tokenizer files of `folder`; nothing is fetched, none of its code run.
+    """Loads config, safetensors (as float32) and tokenizer files of `folder`, without network access or remote code.
 
-    Raises: DataError where a part is missing, does not fit the config, or the model's logits are more than its output
-    embedding of its last hidden states (capped or scaled logits), which the scorer relies on.
+    Raises: DataError if a part is missing or does not fit the config, or if the model's logits are not exactly the
+    output embedding of its last hidden states (capped or scaled logits): the scorer relies on this.
     """
     _require(folder, ("config.json",), "config")
     _require(folder, _WEIGHTS, "weights")

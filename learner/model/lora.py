@@ -1,7 +1,7 @@
-"""Low-rank adapters (Hu et al. 2021): the only thing that trains is W + (alpha / rank) B A of some linear layers.
+"""Low-rank adapters (Hu et al. 2021): only A and B of W + (alpha / rank) B A are trained, in some linear layers.
 
-peft puts them into the model in place: it stays the Hugging Face model that it was, with a few layers replaced.
-Engines know nothing of it; they get W with the product added, under W's own name.
+peft replaces these layers in the Hugging Face model, in place. Engines get the merged weight under W's name and need no
+support for adapters.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _BASE = ".base_layer"
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Freezes `model` and gives its layers named `config.targets` adapters that begin at zero.
+    """Freezes `model` and adds adapters to its layers named `config.targets`; their product B A is zero at first.
 
-    Their A is drawn from torch's generator, which must be seeded alike on all ranks. Call it before `shard`.
-    Raises: ConfigError where peft is not installed or a target is not a linear layer of the decoder's layers; the
-    output embedding is none, because the scorer reads its weight without calling it.
+    A is drawn from torch's global generator, which must have the same seed on all ranks. Call it before `shard`.
+    Raises: ConfigError if peft is not installed or a target is not a linear layer of the decoder's layers. The output
+    embedding is refused because the scorer reads its weight without calling the module.
     """
     try:
         import peft
@@ -57,10 +57,10 @@ def scalings(model: PreTrainedModel) -> dict[str, float]:
 
 
 def merge(weights: Mapping[str, Tensor], scaling: Mapping[str, float]) -> dict[str, Tensor]:
-    """Whole weights under the base model's names: W + scaling B A, formed in W's dtype; `weights` stay as they are.
+    """Merged weights W + scaling B A under the base model's names, in W's dtype; `weights` are not changed.
 
-    weights  of a model with adapters, by its own names
-    scaling  by layer, as `scalings` gives them
+    weights  unsharded, of a model with adapters, under its names
+    scaling  by layer name, from `scalings`
     """
     merged = {name.replace(_BASE, ""): tensor for name, tensor in weights.items() if ".lora_" not in name}
     for layer, scale in scaling.items():

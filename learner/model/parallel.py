@@ -1,7 +1,7 @@
-"""The learner over several processes: who is here, what they tell each other, and a module sharded over them.
+"""The learner on several processes: ranks, collectives, and sharding of a module.
 
-torchrun starts the processes, FSDP2 (`fully_shard`) keeps of every parameter, gradient and moment one part a rank.
-Losses have denominators of the global batch, so gradients are summed over ranks, not averaged.
+torchrun starts the processes; FSDP2 (`fully_shard`) keeps one part of every parameter, gradient and moment on each
+rank. The denominators of a loss count tokens over all ranks, so gradients are summed over ranks, not averaged.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from learner.algorithms.diagnostics import Diagnostics
 from protocol.errors import ConfigError
 
-# Other ranks wait here for rank 0's next batch, which waits for actors; when a rank dies torchrun ends the others.
+# Other ranks wait for rank 0's next batch, and rank 0 waits for actors. If a rank dies, torchrun ends the others.
 _CONTROL_TIMEOUT = timedelta(days=7)
 _TORCHRUN = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among the learner's `size`; alone if not told otherwise.
+    """This process's place among the learner's `size` processes; the default is a single process.
 
-    control  a gloo group for bytes and numbers on the CPU, None in a world of one
+    control  a gloo group for bytes and numbers on the CPU; None if size is 1
     """
 
     rank: int = 0
@@ -44,7 +44,7 @@ class World:
     control: dist.ProcessGroup | None = None
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks of a tensor on `device`, of one shape and dtype everywhere."""
+        """The sum over ranks of a tensor on `device`; shape and dtype must be equal on all ranks."""
         if self.size == 1:
             return tensor
         total = tensor.clone()
@@ -69,7 +69,7 @@ class World:
         return bool(found)
 
     def broadcast(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes, on every rank; the others give None. Waits for rank 0 as long as it takes."""
+        """Returns rank 0's `data` on every rank; the others pass None. Waits for rank 0 for up to 7 days."""
         if self.size == 1:
             return data or b""
         num_bytes = torch.tensor(len(data or b""))
@@ -83,17 +83,17 @@ class World:
         return carrier.numpy().tobytes()
 
     def barrier(self) -> None:
-        """Returns when every rank is here."""
+        """Waits until every rank has called it."""
         self.all(True)
 
 
 @contextmanager
 def join(device: str = "cpu", *, timeout_s: float = 600.0) -> Iterator[World]:
-    """The world that torchrun's environment names (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_*); alone without it.
+    """The world that torchrun's variables describe (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_*); one process without them.
 
-    device     cpu or cuda; in a world of several, each process takes the CUDA device of its local rank
-    timeout_s  of the collectives of a step
-    Raises: ConfigError where the device cannot be used.
+    device     cpu or cuda; with several processes, each takes the CUDA device of its local rank
+    timeout_s  of a step's collectives
+    Raises: ConfigError if the device cannot be used.
     """
     size, rank, local_rank = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
     place = torch.device("cuda", local_rank) if device == "cuda" and size > 1 else torch.device(device)
@@ -117,12 +117,12 @@ def join(device: str = "cpu", *, timeout_s: float = 600.0) -> Iterator[World]:
 
 
 def shard(module: nn.Module, world: World, *, dtype: Literal["float32", "bfloat16"]) -> None:
-    """Shards every decoder layer of `module`, then what is left of it, over all ranks, in place.
+    """Shards every decoder layer of `module`, then the rest of it, over all ranks, in place.
 
-    dtype  bfloat16 computes in bf16 and keeps parameters, reduces gradients and steps in fp32, with one rank too;
-           float32 with one rank leaves the module as it is
-    Every rank must give the same weights: nothing is sent. Call it before the optimiser is built.
-    Raises: ValueError where bf16 is asked for and a parameter that trains is not float32.
+    dtype  bfloat16: forward and backward in bf16; parameters, gradient reduction and update in fp32, for any `world`.
+           float32: with one rank the module is not changed
+    Every rank must hold the same weights: none are sent. Call it before the optimizer is built.
+    Raises: ValueError if dtype is bfloat16 and a trained parameter is not float32.
     """
     mixed = dtype == "bfloat16"
     for name, parameter in module.named_parameters():
@@ -143,9 +143,10 @@ def shard(module: nn.Module, world: World, *, dtype: Literal["float32", "bfloat1
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """From now on the backward computes each decoder layer's activations again instead of keeping them.
+    """Makes the backward pass recompute each decoder layer's activations instead of storing them.
 
-    transformers does so in training mode only. It is set on the layers, not on what is in them: dropout stays off.
+    transformers does so only in training mode, which is set on the layers but not on their submodules: dropout stays
+    off.
     """
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in decoder_layers(model):
@@ -159,9 +160,9 @@ def decoder_layers(module: nn.Module) -> list[nn.Module]:
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scales gradients, whole or sharded, to a global L2 norm of at most `max_norm`; returns the norm before.
+    """Scales gradients, sharded or not, to a global L2 norm of at most `max_norm`.
 
-    The same number on every rank.
+    Returns the norm before scaling, the same number on every rank.
     """
     trained = [each for each in parameters if each.grad is not None]
     norm = nn.utils.get_total_norm([each.grad for each in trained if each.grad is not None])
@@ -171,7 +172,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; a collective of all ranks if it is."""
+    """The unsharded tensor. If `tensor` is sharded, all ranks must call it (a collective)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -1,4 +1,4 @@
-"""The model as the learner sees it: packed contexts in, log-probs, entropies and values of chosen tokens out."""
+"""The learner's forward pass: log-probs, entropies and values of chosen tokens of packed contexts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from learner.model.tiled_logprobs import token_scores
 
 
 class Scores(NamedTuple):
-    """Of M scored tokens: logprob, entropy and value (None without a value head), [M], fp32 (fp64 of an fp64 model).
+    """logprob, entropy and value (None without a value head) of M scored tokens: [M], fp32, or fp64 of an fp64 model.
 
-    A tuple, because FSDP hooks its backward on tensors only in what PyTorch can flatten.
+    A tuple, because FSDP registers backward hooks only on tensors in structures that PyTorch can flatten.
     """
 
     logprob: Tensor
@@ -24,14 +24,15 @@ class Scores(NamedTuple):
 
 
 class Scorer(nn.Module):
-    """A causal language model, with a value head if asked for, whose one forward uses every parameter.
+    """A causal language model with an optional value head. One forward uses every parameter.
 
-    To shard it, shard its decoder layers and then this module as the root; the output embedding must not be sharded by
-    itself: its weight is read here, the module is not called.
+    To shard it, shard its decoder layers and then this module as the root. The output embedding must not be sharded
+    separately: its weight is read here and the module is not called.
 
-    model       its attention implementation is replaced by that of packs; its logits must be its output embedding of
-                its last hidden states, divided by nothing, capped by nothing
-    value_head  nn.Linear(hidden size, 1) that starts at 0, or None
+    model       its attention implementation is replaced by the one for packs; its logits must be the output embedding
+    of
+                its last hidden states, neither scaled nor capped
+    value_head  nn.Linear(hidden size, 1), initialised to 0, or None
     """
 
     def __init__(self, model: PreTrainedModel, *, with_value_head: bool = False) -> None:
@@ -49,10 +50,10 @@ class Scorer(nn.Module):
         temperature: float = 1.0,
         entropy_grad: bool = False,
     ) -> Scores:
-        """Scores the token ids `target` as next tokens after the packed indices `source`, int64 [M >= 0] both.
+        """Scores the token ids `target` as next tokens after the packed indices `source`, int64 [M >= 0] each.
 
-        Without `target` it scores the most likely ones, all of whose logits exist at once: for a few tokens.
-        A value is that of the state before the token, of the hidden state that predicts it.
+        Without `target` it scores the most likely next tokens; this forms all [M, V] logits at once, so M must be
+        small. A value is computed from the hidden state that predicts the token: the state before it.
         """
         decoder = cast(nn.Module, self.model.get_decoder())
         head = cast(nn.Linear, self.model.get_output_embeddings())
@@ -71,7 +72,7 @@ class Scorer(nn.Module):
         if self.value_head is None:
             return None
         weight, bias = (each.to(dtype) for each in (self.value_head.weight, self.value_head.bias))
-        return torch.mv(hidden.to(dtype), weight[0]) + bias  # no view: FSDP hooks its backward on outputs
+        return torch.mv(hidden.to(dtype), weight[0]) + bias  # not a view: FSDP registers backward hooks on outputs
 
 
 def _value_head(model: PreTrainedModel) -> nn.Linear:

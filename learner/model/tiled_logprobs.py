@@ -1,8 +1,8 @@
-"""Log-probabilities and entropies of chosen tokens, from hidden states, without ever forming [tokens, vocabulary].
+"""Log-probs and entropies of chosen tokens from hidden states, without forming logits [tokens, vocabulary].
 
-Logits exist in tiles of some tokens times some of the vocabulary. A softmax over tiles needs one pass: with m the
-largest logit so far, s the sum of exp(z - m) and e the sum of exp(z - m) (z - m), a larger m rescales both (Milakov &
-Gimelshein 2018); in the end log sum exp z = m + log s, and the entropy is log s - e / s.
+Logits are computed in tiles (some tokens x a part of the vocabulary). The softmax needs one pass over the tiles: with m
+the largest logit so far, s the sum of exp(z - m) and e the sum of exp(z - m) (z - m), s and e are rescaled when m grows
+(Milakov & Gimelshein 2018). At the end log sum exp z = m + log s, and the entropy is log s - e / s.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _TILE_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}
-"""Logits at a time, of which three fp32 copies exist at most: 6 MiB on a CPU, 1.5 GiB on a GPU, which needs them."""
+"""Logits per tile. At most three fp32 copies exist: 6 MiB on a CPU; 1.5 GiB on a GPU, which needs large tiles."""
 
 
 def token_scores(
@@ -30,9 +30,9 @@ def token_scores(
     """(logprob [M], entropy [M] in nats) of `target` under softmax((hidden weight^T + bias) / temperature).
 
     hidden [M, H]; weight [V, H], the output embedding, tied or not; bias [V]; target int64 [M]. The softmax is in fp32,
-    in fp64 for fp64. Entropy carries gradient only with `entropy_grad`. `tile_elements` logits exist at a time (2^19 on
-    a CPU, 2^27 on a GPU, if not given) and are formed again in the backward pass, unless one tile is all; so memory
-    depends neither on M nor on V.
+    or in fp64 for fp64 inputs. Entropy carries gradient only with `entropy_grad`. At most `tile_elements` logits exist
+    at a time (default 2^19 on a CPU, 2^27 on a GPU); they are recomputed in the backward pass unless one tile holds
+    all, so memory for logits depends neither on M nor on V.
     """
     elements = tile_elements or _TILE_ELEMENTS[hidden.device.type]
     tile = tile_shape(len(hidden), len(weight), elements)
@@ -41,12 +41,15 @@ def token_scores(
 
 
 def tile_shape(num_rows: int, num_columns: int, elements: int) -> tuple[int, int]:
-    """(rows, columns) of at most `elements`: whole rows where 128 fit, else about square, so that neither hidden
-    states nor the output embedding are read more often than they must."""
+    """(rows, columns) of a tile of at most `elements` logits.
+
+    Full rows if 128 of them fit (or all of fewer), else about square, which minimises how often hidden states and the
+    output embedding are read.
+    """
     columns = num_columns
     if elements // num_columns < min(num_rows, 128):
         columns = min(num_columns, max(math.isqrt(elements), elements // max(1, num_rows)))
-    columns = math.ceil(num_columns / math.ceil(num_columns / columns))  # alike
+    columns = math.ceil(num_columns / math.ceil(num_columns / columns))  # columns of equal size
     return max(1, min(num_rows, elements // columns)), columns
 
 
@@ -66,7 +69,7 @@ class _TokenScores(torch.autograd.Function):
         kept = None
         if len(hidden) <= tile[0] and len(weight) <= tile[1]:
             kept = _logits(hidden, weight, bias, temperature).log_softmax(dim=-1)
-            logprob = kept.gather(1, target[:, None]).squeeze(1).clone()  # no view: FSDP hooks its backward on outputs
+            logprob = kept.gather(1, target[:, None]).squeeze(1).clone()  # not a view: FSDP hooks outputs
             normalizer, entropy = torch.zeros_like(logprob), kept.exp().mul_(kept).sum(dim=-1).neg_()
         else:
             rows = (
@@ -114,9 +117,9 @@ class _TokenScores(torch.autograd.Function):
 def _score_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: float, num_columns: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprob, entropy, log sum exp of the logits), [rows] each, from tiles of `num_columns` of the vocabulary."""
+    """(logprob, entropy, log sum exp of the logits), [rows] each, from tiles of `num_columns` vocabulary entries."""
     precise = torch.promote_types(hidden.dtype, torch.float32)
-    largest = torch.full((len(hidden),), -1e30, dtype=precise, device=hidden.device)  # finite, as it is subtracted
+    largest = torch.full((len(hidden),), -1e30, dtype=precise, device=hidden.device)  # finite, because it is subtracted
     total, weighted, picked = torch.zeros_like(largest), torch.zeros_like(largest), torch.zeros_like(largest)
     for columns in _slices(len(weight), num_columns):
         logits = _logits(hidden, weight[columns], None if bias is None else bias[columns], temperature)
@@ -133,25 +136,25 @@ def _score_rows(
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
-    """Of [0, length), the last one shorter; one empty slice of nothing."""
+    """Consecutive slices of [0, length), the last may be shorter; one empty slice if length is 0."""
     for start in range(0, max(1, length), step):
         yield slice(start, min(length, start + step))
 
 
 def _inside(target: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """(rows whose target lies in these columns, at which of them), int64 both."""
+    """(rows whose target is in these columns, the column within the slice), int64 each."""
     rows = torch.nonzero((target >= columns.start) & (target < columns.stop)).squeeze(1)
     return rows, target[rows] - columns.start
 
 
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """fp32 or fp64 [rows, columns], at the temperature."""
+    """fp32 or fp64 [rows, columns]: logits divided by the temperature."""
     logits = torch.nn.functional.linear(rows, weight, bias)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
 
 
 def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
-    """Adds one @ other to `total`, which is fp32 where they are bf16: rounding must not grow with the tiles."""
+    """Adds one @ other to `total`, which is fp32 for bf16 inputs, so that rounding does not grow with the tiles."""
     if total.dtype == one.dtype:
         total.addmm_(one, other)
     else:
@@ -159,7 +162,7 @@ def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
 
 
 def _grad_of_logits(logprobs: Tensor, entropy: Tensor, of_logprob: Tensor | None, of_entropy: Tensor | None) -> Tensor:
-    """[rows, columns] but for the targets themselves, from the gradients of logprob and entropy, [rows, 1] each."""
+    """[rows, columns] without the one-hot term of the targets, from the gradients of logprob and entropy [rows, 1]."""
     grad = logprobs.exp()
     if of_entropy is not None:
         inner = (logprobs + entropy).mul_(of_entropy)
