@@ -58,14 +58,13 @@ def test_the_wheel_works_from_another_folder(source: Path, tmp_path: Path) -> No
     run(*pip, "install", "--no-deps", "--target", str(site), str(wheel), cwd=tmp_path)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    imports = (
-        "import actor, learner, protocol, retriever as r\nfor m in (actor, learner, protocol, r): print(m.__path__[0])"
-    )
+    packages = ("actor", "learner", "palimpsest", "protocol", "retriever")
+    imports = "".join(f"import {name}; print({name}.__path__[0])\n" for name in packages)
     where = run(sys.executable, "-c", imports, cwd=elsewhere, path=site).split()
-    assert where == [str(site / name) for name in ("actor", "learner", "protocol", "retriever")]
-    said = run(str(site / "bin" / "palimpsest"), "--help", cwd=elsewhere, path=site)
-    assert "by asynchronous reinforcement learning" in " ".join(said.split())
-    render = "from actor.chat.chatml import ChatRendering; ChatRendering(); print('ok')"
+    assert where == [str(site / name) for name in packages]
+    shown = run(str(site / "bin" / "palimpsest"), "--help", cwd=elsewhere, path=site)
+    assert "by asynchronous reinforcement learning" in " ".join(shown.split())
+    render = "from actor.chat.chatml import ChatRendering; ChatRendering(tools=[{'name': 'search'}]); print('ok')"
     assert run(sys.executable, "-c", render, cwd=elsewhere, path=site) == "ok\n", (
         "its templates are read from the wheel"
     )
