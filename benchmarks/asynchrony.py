@@ -1,19 +1,20 @@
-"""Trajectories/s at staleness bounds η = 1, 2, 4 against η = 0, and that nothing is trained too old or too seldom.
+"""Trajectories/s at staleness bounds η = 1, 2, 4 against η = 0; ages within the bound; no bias against long episodes.
 
     python benchmarks/asynchrony.py [--quick] [--steps 24] [--mean-s 0.5]
 
     NetworkThread + store (a process) ◄── ZeroMQ ──► 4 Runners ── HTTP ──► an engine of 64 slots
                               ◄────────────── ZeroMQ ───────────── its agent: reports, announcements
 
-Nothing is computed: a token takes a fixed time, so an episode takes its length, which is log-normal with a 30-fold
-spread from the 1st to the 99th percentile. B = 16 groups of 8. A learner's step takes 10 % of the mean episode, the
-engine's commit of a version 5 %, in which it goes on sampling; whoever samples meanwhile goes on under the new version.
-Rewards are coin tosses, so a group in 128 is skipped for zero variance. The same questions, with the same lengths, at
-every η; the rate is taken from the 5th step on. Heartbeats are as frequent against episodes as in a run of long ones.
+No model runs: a token takes a fixed time, so an episode's duration is proportional to its length, which is log-normal
+with a 30-fold spread from the 1st to the 99th percentile. B = 16 groups of 8. A learner step takes 10 % of the mean
+episode; an engine's commit of a version 5 %, during which it continues to sample; requests in flight continue under
+the new version. Rewards are coin tosses, so one group in 128 is skipped for zero variance. The questions and lengths
+are the same at every η; the rate is measured from the 5th step on. The ratio of heartbeat interval to episode duration
+is that of a run with long episodes.
 
-masked_fraction  of the trained tokens, those that are older than η (the largest of all η)
-ks_p             two-sample Kolmogorov-Smirnov, lengths trained against all that were generated, also those that were
-                 not trained in the end (the smallest of all η)
+masked_fraction  fraction of the trained tokens that are older than η (the largest over all η)
+ks_p             p-value of a two-sample Kolmogorov-Smirnov test of trained lengths against all generated lengths,
+                 trained or not (the smallest over all η)
 
 The last line is one JSON object.
 """
@@ -44,6 +45,7 @@ from actor.runner import Runner
 from benchmarks.common.simulated_engine import VOCABULARY, Addresses, Engine
 from learner.leases.admission import Rules
 from learner.leases.lease_table import LeaseTable
+from learner.leases.lease_timeouts import LeaseTimeouts
 from learner.network.network_thread import NetworkThread
 from learner.store.run_folder import RunFolder
 from learner.store.store import Store
@@ -70,7 +72,7 @@ def draw(cursor: int) -> tuple[list[int], list[float]]:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What the learner saw: the rate after the first steps, tokens and lengths (of trajectories) of all steps."""
+    """The learner's measurements: the rate after the warm-up steps; tokens and trajectory lengths of all steps."""
 
     trajectories_per_s: float
     num_tokens: int
@@ -80,38 +82,36 @@ class Trained:
 
 
 def learn(connection: Connection, staleness_bound: int, num_steps: int, mean_s: float) -> None:
-    """The learner's process: takes batches, waits as long as a step takes, logs and publishes."""
+    """The learner's process: takes batches, sleeps for the duration of a step, logs and publishes."""
     weights = save_safetensors({"weight": np.zeros(4, dtype=np.float32)})
     with tempfile.TemporaryDirectory() as folder:
         store = Store(RunFolder(Path(folder)).store)
         lease_table = LeaseTable(
             groups_per_batch=GROUPS_PER_BATCH,
             staleness_bound=staleness_bound,
-            num_steps=num_steps + staleness_bound + 1,  # so that the last steps are like the others
+            num_steps=num_steps + staleness_bound + 1,  # so that the last steps have leases ahead like the others
         )
-        plane = NetworkThread(
+        network = NetworkThread(
             network=NetworkConfig(),
             store=store,
             lease_table=lease_table,
             rules=Rules(RUN, GROUP_SIZE, VOCABULARY, skip_zero_variance=True),
-            lease_timeout_s=60.0,
+            timeouts=LeaseTimeouts(lease_timeout_s=60.0),
             on_death=lambda: None,
         )
-        with plane:
-            coordinator, publisher = plane.coordinator, plane.publisher
-            connection.send(
-                Addresses(coordinator._router.address, publisher._router.address, publisher._announcements.address)
-            )
-            plane.publish(weights, version=0)
+        with network:
+            coordinator, publisher = network.coordinator, network.publisher
+            connection.send(Addresses(coordinator.address, publisher.weights_address, publisher.announce_address))
+            network.publish(weights, version=0)
             finished_s, batches = [], []
             for step in range(num_steps):
-                batch = plane.run(coordinator.next_batch())
+                batch = network.run(coordinator.next_batch())
                 time.sleep(STEP * mean_s)
-                plane.run(coordinator.finish_batch([group.cursor for group in batch]))
-                plane.publish(weights, version=step + 1)
+                network.run(coordinator.commit_batch([group.cursor for group in batch]))
+                network.publish(weights, version=step + 1)
                 finished_s.append(time.perf_counter())
                 batches.append(batch)
-            plane.run(coordinator.drain("measured"))
+            network.run(coordinator.drain("measured"))
             connection.send(_trained(batches, finished_s, staleness_bound=staleness_bound))
             connection.recv()
         store.close()
@@ -139,7 +139,7 @@ def _trained(
 
 
 class Rollout:
-    """What a runner calls for each lease: episodes of one generation each, of the question's lengths."""
+    """The rollout of a lease: one generation per episode, with the question's lengths."""
 
     def __init__(self, pool: EnginePool) -> None:
         self._pool = pool
@@ -169,7 +169,7 @@ class Rollout:
 
 
 async def roll_out(addresses: Addresses, *, staleness_bound: int, mean_s: float) -> list[int]:
-    """Engine and actors until the learner drains them; the lengths of all generations that were begun."""
+    """Runs engine and actors until the learner drains them. Returns the lengths of all started generations."""
     engine = Engine(token_s=mean_s / MEAN_TOKENS, commit_s=COMMIT * mean_s)
     http, url = await engine.serve()
     transport = Transport()
@@ -178,7 +178,7 @@ async def roll_out(addresses: Addresses, *, staleness_bound: int, mean_s: float)
         runners = [
             Runner(
                 name=f"actor-{i}",
-                # All that the bound can allow, and those that wait for a place again.
+                # All leases that the bound allows, and one batch more.
                 capacity=2 * (staleness_bound + 2) * GROUPS_PER_BATCH // NUM_RUNNERS,
                 dealer=transport.dealer(addresses.control),
                 rollout=Rollout(pool),
@@ -196,7 +196,7 @@ async def roll_out(addresses: Addresses, *, staleness_bound: int, mean_s: float)
 
 
 def ks_p(one: Sequence[int], other: Sequence[int]) -> float:
-    """Probability of so large a distance of two samples from one distribution (Kolmogorov-Smirnov, asymptotic)."""
+    """p-value of the two-sample Kolmogorov-Smirnov test (asymptotic)."""
     values = np.union1d(one, other)
     distance = np.abs(
         np.searchsorted(np.sort(one), values, "right") / len(one)
@@ -209,7 +209,7 @@ def ks_p(one: Sequence[int], other: Sequence[int]) -> float:
 
 
 def measure(staleness_bound: int, *, num_steps: int, mean_s: float) -> tuple[Trained, list[int]]:
-    """What was trained, and all lengths that were generated."""
+    """(the learner's measurements, all generated lengths)."""
     spawn = multiprocessing.get_context("spawn")
     connection, theirs = spawn.Pipe()
     learner = spawn.Process(target=learn, args=(theirs, staleness_bound, num_steps, mean_s), daemon=True)

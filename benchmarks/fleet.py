@@ -1,13 +1,13 @@
-"""How long a lease takes, and how much of a core the learner's plane, under a fleet of 1,000 actors.
+"""Latency of a lease, and processor time of the learner's process, with a fleet of 1,000 actors.
 
     python benchmarks/fleet.py [--quick] [--seconds 20] [--actors 1000] [--groups-per-s 50]
 
-One process is the learner: a real NetworkThread, a store in a folder, and a loop that takes each batch when it is full
-and logs it, without training. The other simulates the actors, each with its own socket: 8 leases of 8 trajectories, so
-64,000 trajectories in flight, heartbeats twice a second and after each acknowledgement, groups of 38,697 tokens,
-oldest lease first, at a steady rate. `lease_p99_ms`: from sending a group to the lease that takes its place, so the
-group is stored durably in between. `cores`: processor time of the learner's process by the clock's, sockets and SQLite
-included. The last line is one JSON object.
+One process is the learner: a real NetworkThread, a store in a folder, and a loop that takes each complete batch and
+logs it, without training. The other process simulates the actors, each with its own socket: 8 leases of 8 trajectories,
+so 64,000 trajectories in flight; heartbeats twice a second and after each acknowledgement; groups of 38,697 tokens,
+sent at a constant rate, oldest lease first. `lease_p99_ms`: time from sending a group to receiving the next lease; the
+group is stored durably in between. `cores`: processor time of the learner's process
+divided by wall time, sockets and SQLite included. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import numpy as np
 from benchmarks.common.synthetic import NUM_TRAJECTORIES, PUBLICATION, RUN, VOCABULARY, make_group
 from learner.leases.admission import Rules
 from learner.leases.lease_table import LeaseTable
+from learner.leases.lease_timeouts import LeaseTimeouts
 from learner.network.network_thread import NetworkThread
 from learner.store.run_folder import RunFolder
 from learner.store.store import Store
@@ -54,7 +55,7 @@ START_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """What the learner's process had used at a time: processor seconds, the clock's, bytes of memory at most."""
+    """What the learner's process has used: processor seconds, at which wall-clock time, peak bytes of memory."""
 
     cpu_s: float
     clock_s: float
@@ -67,43 +68,43 @@ class Used:
 
 
 def learn(connection: Connection, folder: str, num_leases: int) -> None:
-    """The learner's process: says its address, and after each message received what it has used."""
+    """The learner's process: sends its address, then replies to each message with what it has used."""
     store = Store(RunFolder(Path(folder)).store)
-    # Room for twice the leases in flight, so that what is measured is never the staleness bound.
+    # The bound allows twice the leases in flight, so that it never delays a lease.
     bound = 2 * num_leases // GROUPS_PER_BATCH
     lease_table = LeaseTable(groups_per_batch=GROUPS_PER_BATCH, staleness_bound=bound, num_steps=1 << 20)
     rules = Rules(RUN, NUM_TRAJECTORIES, VOCABULARY, skip_zero_variance=True)
-    plane = NetworkThread(
+    network = NetworkThread(
         network=NetworkConfig(),
         store=store,
         lease_table=lease_table,
         rules=rules,
-        lease_timeout_s=30.0,
+        timeouts=LeaseTimeouts(lease_timeout_s=30.0),
         on_death=lambda: None,
     )
-    with plane:
-        assert plane.run(plane.coordinator.new_publication(0)) == PUBLICATION
+    with network:
+        assert network.run(network.coordinator.new_publication(0)) == PUBLICATION
         engine = EngineFields(name="engine", url="http://127.0.0.1:1", version=0, publication=PUBLICATION)
-        plane.engines.report(
+        network.engines.report(
             EngineReport(request_id=1, engine=engine, state="serving"), now_s=time.monotonic() + 3_600.0
         )
-        connection.send(plane.coordinator._router.address)
-        threading.Thread(target=take_batches, args=(plane,), daemon=True).start()
+        connection.send(network.control_address)
+        threading.Thread(target=take_batches, args=(network,), daemon=True).start()
         while connection.recv() is not None:
             connection.send(Used.now())
     store.close()
 
 
-def take_batches(plane: NetworkThread) -> None:
-    """Until the plane is left."""
+def take_batches(network: NetworkThread) -> None:
+    """Takes and logs batches until the network thread ends."""
     with suppress(CancelledError):
         while True:
-            groups = plane.run(plane.coordinator.next_batch())
-            plane.run(plane.coordinator.finish_batch([group.cursor for group in groups]))
+            groups = network.run(network.coordinator.next_batch())
+            network.run(network.coordinator.commit_batch([group.cursor for group in groups]))
 
 
 class Actor:
-    """Keeps its leases, and submits one of them when told."""
+    """Receives leases; `submit` answers one of them."""
 
     def __init__(self, name: str, transport: Transport, address: str, fleet: Fleet) -> None:
         self._name = name
@@ -147,7 +148,7 @@ class Actor:
 
 
 class Fleet:
-    """All actors. `waits_s`: of each lease that took the place of a group, how long it took."""
+    """All actors. `waits_s`: for each lease after the first ones, seconds since its actor sent a group."""
 
     def __init__(self, *, num_leases: int) -> None:
         self.waits_s: list[float] = []
@@ -162,7 +163,7 @@ class Fleet:
             self.full.set()
 
     async def submit(self, *, groups_per_s: float, seconds: float) -> None:
-        """The oldest lease first, each at its time."""
+        """Answers leases at a constant rate, oldest first."""
         start_s = time.perf_counter()
         for i in range(int(seconds * groups_per_s)):
             await asyncio.sleep(start_s + i / groups_per_s - time.perf_counter())
@@ -171,7 +172,7 @@ class Fleet:
 
 
 async def play(address: str, connection: Connection, options: argparse.Namespace) -> dict[str, float]:
-    """Fills the fleet with leases, a second of warming up, then what is measured."""
+    """Fills the fleet with leases, warms up for a second, then measures."""
     num_transports = -(-options.actors // SOCKETS_EACH)
     transports = [Transport() for _ in range(num_transports)]
     fleet = Fleet(num_leases=LEASES_EACH * options.actors)

@@ -1,9 +1,9 @@
-"""Does anything grow? The memory of every process of a long toy run, step by step.
+"""Memory growth: the resident memory of every process of a long toy run, step by step.
 
     python benchmarks/soak.py [--quick] [--steps 1000] [--from-step 200] [--seed 0]
 
-Runs `palimpsest demo` and reads the resident memory of its processes from /proc each time a step has been made (Linux).
-`growth`: of a process, the median of the last tenth of the steps over the median of the tenth around `--from-step`,
+Runs `palimpsest demo` and reads the resident memory of its processes from /proc after each step (Linux). `growth`, for
+each process: the median over the last tenth of the steps divided by the median over the tenth around `--from-step`,
 minus 1. `curve`: megabytes at ten steps. The last line is one JSON object.
 """
 
@@ -33,15 +33,16 @@ Samples = dict[str, dict[int, float]]
 
 
 def watch(run_dir: Path, demo: subprocess.Popen[bytes]) -> Samples:
-    """Until the demo has ended."""
+    """Samples memory until the demo has ended."""
+    folder = RunFolder(run_dir)
     samples: Samples = {}
     seen = -1
     while demo.poll() is None:
         time.sleep(POLL_S)
-        if (step := last_step(RunFolder(run_dir).metrics)) <= seen:
+        if (step := last_step(folder.metrics)) <= seen:
             continue
         seen = step
-        for name, pid in json.loads((run_dir / "processes.json").read_text()).items():
+        for name, pid in json.loads(folder.processes.read_text()).items():
             try:
                 if name.startswith(ROLES):
                     samples.setdefault(name, {})[step] = resident_mb(pid)

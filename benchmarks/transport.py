@@ -1,23 +1,23 @@
-"""Groups/s from per-context arrays at an actor to a validated group at a learner, against other ways of sending them.
+"""Groups/s from per-context arrays at an actor to a validated group at a learner, compared with other transports.
 
     python benchmarks/transport.py [--quick] [--rounds 15]
 
-raw      pyzmq alone: token ids, loss mask, log-probs and spans of a group, made beforehand, as four frames from a
-         DEALER to a ROUTER, synchronous sockets, nothing looked at: the limit
-raw_ours the same with the three frames that ours sends, which hold log-probs of sampled tokens only, and no mask
-ours     what `actor.runner` and the coordinator do but for leases: encode_group, which checks, Dealer; Router, decode,
-         decode_group, which validates; trajectories are made when looked at, and here nobody does
-judged   the same, and the coordinator's judge, as whether it is trained
-viewed   the same, and every trajectory and context made
+raw      pyzmq alone: token ids, loss mask, log-probs and spans of a group, encoded in advance, as four frames from a
+         DEALER to a ROUTER, synchronous sockets, frames not read: the upper limit
+raw_ours the same with the three frames of ours, which have log-probs of sampled tokens only, and no mask
+ours     what `actor.runner` and the coordinator do, without leases: encode_group (checks), Dealer; Router, decode,
+         decode_group (validates); trajectories are made on access, and not accessed here
+judged   the same, and the coordinator's judge, which decides whether the group is trained
+viewed   the same, and every trajectory and context is made
 durable  the same through a real Runner and a real NetworkThread: leases, one durable SQLite transaction per lease and
          group, acknowledgements. `vs_raw_durable` is against raw, which stores nothing; `durable_vs_raw_file` against
          raw whose receiver appends each group to a file, syncs it and answers, as many groups in flight
 lists    Python lists in msgpack, arrays again at the receiver
-ray      objects of a Ray actor, 8 in flight; null where Ray is not installed (pip install palimpsest[ray])
+ray      objects of a Ray actor, 8 in flight; null if Ray is not installed (pip install palimpsest[ray])
 
 A group is 8 trajectories of 4 contexts, 38,697 tokens. One process sends, one receives; every method is measured in
 every round, in rotating order; a ratio is the median of the rounds' ratios. `cpu_…` are ratios of processor time, both
-processes': what is left of a comparison on a machine that others use. The last line is one JSON object.
+processes': it varies less on a machine with other load. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from benchmarks.common.synthetic import NUM_TRAJECTORIES, PUBLICATION, RUN, VOCA
 from benchmarks.common.transport_sender import ACK_EVERY, send_all
 from learner.leases.admission import Rules, judge
 from learner.leases.lease_table import LeaseTable
+from learner.leases.lease_timeouts import LeaseTimeouts
 from learner.network.network_thread import NetworkThread
 from learner.store.run_folder import RunFolder
 from learner.store.store import Store
@@ -58,7 +59,7 @@ from protocol.transport import Transport
 from protocol.types import TrajectoryGroup
 
 RULES = Rules(run_id=RUN, group_size=NUM_TRAJECTORIES, vocab_size=VOCABULARY, skip_zero_variance=True)
-# Groups a round, so that a round of each takes about half a second.
+# Groups per round: a round of each method takes about half a second.
 NUM_GROUPS = {
     "raw": 2_000,
     "raw_ours": 2_000,
@@ -145,34 +146,34 @@ def receive_ours(num: int, connection: Connection, *, judged: bool = False, view
 
 
 def receive_durable(num: int, connection: Connection) -> float:
-    """Leases while the runner has credits; one batch of all groups is what is waited for."""
+    """Leases to a runner with credits; waits for one batch of all groups."""
     with tempfile.TemporaryDirectory() as folder:
         store = Store(RunFolder(Path(folder)).store)
         lease_table = LeaseTable(groups_per_batch=num, staleness_bound=0, num_steps=1)
-        plane = NetworkThread(
+        network = NetworkThread(
             network=NetworkConfig(),
             store=store,
             lease_table=lease_table,
             rules=RULES,
-            lease_timeout_s=60.0,
+            timeouts=LeaseTimeouts(lease_timeout_s=60.0),
             on_death=lambda: None,
         )
-        with plane:
-            assert plane.run(plane.coordinator.new_publication(0)) == PUBLICATION
+        with network:
+            assert network.run(network.coordinator.new_publication(0)) == PUBLICATION
             engine = EngineFields(name="engine", url="http://127.0.0.1:1", version=0, publication=PUBLICATION)
             report = EngineReport(request_id=1, engine=engine, state="serving")
-            plane.engines.report(report, now_s=time.monotonic() + 3_600)
-            connection.send(("durable", plane.coordinator._router.address, num))
-            plane.run(plane.coordinator.next_batch())
+            network.engines.report(report, now_s=time.monotonic() + 3_600)
+            connection.send(("durable", network.control_address, num))
+            network.run(network.coordinator.next_batch())
             times_s = [row[0] for row in store.query("SELECT stored_at FROM groups ORDER BY stored_at")]
-            plane.run(plane.coordinator.drain("measured"))
+            network.run(network.coordinator.drain("measured"))
             connection.recv()
         store.close()
     return _rate(times_s)
 
 
 def open_ray(group: TrajectoryGroup) -> Callable[[int], float] | None:
-    """The Ray way, or None where it is not installed."""
+    """A function that receives through Ray; None if Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         return None
     ray = importlib.import_module("ray")  # optional: typed as anything
@@ -201,13 +202,13 @@ def open_ray(group: TrajectoryGroup) -> Callable[[int], float] | None:
 
 
 def cpu_s(connection: Connection) -> float:
-    """Processor seconds of both processes until now."""
+    """Processor seconds of both processes so far."""
     connection.send(("idle", "", 0))
     return time.process_time() + connection.recv()
 
 
 def measure(*, num_rounds: int, divisor: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Groups/s, and groups by processor second of both processes, by method, one value a round."""
+    """(groups/s, groups per processor second of both processes), each: method → one value per round."""
     spawn = multiprocessing.get_context("spawn")
     connection, theirs = spawn.Pipe()
     sender = spawn.Process(target=send_all, args=(theirs,), daemon=True)

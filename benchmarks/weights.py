@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/learn
 import numpy as np
 import torch
 
-from benchmarks.common.weights_plane import publish_to_busy_engines
+from benchmarks.common.weight_publishing import publish_to_busy_engines
 from protocol.deltas import checksum, decode, encode
 
 WARM = 16

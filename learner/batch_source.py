@@ -1,7 +1,7 @@
-"""Where batches come from and where versions go: the loop's only sight of the world.
+"""Batch sources and publish sinks of the training loop.
 
 LiveSource      rank 0 of a run: coordinator, store, publisher
-FollowerSource  the other ranks: batches as rank 0 sends them
+FollowerSource  the other ranks: batches that rank 0 broadcasts
 ReplaySource    recorded batches of a run, without any server
 """
 
@@ -19,97 +19,106 @@ from protocol.config import RetentionConfig
 from protocol.messages import CanaryFields
 from protocol.types import TrajectoryGroup
 
-# At the end, engines get this long to commit the last version before the learner leaves.
+# At the end of a run, the learner waits this long for the engines to commit the last version.
 _LAST_COMMIT_TIMEOUT_S = 60.0
+# After that it answers heartbeats for this long, so that actors receive their `Drain`.
 _DRAIN_S = 1.0
 
 
 class BatchSource(Protocol):
-    """`num_recorded` steps are in the log already: they are trained again, and neither logged nor published."""
+    """`num_recorded`: steps that are in the log already; they are trained again, but neither logged nor published.
+
+    publishes: whether `publish` offers versions to engines (or, on ranks other than 0, takes part in making them).
+    """
 
     num_recorded: int
     publishes: bool
 
-    def batch(self, step: int) -> list[TrajectoryGroup]:
-        """The batch of a step: from the log, or the next one, which is waited for."""
+    def wait_for_batch(self, step: int) -> list[TrajectoryGroup]:
+        """The batch of a step: from the log if it is recorded, else waits until its last group arrives."""
         ...
 
     def gauges(self) -> Mapping[str, float]:
         """Queue lengths and the peers' counters by tag."""
         ...
 
-    def log(self, groups: Sequence[TrajectoryGroup]) -> None:
-        """The step on these groups is trained: durable before its version can be seen."""
+    def commit_batch(self, groups: Sequence[TrajectoryGroup]) -> None:
+        """Logs the current step as trained on these groups, durably. Call it before the step's version is published."""
         ...
 
     def publish(self, data: bytes, *, version: int, canary: CanaryFields | None = None) -> None:
-        """Offers a version to engines, which `canary` shall prove of each."""
+        """Offers a version to the engines. They check with `canary` that they compute with it."""
         ...
 
-    def checkpointed(self, step: int) -> None:
-        """A checkpoint of version `step` is durable: older batches are not needed to resume."""
+    def drop_old_tokens(self, *, checkpoint_step: int) -> None:
+        """Drops recorded tokens by `learner.retention`. `checkpoint_step`: step of a checkpoint that is durable, so
+        that older batches are not needed to resume."""
         ...
 
     def finish(self, *, version: int) -> bool:
-        """The run is over. Whether all engines have the last version."""
+        """The run is over: tells the actors to leave. Returns whether all engines have committed the last version."""
         ...
 
 
 class LiveSource:
-    """Implements `BatchSource` on the plane of rank 0, and hands every batch on to the other ranks."""
+    """Implements `BatchSource` on rank 0 with the network thread; broadcasts every batch to the other ranks."""
 
     publishes = True
 
-    def __init__(self, plane: NetworkThread, *, num_recorded: int, world: World, retention: RetentionConfig) -> None:
-        self._plane = plane
+    def __init__(
+        self, network_thread: NetworkThread, *, num_recorded: int, world: World, retention: RetentionConfig
+    ) -> None:
+        self._network = network_thread
         self._retention = retention
         self._world = world
         self.num_recorded = num_recorded
 
-    def batch(self, step: int) -> list[TrajectoryGroup]:
-        coordinator = self._plane.coordinator
+    def wait_for_batch(self, step: int) -> list[TrajectoryGroup]:
+        coordinator = self._network.coordinator
         recorded = step < self.num_recorded
-        groups = self._plane.run(coordinator.recorded_batch(step) if recorded else coordinator.next_batch())
+        groups = self._network.run(coordinator.recorded_batch(step) if recorded else coordinator.next_batch())
         if self._world.size > 1:
             self._world.broadcast(pack_groups(groups))
         return groups
 
     def gauges(self) -> Mapping[str, float]:
-        return self._plane.run(self._plane.coordinator.gauges())
+        return self._network.run(self._network.coordinator.gauges())
 
-    def log(self, groups: Sequence[TrajectoryGroup]) -> None:
-        self._plane.run(self._plane.coordinator.finish_batch([group.cursor for group in groups]))
+    def commit_batch(self, groups: Sequence[TrajectoryGroup]) -> None:
+        self._network.run(self._network.coordinator.commit_batch([group.cursor for group in groups]))
 
     def publish(self, data: bytes, *, version: int, canary: CanaryFields | None = None) -> None:
-        self._plane.publish(data, version=version, canary=canary)
+        self._network.publish(data, version=version, canary=canary)
 
-    def checkpointed(self, step: int) -> None:
+    def drop_old_tokens(self, *, checkpoint_step: int) -> None:
         keep = self._retention
-        self._plane.run(
-            self._plane.coordinator.retain(checkpoint_step=step, keep_steps=keep.keep_steps, keep_bytes=keep.keep_bytes)
+        self._network.run(
+            self._network.coordinator.drop_old_tokens(
+                checkpoint_step=checkpoint_step, keep_steps=keep.keep_steps, keep_bytes=keep.keep_bytes
+            )
         )
 
     def finish(self, *, version: int) -> bool:
-        """Engines commit the last version, actors are told to leave."""
-        self._plane.run(self._plane.coordinator.drain("the run has reached its last step"))
-        committed = self._plane.run(self._plane.wait_committed(version, timeout_s=_LAST_COMMIT_TIMEOUT_S))
+        """Sends `Drain` to the actors and waits for the engines to commit the last version."""
+        self._network.run(self._network.coordinator.drain("the run has reached its last step"))
+        committed = self._network.run(self._network.wait_committed(version, timeout_s=_LAST_COMMIT_TIMEOUT_S))
         time.sleep(_DRAIN_S)
         return committed
 
 
 class _NullSink:
-    """The parts of `BatchSource` that nobody hears."""
+    """The parts of `BatchSource` that do nothing without a network thread."""
 
     def gauges(self) -> Mapping[str, float]:
         return {}
 
-    def log(self, groups: Sequence[TrajectoryGroup]) -> None:
+    def commit_batch(self, groups: Sequence[TrajectoryGroup]) -> None:
         pass
 
     def publish(self, data: bytes, *, version: int, canary: CanaryFields | None = None) -> None:
         pass
 
-    def checkpointed(self, step: int) -> None:
+    def drop_old_tokens(self, *, checkpoint_step: int) -> None:
         pass
 
     def finish(self, *, version: int) -> bool:
@@ -125,12 +134,12 @@ class FollowerSource(_NullSink):
         self._world = world
         self.num_recorded = num_recorded
 
-    def batch(self, step: int) -> list[TrajectoryGroup]:
+    def wait_for_batch(self, step: int) -> list[TrajectoryGroup]:
         return unpack_groups(self._world.broadcast(None))
 
 
 class ReplaySource(_NullSink):
-    """Implements `BatchSource` on the store of a run that was; every rank reads it for itself."""
+    """Implements `BatchSource` on the store of a recorded run; every rank reads the store."""
 
     publishes = False
     num_recorded = 0
@@ -138,5 +147,5 @@ class ReplaySource(_NullSink):
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def batch(self, step: int) -> list[TrajectoryGroup]:
+    def wait_for_batch(self, step: int) -> list[TrajectoryGroup]:
         return [self._store.group(cursor) for cursor in self._store.batch(step)]

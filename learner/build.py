@@ -13,6 +13,7 @@ import torch
 
 from learner.batch_source import BatchSource, FollowerSource, LiveSource, ReplaySource
 from learner.leases.admission import Rules
+from learner.leases.lease_timeouts import LeaseTimeouts
 from learner.loop import Loop
 from learner.metrics.metrics_writer import MetricsWriter
 from learner.model.loading import load_policy
@@ -120,14 +121,16 @@ def _lead(config: Config, trainer: Trainer, stack: ExitStack, *, step: int) -> t
         )
     require_ports(config, "network.control_port", "network.weights_port", "network.announce_port")
     trainer.world.broadcast(str(num_recorded).encode())
-    plane = stack.enter_context(_plane(config, store, vocab_size=trainer.policy.model.config.vocab_size))
+    network_thread = stack.enter_context(
+        _network_thread(config, store, vocab_size=trainer.policy.model.config.vocab_size)
+    )
     metrics = _metrics(config, stack, step=num_recorded)
     return LiveSource(
-        plane, num_recorded=num_recorded, world=trainer.world, retention=config.learner.retention
+        network_thread, num_recorded=num_recorded, world=trainer.world, retention=config.learner.retention
     ), metrics
 
 
-def _plane(config: Config, store: Store, *, vocab_size: int) -> NetworkThread:
+def _network_thread(config: Config, store: Store, *, vocab_size: int) -> NetworkThread:
     learner = config.learner
     lease_table = store.restore_lease_table(
         groups_per_batch=learner.groups_per_batch,
@@ -145,8 +148,7 @@ def _plane(config: Config, store: Store, *, vocab_size: int) -> NetworkThread:
         store=store,
         lease_table=lease_table,
         rules=rules,
-        lease_timeout_s=learner.lease_timeout_s,
-        straggler_timeout_s=learner.straggler_timeout_s,
+        timeouts=LeaseTimeouts(learner.lease_timeout_s, learner.straggler_timeout_s),
         on_death=lambda: os.kill(os.getpid(), signal.SIGTERM),
     )
 

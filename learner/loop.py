@@ -8,8 +8,16 @@
        │ last group                                                  later    │
        └──────────────────────────────────────────────────────────────────────┘
 
-Step k takes version k to k + 1. A batch is in the log before its version can be seen by an engine, so a crash at any
-point resumes by loading the newest checkpoint and training the recorded batches again, without generating anything.
+            consumes                   produces                     waits for                unblocked by
+batch       `BatchSource`              groups of step k             the batch's last group   the coordinator, or rank 0
+train_step  groups, version k          version k + 1, StepMetrics   collectives with ranks   the other ranks
+metrics     StepMetrics, gauges        a line of metrics.jsonl      the network thread       its event loop
+log         the batch's cursors        a row in the store's log     room on the disk         the coordinator's retry
+checkpoint  version, optimizer state   a folder                     the disk                 -
+publish     version k + 1, canary      an offer to the engines      the network thread       its event loop
+
+Step k takes version k to k + 1. A batch is in the log before any engine can see its version, so after a crash at any
+point the learner resumes: it loads the newest checkpoint and trains the recorded batches again, without any rollout.
 """
 
 from __future__ import annotations
@@ -42,7 +50,7 @@ log = logging.getLogger(__name__)
 
 
 class Loop:
-    """Holds the step; `run` is the whole of it. `metrics` is None on ranks other than 0."""
+    """The training loop of one rank. `metrics`: None on other ranks than 0. `step`: step of the loaded checkpoint."""
 
     def __init__(
         self, *, config: Config, trainer: Trainer, source: BatchSource, metrics: MetricsWriter | None, step: int
@@ -56,16 +64,19 @@ class Loop:
         self._folder = RunFolder(config.run.dir)
 
     def run(self, *, num_steps: int) -> None:
-        """From the checkpoint's step over the recorded batches to `num_steps`. Raises: DivergenceError, DriftError."""
+        """Trains the recorded batches after the checkpoint, then new ones until step `num_steps`.
+
+        Raises: DivergenceError, DriftError.
+        """
         while self._step < self._source.num_recorded:
-            self._train(self._source.batch(self._step))
-            log.info("trained step %d of %d recorded again", self._step, self._source.num_recorded)
+            self._train(self._source.wait_for_batch(self._step))
+            log.info("trained step %d of %d recorded steps again", self._step, self._source.num_recorded)
         publish_s = self._publish()
         if self._metrics is not None and self._source.publishes:
             print(f"learner: ready at {self._config.network.control_address} (step {self._step})", flush=True)
         while self._step < num_steps:
             started = time.perf_counter()
-            groups = self._source.batch(self._step)
+            groups = self._source.wait_for_batch(self._step)
             wait_s = time.perf_counter() - started
             stepped = self._train(groups)
             self._record(groups, stepped, wait_s=wait_s, publish_s=publish_s)
@@ -79,19 +90,19 @@ class Loop:
         try:
             stepped = self._trainer.train_step(groups, step=self._step)
         except DivergenceError as error:
-            raise DivergenceError(f"{error}; the batch is in {self._keep(groups)}") from error
+            raise DivergenceError(f"{error}; the batch is in {self._save_failed_batch(groups)}") from error
         self._step += 1
         return stepped
 
-    def _keep(self, groups: Sequence[TrajectoryGroup]) -> Path:
-        """Writes the groups of a batch that could not be trained: `protocol.codec.unpack_groups` reads them."""
+    def _save_failed_batch(self, groups: Sequence[TrajectoryGroup]) -> Path:
+        """Writes the groups of a batch that could not be trained. `protocol.codec.unpack_groups` reads the file."""
         path = self._folder.failed_batch(self._step)
         if self._trainer.world.rank == 0:
             path.write_bytes(pack_groups(groups))
         return path
 
     def _publish(self) -> float:
-        """Offers the current weights; the seconds that it took."""
+        """Offers the current weights to the engines. Returns the seconds that it took."""
         started = time.perf_counter()
         if self._source.publishes:
             trainer = self._trainer
@@ -118,32 +129,33 @@ class Loop:
             world=trainer.world,
             dtype=self._dtype,
         )
-        self._source.checkpointed(self._step)
+        self._source.drop_old_tokens(checkpoint_step=self._step)
 
     def _record(
         self, groups: Sequence[TrajectoryGroup], stepped: StepMetrics, *, wait_s: float, publish_s: float
     ) -> None:
-        """Metrics, then the log: killed in between, the step is trained and written once more, and nothing is missing.
+        """Writes metrics, then the log: after a kill in between, the step is trained and its metrics are written again.
 
-        `publish_s` is that of the version that the step started from.
+        publish_s: seconds to publish the version that the step started from
         """
         if self._metrics is not None:
             gauges = self._source.gauges()
             self._metrics.record(stepped, groups, wait_s=wait_s, publish_s=publish_s, gauges=gauges)
-        self._source.log(groups)
+        self._source.commit_batch(groups)
 
     def _report_drift(self) -> None:
-        """Leaves it in RUN/drift.txt. Raises: DriftError."""
+        """Writes RUN/drift.txt. Raises: DriftError."""
         drift = Drift.read(self._folder.metrics)
         self._folder.drift.write_text(f"{drift}\n")
         print(drift, flush=True)
         if not drift.is_flat:
-            raise DriftError(f"engines and learner drift apart although nothing was trained: {drift}")
+            raise DriftError(f"log-probs of engines and learner drift apart although no step changed weights: {drift}")
 
     def _finish(self) -> None:
-        """Raises: DriftError; the run is then not finished: running it again judges it again."""
+        """Ends the run and writes finished.json. Raises: DriftError; then the run is not finished, and a restart checks
+        it again."""
         if not self._source.finish(version=self._step):
-            log.warning("not every engine has committed version %d", self._step)
+            log.warning("some serving engines have not committed the last version, %d", self._step)
         if self._metrics is not None:
             if self._config.learner.check_drift:
                 self._report_drift()

@@ -107,13 +107,6 @@ class Context:
         """The lowest version of the sampled tokens; None if no token was sampled."""
         return min((span.version for span in self.policy_versions), default=None)
 
-    def versions_by_token(self) -> NDArray[np.int32]:
-        """Returns int32 [L]: the version of each sampled token, -1 elsewhere."""
-        versions = np.full(len(self), -1, dtype=np.int32)
-        for span in self.policy_versions:
-            versions[span.start : span.end] = span.version
-        return versions
-
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:

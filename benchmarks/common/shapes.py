@@ -1,4 +1,4 @@
-"""Groups of contexts of the shapes that memory workflows make, of random tokens, for benchmarks/learner.py."""
+"""Groups of contexts with random tokens in the shapes of memory workflows, for benchmarks/learner.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Context:
-    """token_ids int32 [L]; trained int64 [n], the positions that are trained; advantage of its trajectory."""
+    """token_ids int32 [L]; trained int64 [n]: the trained positions; advantage: that of its trajectory."""
 
     token_ids: NDArray[np.int32]
     trained: NDArray[np.int64]
@@ -31,7 +31,7 @@ class Writer:
         return self.rng.integers(0, self.vocab_size, size=length, dtype=np.int32)
 
     def context(self, *parts: tuple[NDArray[np.int32], bool], advantage: float) -> Context:
-        """Of (text, whether it is trained), one after another."""
+        """A context of consecutive parts (text, whether it is trained)."""
         mask = np.concatenate([np.full(len(text), trained) for text, trained in parts])
         return Context(np.concatenate([text for text, _ in parts]), np.flatnonzero(mask), advantage)
 

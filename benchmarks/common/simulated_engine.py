@@ -27,7 +27,7 @@ class Addresses:
 
 
 class Engine:
-    """Speaks as much of SGLang's API as an actor asks for. First come, first served, `NUM_SLOTS` at once."""
+    """Implements the part of SGLang's API that an actor uses. FIFO, `NUM_SLOTS` requests at once."""
 
     def __init__(self, *, token_s: float, commit_s: float) -> None:
         self.lengths: list[int] = []
@@ -48,7 +48,7 @@ class Engine:
         return runner, f"http://{host}:{port}"
 
     async def follow(self, transport: Transport, addresses: Addresses, url: str) -> None:
-        """The weight agent: commits what is announced, and says so."""
+        """The weight agent: commits each announced version and reports it."""
         subscriber = transport.subscriber(addresses.announcements)
         dealer = transport.dealer(addresses.weights)
         fields = EngineFields(name="engine", url=url, version=-1, publication=-1)
@@ -90,7 +90,7 @@ class Engine:
         return web.json_response({"output_ids": ids.tolist(), "meta_info": meta})
 
     def _spans(self, start_s: float, end_s: float, num_tokens: int) -> list[dict[str, str | int]]:
-        """Which tokens of a generation that lasted from `start_s` to `end_s` were sampled by which publication."""
+        """The publication of each token of a generation that lasted from `start_s` to `end_s`, as spans."""
         first = bisect_right(self._commits_s, start_s) - 1
         token_s = (end_s - start_s) / num_tokens
         cuts = [math.ceil((commit_s - start_s) / token_s) for commit_s in self._commits_s[first + 1 :]]

@@ -1,4 +1,4 @@
-"""A group as the benchmarks of the plane send it: 8 trajectories of 4 contexts, 38,697 tokens, 202 KB on the wire."""
+"""The group of the network benchmarks: 8 trajectories of 4 contexts, 38,697 tokens, 202 KB on the wire."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PUBLICATION = 1
 
 
 def make_group(*, seed: int = 0) -> TrajectoryGroup:
-    """Contexts of about equal length, two stretches of each sampled by version 0, which is publication 1."""
+    """Contexts of about equal length; in each, two spans were sampled by version 0 (publication 1)."""
     rng = np.random.default_rng(seed)
     edges = np.linspace(0, NUM_TOKENS, NUM_TRAJECTORIES * NUM_CONTEXTS + 1).astype(int)
     contexts = [_context(rng, int(length)) for length in np.diff(edges)]

@@ -1,4 +1,4 @@
-"""The sending process of benchmarks/transport.py: each way to send a group."""
+"""The sending process of benchmarks/transport.py: one function per way to send groups."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from protocol.messages import Lease
 from protocol.transport import Transport
 from protocol.types import TrajectoryGroup
 
-# Groups sent and not acknowledged, as an actor's credits bound them; all but the durable ways acknowledge every 16th.
+# Most groups in flight, as an actor's credits limit them. Receivers acknowledge every 16th group, durable ones each.
 IN_FLIGHT = 32
 ACK_EVERY = 16
 
 
 def send_all(connection: Connection) -> None:
-    """For each (method, address, number) received: sends as many groups that way, then says its processor seconds."""
+    """For each (method, address, number) received: sends the groups, then sends back its processor seconds."""
     group = make_group()
     while (order := connection.recv()) is not None:
         method, address, num = order
@@ -36,7 +36,7 @@ def send_all(connection: Connection) -> None:
 
 
 def _send_sync(address: str, num: int, make: Callable[[], list[Buffer]], *, acks_every: int) -> None:
-    """From a synchronous DEALER, at most IN_FLIGHT that the receiver has not acknowledged."""
+    """Sends from a synchronous DEALER, with at most IN_FLIGHT unacknowledged groups."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.connect(address)
         num_open = 0
@@ -103,7 +103,7 @@ def _send_ours(group: TrajectoryGroup, address: str, num: int) -> None:
 
 
 def _send_durable(group: TrajectoryGroup, address: str, num: int) -> None:
-    """A real runner whose rollouts take no time, until the plane drains it."""
+    """Runs a real runner whose rollouts take no time, until the coordinator drains it."""
 
     async def rollout(lease: Lease) -> TrajectoryGroup:
         return replace(group, run_id=lease.run_id, cursor=lease.cursor, attempt=lease.attempt)

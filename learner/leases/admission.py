@@ -1,4 +1,4 @@
-"""Whether a group that has arrived will be trained. Pure."""
+"""Decides whether a received group will be trained. Pure."""
 
 from __future__ import annotations
 
@@ -23,25 +23,21 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """An actor that is silent for `lease_timeout_s` loses its leases; a lease that has run for `straggler_timeout_s`
-    may be overtaken (None: never)."""
-
-    lease_timeout_s: float
-    straggler_timeout_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Verdict:
-    """`accept` it; `skip` it (valid, but teaches nothing); `retry` the question (the environment failed);
-    `refuse` it (it must not be trained; the question is issued again)."""
+    """`accept`: train it. `skip`: it is valid, but its advantages are all 0. `retry`: the environment failed; issue the
+    question again. `refuse`: it must not be trained; issue the question again."""
 
     kind: Literal["accept", "skip", "retry", "refuse"]
     reason: str = ""
 
 
 def judge(group: GroupView, *, rules: Rules, publications: Mapping[int, int], step: int, min_version: int) -> Verdict:
-    """`publications` maps a publication to its version; `step` is the learner's; `min_version` is the lease's."""
+    """The verdict on a group of this run (the scheduler has checked its run id).
+
+    publications  publication → version
+    step          the learner's current step
+    min_version   the oldest version that the group's lease allows
+    """
     problem = _problem(group, rules=rules, publications=publications, step=step, min_version=min_version)
     if problem:
         return Verdict("refuse", problem)
@@ -55,18 +51,17 @@ def judge(group: GroupView, *, rules: Rules, publications: Mapping[int, int], st
 
 
 def _problem(group: GroupView, *, rules: Rules, publications: Mapping[int, int], step: int, min_version: int) -> str:
-    if group.run_id != rules.run_id:
-        return f"run must be {rules.run_id}, got {group.run_id}"
+    """Why the group must be refused; empty if there is no reason."""
     if len(group.header.rewards) != rules.group_size:
-        return f"a group has {rules.group_size} trajectories, got {len(group.header.rewards)}"
+        return f"a group must have {rules.group_size} trajectories, got {len(group.header.rewards)}"
     if not group.spans[:, 0].all():
-        return "the first token of a context cannot be sampled: there is nothing that it was sampled after"
+        return "the first token of a context must not be sampled: it has no prefix to be sampled from"
     if len(group.token_ids) and (largest := int(group.token_ids.max())) >= rules.vocab_size:
-        return f"token ids must be below the vocabulary's {rules.vocab_size}, got {largest}"
+        return f"token ids must be below the vocabulary size {rules.vocab_size}, got {largest}"
     sampled_by = np.unique(group.spans[:, 2].astype(np.int64) << 32 | group.spans[:, 3])
     for version, publication in zip((sampled_by >> 32).tolist(), (sampled_by & 0xFFFFFFFF).tolist(), strict=True):
         if publications.get(publication) != version or version > step:
             return f"publication {publication} of version {version} is not known to this run"
         if version < min_version:
-            return f"its lease asks for versions >= {min_version}, got {version}"
+            return f"versions must be >= {min_version} for this lease, got {version}"
     return ""

@@ -1,4 +1,4 @@
-"""What the scheduler decides at an event: records, which the store writes in one transaction, and messages.
+"""The output of the scheduler for one event: records, which the store writes in one transaction, and messages to send.
 
 A record's `kind` names the fault points around the transaction.
 """
@@ -18,7 +18,7 @@ LeaseOutcome = Literal["accepted", "skipped", "duplicate", "refused", "failed", 
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """A lease, given while the slowest serving engine had committed `engine_version`."""
+    """A lease was granted; `engine_version`: the lowest version that the serving engines had committed."""
 
     kind: ClassVar[str] = "lease"
     lease: LeaseRecord
@@ -37,7 +37,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A group to keep, as it came: `frames` are its header and its three columns."""
+    """A group to store. `frames`: its header and its three columns, as received."""
 
     kind: ClassVar[str] = "group"
     lease_id: int
@@ -47,7 +47,8 @@ class Arrived:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """While the learner was at `step`, a question changed its slot: up for a straggler, down for who overtook it."""
+    """A question changed its slot at learner step `step`: a straggler to a later slot, or the group that overtook it
+    to an earlier one."""
 
     kind: ClassVar[str] = ""
     step: int
@@ -58,7 +59,7 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """The state of a question, in a copy of its own."""
+    """The new state of a question; `entry` is a copy."""
 
     kind: ClassVar[str] = ""
     entry: Entry
@@ -84,7 +85,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`records` are one transaction; `sends` go out after it, in order, or not at all."""
+    """`records` are written in one transaction. `sends` are sent in order after it; if it fails, none is sent."""
 
     records: list[Record] = field(default_factory=list)
     sends: list[Send] = field(default_factory=list)

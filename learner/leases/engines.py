@@ -1,4 +1,4 @@
-"""What the learner knows of the engines: who serves, with what version. Pure but for the time that it is told."""
+"""The engines that the learner knows: which of them serve, and with which version. Pure: time is an argument."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from protocol.messages import EngineFields, EngineReport
 
-# An engine whose agent has been silent for so long serves no new lease. Agents report every second.
+# An engine whose weight agent has not reported for this long is not counted as serving. Agents report every second.
 SILENT_AFTER_S = 5.0
 
 
@@ -18,23 +18,27 @@ class _Known:
 
 
 def version_to_lease_by(serving: Sequence[EngineFields], *, step: int, staleness_bound: int) -> int | None:
-    """s of the lease rule: the lowest version committed on the engines that will serve; None while nobody will.
+    """s of the lease rule: the lowest version committed on the engines that will serve; None if there is none.
 
-    An engine that has fallen behind the bound can serve no lease to come, and must not hold the others back; one that
-    states a version beyond the learner's `step` raises nothing.
+    An engine whose version is below `step - staleness_bound` can serve no future lease and is not counted, so it does
+    not hold the others back. A reported version above the learner's `step` is treated as `step`.
     """
     versions = [engine.version for engine in serving if engine.version >= step - staleness_bound]
     return min([*versions, step]) if versions else None
 
 
 class Engines:
-    """Engines by name. One serves once it has committed a publication and while its agent reports."""
+    """Engines by name. An engine serves if it has committed a publication and its agent reports."""
 
     def __init__(self) -> None:
         self._known: dict[str, _Known] = {}
 
     def report(self, report: EngineReport, *, now_s: float) -> None:
         self._known[report.engine.name] = _Known(report, now_s)
+
+    def reports(self) -> list[EngineReport]:
+        """The last report of every engine, also of silent ones."""
+        return [known.report for known in self._known.values()]
 
     def serving(self, *, now_s: float) -> list[EngineFields]:
         return [
@@ -46,11 +50,11 @@ class Engines:
         ]
 
     def lowest_version(self, *, now_s: float) -> int | None:
-        """None while nobody serves."""
+        """The lowest version of the serving engines; None if none serves."""
         return min((engine.version for engine in self.serving(now_s=now_s)), default=None)
 
     def counters(self, *, now_s: float) -> dict[str, float]:
-        """The engines' own counters, added up over those that are heard of."""
+        """The engines' own counters, summed over the engines that have reported within SILENT_AFTER_S."""
         total: dict[str, float] = {}
         for known in self._known.values():
             if now_s - known.seen_s < SILENT_AFTER_S:

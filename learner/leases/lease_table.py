@@ -1,23 +1,24 @@
-"""Who works on what, and which batch it will train in: the staleness bound by construction. Pure: no clock, no IO.
+"""The lease table: which actor works on which question, and in which batch it will be trained. Pure: no clock, no IO.
 
-Batches are made of slots. Slot n trains in batch n // B, which takes the learner from step n // B to the next. A lease
-takes the lowest open slot, and only while
+It enforces the staleness bound. Batches are made of slots. Slot n is trained in batch n // B, which takes the learner
+from step n // B to the next one. A lease takes the lowest open slot, and is granted only while
 
-    slot < (eta + 1 + s) * B        s: the lowest step committed on the engines that serve
+    slot < (eta + 1 + s) * B        s: the lowest step committed on the serving engines
 
-so its tokens have a version >= s >= batch - eta, whatever the timing. Batches are trained in slot order. A group that
-is skipped gives its slot back and a later question takes it; a lease that expires is issued again for the same question
-and slot.
+so its tokens have a version >= s >= batch - eta, whatever the timing. Batches are trained in slot order. The slot of a
+skipped group is open again, and a later question takes it. An expired lease is issued again for the same question and
+slot.
 
     open slot --grant--> running --accept--> buffered --finish--> trained
         ^                 |   ^
         |                 |   +--grant-- waiting <--expire, reissue-- running       (the next attempt)
         +--skip-----------+              (zero variance, or failed too often: another question takes the slot)
 
-A straggler that alone holds up the current batch may be overtaken: it changes slots with a group that has come for a
-later batch. That group is only younger for it; the straggler's own tokens may pass the bound, and are then masked.
+If the current batch waits only for stragglers, they may be overtaken: each changes slots with a group that has arrived
+for a later batch. That group is trained earlier, so its tokens are younger when trained. The straggler is trained
+later, so its tokens may exceed the bound; such tokens are masked.
 
-Only questions that are not decided yet are held: a run of any length needs the same memory.
+The table holds only questions that are neither trained nor skipped: its memory does not grow with the run's length.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from enum import StrEnum
 class State(StrEnum):
     RUNNING = "running"
     WAITING = "waiting"
-    """Expired, failed or refused; waits to be issued again."""
+    """The last attempt expired, failed or was refused; the question will be issued again."""
     BUFFERED = "buffered"
     TRAINED = "trained"
     SKIPPED = "skipped"
@@ -40,9 +41,9 @@ class State(StrEnum):
 
 @dataclass(slots=True)
 class Entry:
-    """A question on its way: `slot` is where it will be trained (-1 once skipped), `first_slot` what it was leased for.
+    """A question. `slot`: the slot that it will be trained in (-1 once skipped). `first_slot`: the slot of its lease.
 
-    They differ only where it has been overtaken, or has overtaken another.
+    The two differ only if it was overtaken or has overtaken another question.
     """
 
     cursor: int
@@ -54,7 +55,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class LeaseRecord:
-    """One attempt given to one actor."""
+    """One attempt at a question, leased to one actor. `granted_s`: seconds since the epoch."""
 
     lease_id: int
     cursor: int
@@ -65,7 +66,7 @@ class LeaseRecord:
 
 
 class LeaseTable:
-    """The lease rule as a state machine. Every method is one event; what it returns is what happened."""
+    """The lease rule as a state machine. Every method that changes it is one event."""
 
     def __init__(self, *, groups_per_batch: int, staleness_bound: int, num_steps: int) -> None:
         self.groups_per_batch = groups_per_batch
@@ -73,7 +74,7 @@ class LeaseTable:
         self.num_steps = num_steps
         self.step = 0
         self.entries: dict[int, Entry] = {}
-        """The questions that are running, waiting or buffered."""
+        """The questions that are running, waiting or buffered, by cursor."""
         self.leases: dict[int, LeaseRecord] = {}
         self.next_lease_id = 1
         self.next_cursor = 0
@@ -98,7 +99,7 @@ class LeaseTable:
         next_lease_id: int,
         next_cursor: int,
     ) -> LeaseTable:
-        """The lease table as stored: its open entries. Running leases stay with their actors until they expire."""
+        """A lease table with the stored open entries. Running leases stay with their actors until they expire."""
         lease_table = cls(groups_per_batch=groups_per_batch, staleness_bound=staleness_bound, num_steps=num_steps)
         lease_table.step = step
         lease_table.next_lease_id = next_lease_id
@@ -121,21 +122,19 @@ class LeaseTable:
         return lease_table
 
     def limit(self, engine_version: int) -> int:
-        """Slots below this may be leased while the slowest serving engine has committed `engine_version`."""
+        """Slots below this may be leased. `engine_version`: the lowest version committed on the serving engines."""
         return self.groups_per_batch * min(self.staleness_bound + 1 + engine_version, self.num_steps)
 
     def min_version(self, slot: int) -> int:
-        """The oldest version that a group of this slot may hold."""
+        """The oldest version that tokens of a group in this slot may have."""
         return max(0, slot // self.groups_per_batch - self.staleness_bound)
 
     def can_grant(self, *, engine_version: int) -> bool:
-        """Whether the bound (and the end of the run) allow another lease."""
+        """Whether the staleness bound and the number of steps allow another lease."""
         return self._next_place()[0] < self.limit(engine_version)
 
-    def grant(self, *, actor: str, now_s: float, engine_version: int) -> LeaseRecord | None:
-        """The next lease, or None where `can_grant` is false."""
-        if not self.can_grant(engine_version=engine_version):
-            return None
+    def grant(self, *, actor: str, now_s: float) -> LeaseRecord:
+        """Grants the next lease. Call it only if `can_grant` is true: it does not check the bound again."""
         slot, cursor = self._next_place()
         if cursor is not None:
             heapq.heappop(self._waiting)
@@ -156,26 +155,28 @@ class LeaseTable:
         return lease
 
     def expire(self, lease_id: int) -> LeaseRecord | None:
-        """The actor is gone or has lost it: its question is issued again, unless another attempt has won."""
+        """The actor is gone or has lost the lease: the question is issued again, unless another attempt has won.
+
+        Returns the lease; None if it had already ended.
+        """
         lease = self.drop(lease_id)
         if lease is not None:
             self.num_expired += 1
             self._wait_again(lease)
         return lease
 
-    def accept(self, *, lease_id: int, cursor: int) -> bool:
-        """A valid group has come. False where another attempt was first, or the question was skipped.
+    def accept(self, *, lease_id: int, cursor: int) -> None:
+        """A valid group has arrived. Only ends the lease if the question is decided (`undecided`).
 
-        An attempt whose lease had expired is as good as any: its slot is the same, and so is its bound.
+        An attempt whose lease has expired is accepted too: it has the same slot, and so the same bound.
         """
         self.drop(lease_id)
         entry = self.undecided(cursor)
         if entry is None:
-            return False
+            return
         self._leave_waiting(entry)
         entry.state = State.BUFFERED
         self._buffered[entry.slot] = cursor
-        return True
 
     def reissue(self, *, lease_id: int, cursor: int) -> None:
         """The attempt failed or was refused: the question is issued again."""
@@ -183,21 +184,20 @@ class LeaseTable:
         if lease is not None and lease.cursor == cursor:
             self._wait_again(lease)
 
-    def skip(self, *, lease_id: int, cursor: int) -> bool:
-        """The group will not be trained: its slot is open again. False where it was decided before."""
+    def skip(self, *, lease_id: int, cursor: int) -> None:
+        """The question will not be trained: its slot is open again. Only ends the lease if the question is decided."""
         self.drop(lease_id)
         entry = self.undecided(cursor)
         if entry is None:
-            return False
+            return
         self._leave_waiting(entry)
         entry.state = State.SKIPPED
         heapq.heappush(self._open_slots, entry.slot)
         entry.slot = -1
         del self.entries[cursor]
-        return True
 
     def drop(self, lease_id: int) -> LeaseRecord | None:
-        """The lease has ended; what becomes of its question is another event's."""
+        """Ends the lease without changing the state of its question. Returns it; None if it had already ended."""
         lease = self.leases.pop(lease_id, None)
         if lease is not None:
             of_actor = self._leases_of[lease.actor]
@@ -207,10 +207,11 @@ class LeaseTable:
         return lease
 
     def overtake(self, *, granted_before_s: float) -> list[tuple[Entry, Entry]]:
-        """(straggler, group) pairs that have changed slots, so that the current batch is complete.
+        """Completes the current batch by letting stragglers change slots with groups that arrived for later batches.
 
-        A straggler runs under a lease that was granted before `granted_before_s`. Nothing happens while the batch would
-        still wait for another, or too few groups of later batches have come.
+        A straggler runs under a lease that was granted before `granted_before_s`. Returns the (straggler, group) pairs
+        that changed slots. Changes nothing if a missing slot of the batch does not belong to a straggler, or if fewer
+        groups of later batches have arrived than slots are missing.
         """
         slots = self._current_slots()
         missing = [slot for slot in slots if slot not in self._buffered]
@@ -235,7 +236,7 @@ class LeaseTable:
         return pairs
 
     def ready_batch(self) -> list[int] | None:
-        """The cursors of the current step's batch in slot order, or None while a slot of it is still empty."""
+        """The cursors of the current step's batch in slot order; None while a slot has no group."""
         slots = self._current_slots()
         if any(slot not in self._buffered for slot in slots):
             return None
@@ -250,17 +251,19 @@ class LeaseTable:
         self.step += 1
 
     def undecided(self, cursor: int) -> Entry | None:
-        """The entry of a question that still wants a group."""
+        """The entry of a question that still needs a group (running or waiting); None otherwise."""
         entry = self.entries.get(cursor)
         return entry if entry is not None and entry.state is not State.BUFFERED else None
 
     def outstanding(self, actor: str) -> list[LeaseRecord]:
+        """The actor's running leases."""
         return list(self._leases_of[actor].values()) if actor in self._leases_of else []
 
     def num_outstanding(self, actor: str) -> int:
         return len(self._leases_of[actor]) if actor in self._leases_of else 0
 
     def counts(self) -> dict[State, int]:
+        """State → number of questions of the whole run that are in it."""
         counts = dict.fromkeys(State, 0)
         for entry in self.entries.values():
             counts[entry.state] += 1
@@ -273,7 +276,7 @@ class LeaseTable:
         return range(first, first + self.groups_per_batch)
 
     def _next_place(self) -> tuple[int, int | None]:
-        """(slot, cursor to issue again or None for a new question): the lowest slot that nobody works on."""
+        """The lowest slot that no attempt runs for, and the cursor to issue again there (None: a new question)."""
         fresh = self._open_slots[0] if self._open_slots else self._next_slot
         if self._waiting and self._waiting[0][0] < fresh:
             return self._waiting[0]

@@ -1,13 +1,12 @@
-"""What the coordinator decides: a state and an event in, what to make durable and whom to tell out. No socket, no file.
+"""Decides what the coordinator does: (state, event) → records to store and messages to send. No socket, no file.
 
-    heartbeat, goodbye, undelivered ─┐                         ┌─► records: one transaction, first
-    group ───────────────────────────┼─► Scheduler ─► Decision ┤
-    tick, engines, trained, drain ───┘   (LeaseTable, actors)      └─► sends: once the records are durable
+    on_heartbeat, on_goodbye, on_undelivered ─┐                             ┌─► records: one transaction
+    on_group ─────────────────────────────────┼─► Scheduler ─► Decision ────┤
+    on_tick, on_engines, on_batch_trained ────┘   LeaseTable, Actors        └─► sends: after the transaction
 
-Every event ends by granting leases to the actors with the most free credits, as far as the lease table's bound allows.
-The state can be thrown away at any moment: the durable part of it is in the store, and peers repeat the rest with every
-heartbeat.
-`learner/network/coordinator.py` drives it from sockets, tests/learner_plane/simulation.py from a seed.
+Every event except `on_batch_trained` and `drain` ends by granting leases to the actors with the most free credits, as
+far as the lease table allows. The state in memory can be discarded at any moment: its durable part is in the store, and
+peers repeat the rest with every heartbeat. tests/leases/simulation.py drives it in simulated time.
 """
 
 from __future__ import annotations
@@ -18,10 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from learner.leases.actors import Actor, Actors
-from learner.leases.admission import Limits, Rules, Verdict, judge
+from learner.leases.admission import Rules, Verdict, judge
 from learner.leases.decisions import Arrived, Decision, Ended, Granted, LeaseOutcome, Moved, Placed, Send, Trained
 from learner.leases.engines import version_to_lease_by
 from learner.leases.lease_table import Entry, LeaseRecord, LeaseTable
+from learner.leases.lease_timeouts import LeaseTimeouts
 from protocol.codec import decode_group
 from protocol.errors import ProtocolError
 from protocol.framing import Buffer
@@ -30,20 +30,16 @@ from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, Lease, Ru
 
 log = logging.getLogger(__name__)
 
-# A question whose groups failed or were refused so often (expired leases do not count) is skipped.
+# A question is skipped after this many failed or refused groups. Expired leases do not count.
 MAX_FAILURES = 4
-# A lease that the actor's heartbeats do not name after so long was lost on the way.
-LOST_AFTER_S = 5.0
-# What passes between two ticks beyond this, the learner stood still: nobody was silent in it.
-MAX_TICK_S = 1.0
 
 
 class Scheduler:
-    """Every method but the properties is one event, at `now_s` on a clock that never goes back.
+    """Every public method is one event. `now_s`: seconds on a clock that never goes back.
 
-    publications  publication → version, as the store has them
-    num_failures  question → its groups that failed or were refused
-    started_s     when this learner started: actors get as long as ever to be heard of again
+    publications  publication → version, from the store
+    num_failures  cursor → number of its groups that failed or were refused
+    started_s     time at which this learner started: restored leases expire no earlier than a full time-out after it
     """
 
     def __init__(
@@ -51,7 +47,7 @@ class Scheduler:
         lease_table: LeaseTable,
         *,
         rules: Rules,
-        limits: Limits,
+        timeouts: LeaseTimeouts,
         publications: Mapping[int, int],
         num_failures: Mapping[int, int],
         started_s: float,
@@ -62,34 +58,32 @@ class Scheduler:
         self.num_malformed = 0
         self.num_refused = 0
         self._rules = rules
-        self._limits = limits
+        self._timeouts = timeouts
         self._publications = dict(publications)
         self._failures = Counter(num_failures)
-        self._listening_s = self._ticked_s = started_s
+        self._started_s = self._ticked_s = started_s
         self._superseded: dict[str, str] = {}
         self._draining = ""
         self._paused = False
         self._known_status: RunStatus | None = None
 
     def pause(self, lease_table: LeaseTable, *, num_failures: Mapping[int, int]) -> None:
-        """A decision could not be made durable: the store's state replaces it. Nothing is decided until `resume`."""
-        lease_table.num_expired, lease_table.num_overtaken = (
-            self.lease_table.num_expired,
-            self.lease_table.num_overtaken,
-        )
+        """A decision could not be made durable: the stored state replaces it. No decision is made until `resume`."""
+        lease_table.num_expired = self.lease_table.num_expired
+        lease_table.num_overtaken = self.lease_table.num_overtaken
         self.lease_table = lease_table
         self._failures = Counter(num_failures)
         self._paused = True
 
     def resume(self) -> None:
-        """There may be room again."""
+        """The disk may have room again."""
         self._paused = False
         for name in self.actors:
-            self._offer(name)
+            self._queue_actor(name)
 
     # --- events ---
 
-    def heartbeat(self, peer: bytes, message: Heartbeat, *, now_s: float) -> Decision:
+    def on_heartbeat(self, peer: bytes, message: Heartbeat, *, now_s: float) -> Decision:
         decision, name = Decision(), message.actor
         if self._superseded.get(name) == message.incarnation:
             decision.sends.append(Send(peer, Drain(reason=f"another actor has joined under the name {name}")))
@@ -98,31 +92,31 @@ class Scheduler:
         if known is not None and known.incarnation != message.incarnation:
             if self._paused:
                 return decision
-            log.warning("actor %s was started again: its old leases are issued again", name)
+            log.warning("actor %s was restarted: its old leases are issued again", name)
             self._superseded[name] = known.incarnation
-            self._forget(decision, name)
+            self._remove_actor(decision, name)
             known = None
         if known is None:
             known = self.actors[name] = Actor(peer, message.incarnation)
         known.peer, known.capacity, known.seen_s = peer, message.capacity, now_s
         known.counters = dict(message.counters)
-        self._offer(name)
+        self._queue_actor(name)
         held = set(message.held)
         for lease in self.lease_table.outstanding(name) if not self._paused else ():
-            if lease.lease_id not in held and now_s - lease.granted_s > LOST_AFTER_S:
+            if lease.lease_id not in held and now_s - lease.granted_s > self._timeouts.lost_after_s:
                 self._expire(decision, lease, "lost")
         answer = Drain(reason=self._draining) if self._draining else self._status()
         decision.sends.append(Send(peer, answer))
         return self._grant(decision, now_s)
 
-    def goodbye(self, message: Goodbye, *, now_s: float) -> Decision:
+    def on_goodbye(self, message: Goodbye, *, now_s: float) -> Decision:
         decision, known = Decision(), self.actors.get(message.actor)
         if not self._paused and (known is None or known.incarnation == message.incarnation):
-            self._forget(decision, message.actor)
+            self._remove_actor(decision, message.actor)
         return self._grant(decision, now_s)
 
-    def undelivered(self, lease_ids: Sequence[int], *, now_s: float) -> Decision:
-        """These leases could not be sent. Their actors get no other before they are heard of again."""
+    def on_undelivered(self, lease_ids: Sequence[int], *, now_s: float) -> Decision:
+        """These leases could not be sent. Their actors get no other lease before their next heartbeat."""
         decision = Decision()
         for lease in [lease for i in lease_ids if (lease := self.lease_table.leases.get(i)) is not None]:
             if (actor := self.actors.get(lease.actor)) is not None:
@@ -131,15 +125,18 @@ class Scheduler:
                 self._expire(decision, lease, "lost")
         return self._grant(decision, now_s)
 
-    def group(self, peer: bytes, message: SubmitGroup, frames: Sequence[Buffer], *, now_s: float) -> Decision:
-        """A group has come: its header, and all its frames, of which the columns are read where it is wanted at all."""
+    def on_group(self, peer: bytes, message: SubmitGroup, frames: Sequence[Buffer], *, now_s: float) -> Decision:
+        """A group has arrived. `message`: its header; `frames`: header and columns.
+
+        The columns are decoded only if the question still needs a group.
+        """
         decision, cursor, lease_id = Decision(), message.cursor, message.lease_id
-        if self._paused:  # without an answer, the actor holds it
+        if self._paused:  # without an answer, the actor keeps the group and sends it again
             return decision
         lease = self.lease_table.leases.get(lease_id)
         reason = ""
         if cursor >= self.lease_table.next_cursor or message.run_id != self._rules.run_id:
-            outcome, reason = "refused", f"question {cursor} of run {message.run_id} was never leased here"
+            outcome, reason = "refused", f"question {cursor} of run {message.run_id} was never leased by this run"
         elif lease_id >= self.lease_table.next_lease_id or (lease is not None and lease.cursor != cursor):
             outcome, reason = "refused", f"lease {lease_id} was never given for question {cursor}"
         elif (entry := self.lease_table.undecided(cursor)) is None:
@@ -150,64 +147,64 @@ class Scheduler:
             verdict, group = self._judge(entry, message, frames[1:])
             if group is not None:
                 outcome, reason = "accepted", verdict.reason
-                self._keep(decision, entry, Arrived(lease_id, group, frames), verdict)
+                self._store_group(decision, entry, Arrived(lease_id, group, frames), verdict)
             else:
                 outcome, reason = "refused", verdict.reason
-                self._try_again(decision, entry, message, verdict)
+                self._reissue_or_skip(decision, entry, message, verdict)
         if outcome == "refused":
             self.num_refused += 1
             log.warning("refused group %d: %s", cursor, reason)
         decision.sends.append(Send(peer, SubmitReply(lease_id=lease_id, outcome=outcome, reason=reason)))
         if lease is not None:
-            self._offer(lease.actor)
+            self._queue_actor(lease.actor)
         return self._grant(decision, now_s)
 
-    def tick(self, serving: list[EngineFields], *, now_s: float) -> Decision:
-        """Time has passed: silent actors lose their leases, stragglers are overtaken. `serving`: the engines by now."""
-        decision, timeout_s = Decision(), self._limits.lease_timeout_s
+    def on_tick(self, serving: list[EngineFields], *, now_s: float) -> Decision:
+        """Expires the leases of silent actors and overtakes stragglers. `serving`: the engines that serve now."""
+        decision, timeout_s = Decision(), self._timeouts.lease_timeout_s
         self.serving = serving
-        self._forgive(now_s)
+        self._extend_deadlines_after_stall(now_s)
         if self._paused:
             return decision
         for name in [name for name, actor in self.actors.items() if now_s - actor.seen_s > timeout_s]:
-            log.warning("actor %s is silent for %.0f s: its leases are issued again", name, timeout_s)
-            self._forget(decision, name)
+            log.warning("actor %s sent no heartbeat for %.0f s: its leases are issued again", name, timeout_s)
+            self._remove_actor(decision, name)
         for lease in list(self.lease_table.leases.values()):
-            if lease.actor not in self.actors and now_s - max(lease.granted_s, self._listening_s) > timeout_s:
+            if lease.actor not in self.actors and now_s - max(lease.granted_s, self._started_s) > timeout_s:
                 self._expire(decision, lease, "expired")
-        if self._limits.straggler_timeout_s is not None:
-            self._overtake(decision, granted_before_s=now_s - self._limits.straggler_timeout_s)
+        if self._timeouts.straggler_timeout_s is not None:
+            self._overtake(decision, granted_before_s=now_s - self._timeouts.straggler_timeout_s)
         return self._grant(decision, now_s)
 
-    def engines(self, serving: list[EngineFields], *, now_s: float) -> Decision:
-        """An engine has joined, left or committed a version."""
+    def on_engines(self, serving: list[EngineFields], *, now_s: float) -> Decision:
+        """An engine has joined, left or committed a version. `serving`: the engines that serve now."""
         self.serving = serving
         return self._grant(Decision(), now_s)
 
-    def trained(self, cursors: Sequence[int]) -> Decision:
-        """The current step is done; leases wait for an engine that has its version, or for the next tick."""
+    def on_batch_trained(self, cursors: Sequence[int]) -> Decision:
+        """The current step is done. The next `on_engines` or `on_tick` grants the leases that its version allows."""
         decision = Decision([Trained(self.lease_table.step, tuple(cursors))])
         self.lease_table.finish(cursors)
         return decision
 
-    def published(self, publication: int, *, version: int) -> None:
+    def on_publication(self, publication: int, *, version: int) -> None:
         self._publications[publication] = version
 
     def drain(self, reason: str) -> Decision:
-        """There is nothing more to do: every actor is told, now and at each heartbeat."""
+        """The run is over: a `Drain` goes to every actor now and in answer to each heartbeat."""
         self._draining = reason
         return Decision(sends=[Send(actor.peer, Drain(reason=reason)) for actor in self.actors.values()])
 
     # --- inside ---
 
     def _judge(self, entry: Entry, header: SubmitGroup, data: Sequence[Buffer]) -> tuple[Verdict, GroupView | None]:
-        """The group where it is to be kept."""
+        """(verdict, the group if it must be stored, else None)."""
         try:
             group = decode_group(header, data)
         except ProtocolError as error:
             self.num_malformed += 1
             return Verdict("refuse", str(error)), None
-        # A straggler that was overtaken may hold what its lease allowed: what is over age by now is masked in training.
+        # An overtaken straggler may have every version that its lease allowed: over-age tokens are masked in training.
         verdict = judge(
             group,
             rules=self._rules,
@@ -217,7 +214,7 @@ class Scheduler:
         )
         return verdict, group if verdict.kind in ("accept", "skip") else None
 
-    def _keep(self, decision: Decision, entry: Entry, arrived: Arrived, verdict: Verdict) -> None:
+    def _store_group(self, decision: Decision, entry: Entry, arrived: Arrived, verdict: Verdict) -> None:
         accepted = verdict.kind == "accept"
         decide = self.lease_table.accept if accepted else self.lease_table.skip
         decide(lease_id=arrived.lease_id, cursor=entry.cursor)
@@ -225,12 +222,12 @@ class Scheduler:
         ended = Ended(arrived.lease_id, "accepted" if accepted else "skipped")
         decision.records.extend([arrived, Placed(replace(entry)), ended])
 
-    def _try_again(self, decision: Decision, entry: Entry, message: SubmitGroup, verdict: Verdict) -> None:
-        """Issues the question again, or gives it up after too many failures; an attempt that goes on may still win."""
+    def _reissue_or_skip(self, decision: Decision, entry: Entry, message: SubmitGroup, verdict: Verdict) -> None:
+        """Issues the question again; skips it after MAX_FAILURES, unless a newer attempt runs that may be accepted."""
         lease_id, cursor = message.lease_id, message.cursor
         self._failures[cursor] += 1
         if message.attempt == entry.attempt and self._failures[cursor] >= MAX_FAILURES:
-            log.warning("question %d gave no trainable group %d times: skipped", cursor, MAX_FAILURES)
+            log.warning("question %d had no trainable group in %d attempts: skipped", cursor, MAX_FAILURES)
             self.lease_table.skip(lease_id=lease_id, cursor=cursor)
             self._failures.pop(cursor)
         else:
@@ -240,20 +237,19 @@ class Scheduler:
 
     def _overtake(self, decision: Decision, *, granted_before_s: float) -> None:
         for straggler, group in self.lease_table.overtake(granted_before_s=granted_before_s):
-            log.warning("question %d is overtaken: slot %d for %d", straggler.cursor, straggler.slot, group.slot)
+            log.warning("question %d is overtaken: slot %d to %d", straggler.cursor, group.slot, straggler.slot)
             for entry, left in ((straggler, group.slot), (group, straggler.slot)):
                 decision.records.append(Moved(self.lease_table.step, entry.cursor, left, entry.slot))
                 decision.records.append(Placed(replace(entry)))
 
     def _grant(self, decision: Decision, now_s: float) -> Decision:
-        """Leases to whoever has most credits left, until the bound or the credits say stop."""
+        """Grants leases to the actors with the most free credits until the bound or the credits are exhausted."""
         lease_table = self.lease_table
         version = version_to_lease_by(self.serving, step=lease_table.step, staleness_bound=lease_table.staleness_bound)
         if self._draining or self._paused or version is None:
             return decision
         while lease_table.can_grant(engine_version=version) and (name := self.actors.take()) is not None:
-            lease = lease_table.grant(actor=name, now_s=now_s, engine_version=version)
-            assert lease is not None
+            lease = lease_table.grant(actor=name, now_s=now_s)
             entry = lease_table.entries[lease.cursor]
             decision.records.extend([Granted(lease, version), Placed(replace(entry))])
             message = Lease(
@@ -265,14 +261,14 @@ class Scheduler:
                 min_version=lease_table.min_version(lease.slot),
             )
             decision.sends.append(Send(self.actors[name].peer, message))
-            self._offer(name)
+            self._queue_actor(name)
         return decision
 
-    def _offer(self, name: str) -> None:
-        self.actors.offer(name, num_outstanding=self.lease_table.num_outstanding(name))
+    def _queue_actor(self, name: str) -> None:
+        self.actors.queue(name, num_outstanding=self.lease_table.num_outstanding(name))
 
     def _status(self) -> RunStatus:
-        """The same object as long as it says the same, so that it is encoded once."""
+        """The same object while its content is the same, so that it is encoded only once."""
         known = self._known_status
         if known is None or known.step != self.lease_table.step or known.engines != self.serving:
             known = self._known_status = RunStatus(
@@ -283,14 +279,15 @@ class Scheduler:
             )
         return known
 
-    def _forgive(self, now_s: float) -> None:
-        stood_still_s = max(0.0, now_s - self._ticked_s - MAX_TICK_S)
+    def _extend_deadlines_after_stall(self, now_s: float) -> None:
+        """If the event loop stalled since the last tick: extend the actors' deadlines by the excess over max_tick_s."""
+        stalled_s = max(0.0, now_s - self._ticked_s - self._timeouts.max_tick_s)
         self._ticked_s = now_s
-        self._listening_s += stood_still_s
+        self._started_s += stalled_s
         for actor in self.actors.values():
-            actor.seen_s += stood_still_s
+            actor.seen_s += stalled_s
 
-    def _forget(self, decision: Decision, name: str) -> None:
+    def _remove_actor(self, decision: Decision, name: str) -> None:
         self.actors.pop(name, None)
         for lease in self.lease_table.outstanding(name):
             self._expire(decision, lease, "expired")
@@ -300,4 +297,4 @@ class Scheduler:
         decision.records.append(Ended(lease.lease_id, outcome))
         if (entry := self.lease_table.entries.get(lease.cursor)) is not None:
             decision.records.append(Placed(replace(entry)))
-        self._offer(lease.actor)
+        self._queue_actor(lease.actor)

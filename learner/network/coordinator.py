@@ -1,11 +1,20 @@
-"""The coordinator's shell: messages and time in, the scheduler's decisions out to the store and the sockets.
+"""The coordinator: feeds messages and ticks to the scheduler, stores its decisions, then sends its messages.
 
-    receive ─► decode ─► Scheduler (decides) ─► Store (durable) ─► send
-    a tick every quarter second; the loop's questions; engines that change
+    actors ─► ROUTER ─► serve ────┐
+              every 0.25 s: tick ─┼─► Scheduler ─► Decision ─► Store: one transaction ─► ROUTER ─► actors
+    publisher: engines_changed ───┤
+    training loop: commit_batch ──┘   training loop: next_batch ◄── groups of the store
 
-One task; runs in the plane's thread. What a decision says is committed in one transaction before anybody hears of it.
-While the disk is full nothing is decided: heartbeats are answered, actors hold their groups, and what was acknowledged
-is in the store.
+              consumes                       produces                      waits for             unblocked by
+    serve     messages of actors             decisions                     a message             ROUTER
+    tick      the clock, serving engines     decisions                     TICK_S                the clock
+    next_batch, commit_batch, new_publication (coroutines that the training loop runs in this thread)
+              stored groups                  a batch, a log entry, an id   all groups of the     a group that arrives;
+                                                                           batch; room on disk   a tick that retries
+
+Everything runs in the event loop of the network thread. A decision is committed in one transaction before any of its
+messages is sent. While the disk is full no decision is made: heartbeats are answered, actors keep their groups, and
+every acknowledged group is in the store.
 """
 
 from __future__ import annotations
@@ -16,10 +25,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from learner.leases.admission import Limits, Rules
+from learner.leases.admission import Rules
 from learner.leases.decisions import Arrived, Decision, Moved
 from learner.leases.engines import Engines
 from learner.leases.lease_table import LeaseTable
+from learner.leases.lease_timeouts import LeaseTimeouts
 from learner.leases.scheduler import Scheduler
 from learner.store.retention import drop_tokens, expired_steps
 from learner.store.store import Store
@@ -35,78 +45,98 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _TICK_S = 0.25
-# So long after the disk was found full, writing is tried again.
-_FULL_RETRY_S = 2.0
 
 
 class Coordinator:
-    """Owns the scheduler. `next_batch` and `finish_batch` are what the learner's loop asks of it."""
+    """Owns the scheduler. `full_retry_s`: time after which writing to a full disk is tried again."""
 
     def __init__(
-        self, *, router: Router, store: Store, lease_table: LeaseTable, engines: Engines, rules: Rules, limits: Limits
+        self,
+        *,
+        router: Router,
+        store: Store,
+        lease_table: LeaseTable,
+        engines: Engines,
+        rules: Rules,
+        timeouts: LeaseTimeouts,
+        full_retry_s: float,
     ) -> None:
         self._router = router
         self._store = store
         self._engines = engines
-        # Leases name the time at which they were granted across restarts, so seconds count from the epoch; but a clock
-        # that is set must not expire them all.
+        # Seconds since the epoch, because leases store their grant time across restarts; advanced by the monotonic
+        # clock, so that setting the system clock does not expire all leases.
         self._epoch_s = time.time() - time.monotonic()
         self._scheduler = Scheduler(
             lease_table,
             rules=rules,
-            limits=limits,
+            timeouts=timeouts,
             publications=store.publications(),
             num_failures=store.num_failures(),
             started_s=self._now_s(),
         )
         self._groups: dict[int, TrajectoryGroup] = {}
         self._batch_ready = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
-        self._retry_s = 0.0
+        self._has_room = asyncio.Event()
+        self._has_room.set()
+        self._full_retry_s = full_retry_s
+        self._retry_at_s = 0.0
         self._num_full = 0
         self._encoded: tuple[Message, bytes] | None = None
 
-    # --- what the loop asks ---
+    @property
+    def address(self) -> str:
+        """The address at which actors connect."""
+        return self._router.address
+
+    @property
+    def num_dropped(self) -> int:
+        """Messages of peers over their rate limit that were dropped unread."""
+        return self._router.num_dropped
+
+    # --- called by the training loop, run in the network thread ---
 
     async def next_batch(self) -> list[TrajectoryGroup]:
-        """The current step's groups in slot order, as soon as the last of them is durable."""
+        """The current step's groups in slot order. Waits until all of them are durable."""
         while (cursors := self._scheduler.lease_table.ready_batch()) is None:
             self._batch_ready.clear()
             await self._batch_ready.wait()
         return [self._groups.pop(cursor, None) or self._store.group(cursor) for cursor in cursors]
 
     async def recorded_batch(self, step: int) -> list[TrajectoryGroup]:
-        """The groups that step `step` was trained on, from the log."""
+        """The groups that step `step` was trained on, from the log of batches."""
         return [self._store.group(cursor) for cursor in self._store.batch(step)]
 
-    async def finish_batch(self, cursors: Sequence[int]) -> None:
-        """Step done: logged in the store before any later version can be seen. Waits while the disk is full."""
-        while not self._carry_out(self._scheduler.trained(cursors)):
-            await self._room.wait()
+    async def commit_batch(self, cursors: Sequence[int]) -> None:
+        """Logs the current step as trained on these groups, durably. Waits while the disk is full.
+
+        Call it before the step's version is published.
+        """
+        while not self._carry_out(self._scheduler.on_batch_trained(cursors)):
+            await self._has_room.wait()
 
     async def new_publication(self, version: int) -> int:
-        """A publication id that was never used before. Waits while the disk is full."""
+        """A publication id that this run has never used. Waits while the disk is full."""
         while (publication := self._durably(lambda: self._store.new_publication(version))) is None:
-            await self._room.wait()
-        self._scheduler.published(publication, version=version)
+            await self._has_room.wait()
+        self._scheduler.on_publication(publication, version=version)
         return publication
 
-    async def retain(self, *, checkpoint_step: int, keep_steps: int | None, keep_bytes: int | None) -> None:
-        """Drops the tokens of old batches, but none that a resume from the checkpoint of that step would train."""
+    async def drop_old_tokens(self, *, checkpoint_step: int, keep_steps: int | None, keep_bytes: int | None) -> None:
+        """Drops the tokens of old batches (`expired_steps`), but none that a resume from `checkpoint_step` needs."""
         steps = expired_steps(
             self._store, checkpoint_step=checkpoint_step, keep_steps=keep_steps, keep_bytes=keep_bytes
         )
         for step in steps:
             self._durably(lambda step=step: drop_tokens(self._store, step))
-            await asyncio.sleep(0)  # actors are heard in between
+            await asyncio.sleep(0)  # lets the other tasks handle messages between two steps
 
     async def drain(self, reason: str) -> None:
-        """Tells every actor, now and at each heartbeat, that there is nothing more to do."""
+        """The run is over: tells every actor to leave, now and in answer to each heartbeat."""
         self._carry_out(self._scheduler.drain(reason))
 
     async def gauges(self) -> dict[str, float]:
-        """Queue lengths and the peers' own counters, for metrics and the live view."""
+        """Metric tag → value: queue lengths and the peers' own counters, for metrics and the live view."""
         now_s, scheduler, lease_table = time.monotonic(), self._scheduler, self._scheduler.lease_table
         gauges = {f"queue/{state.value}": float(count) for state, count in lease_table.counts().items()}
         capacity = sum(actor.capacity for actor in scheduler.actors.values())
@@ -125,10 +155,10 @@ class Coordinator:
                 gauges[f"actor/{name}"] = gauges.get(f"actor/{name}", 0.0) + value
         return gauges
 
-    # --- the shell ---
+    # --- tasks of the network thread ---
 
     async def serve(self) -> None:
-        """Until cancelled. A malformed message costs its sender that message only."""
+        """Handles messages and ticks until cancelled. A malformed message is logged, counted and dropped."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._tick())
             while True:
@@ -138,36 +168,36 @@ class Coordinator:
                     self._on(peer, message, frames)
                 except ProtocolError as error:
                     self._scheduler.num_malformed += 1
-                    self._router.refused(peer)
+                    self._router.penalize(peer)
                     log.warning("refused a message: %s", error)
 
     def engines_changed(self) -> None:
         """An engine has joined, left or committed a version."""
-        self._carry_out(self._scheduler.engines(self._serving(), now_s=self._now_s()))
+        self._carry_out(self._scheduler.on_engines(self._serving(), now_s=self._now_s()))
 
     def _on(self, peer: bytes, message: Message, frames: Sequence[Buffer]) -> None:
         scheduler, now_s = self._scheduler, self._now_s()
         match message:
             case Heartbeat():
-                decision = scheduler.heartbeat(peer, message, now_s=now_s)
+                decision = scheduler.on_heartbeat(peer, message, now_s=now_s)
             case SubmitGroup():
-                decision = scheduler.group(peer, message, frames, now_s=now_s)
+                decision = scheduler.on_group(peer, message, frames, now_s=now_s)
             case Goodbye():
-                decision = scheduler.goodbye(message, now_s=now_s)
+                decision = scheduler.on_goodbye(message, now_s=now_s)
             case _:
-                raise ProtocolError(f"{message.kind} has no business at the coordinator")
+                raise ProtocolError(f"the coordinator does not accept messages of kind {message.kind}")
         self._carry_out(decision)
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
-            if not self._room.is_set() and self._now_s() > self._retry_s:
+            if not self._has_room.is_set() and self._now_s() > self._retry_at_s:
                 self._scheduler.resume()
-                self._room.set()
-            self._carry_out(self._scheduler.tick(self._serving(), now_s=self._now_s()))
+                self._has_room.set()
+            self._carry_out(self._scheduler.on_tick(self._serving(), now_s=self._now_s()))
 
     def _carry_out(self, decision: Decision) -> bool:
-        """Makes it durable, then known. False where the disk is full: then it has not happened."""
+        """Commits the records, then sends the messages. False if the disk is full: nothing was stored or sent."""
         if self._durably(lambda: self._commit(decision)) is None:
             return False
         undelivered = []
@@ -178,7 +208,7 @@ class Coordinator:
             elif isinstance(send.message, Lease) and not sent:
                 undelivered.append(send.message.lease_id)
         if undelivered:
-            self._carry_out(self._scheduler.undelivered(undelivered, now_s=self._now_s()))
+            self._carry_out(self._scheduler.on_undelivered(undelivered, now_s=self._now_s()))
         return True
 
     def _commit(self, decision: Decision) -> bool:
@@ -191,14 +221,14 @@ class Coordinator:
         return True
 
     def _durably(self, write: Callable[[], T]) -> T | None:
-        """What `write` returns; None where the disk is full, and then nothing is decided for a while."""
+        """What `write` returns. If the disk is full: None, and no decision is made for `full_retry_s`."""
         try:
             return write()
         except StoreFullError as error:
             log.error("%s: no group is admitted until there is room (see learner.retention)", error)
             self._num_full += 1
-            self._room.clear()
-            self._retry_s = self._now_s() + _FULL_RETRY_S
+            self._has_room.clear()
+            self._retry_at_s = self._now_s() + self._full_retry_s
             lease_table = self._scheduler.lease_table
             self._scheduler.pause(
                 self._store.restore_lease_table(
@@ -211,7 +241,7 @@ class Coordinator:
             return None
 
     def _encode(self, message: Message) -> bytes:
-        """A status goes out to every actor as the same object."""
+        """Encodes a message; the same object (a status for every actor) is encoded once."""
         if self._encoded is None or self._encoded[0] is not message:
             self._encoded = message, encode(message)
         return self._encoded[1]

@@ -1,7 +1,13 @@
-"""The learner's network side: one thread, one asyncio loop, in which the coordinator and the publisher live.
+"""The learner's network thread: one asyncio event loop that runs the coordinator and the publisher.
 
-The training loop, in the main thread, calls `run(coroutine)` and waits; nothing else is shared. Should a task of the
-plane die, `on_death` is called at once, and the next call and leaving the plane raise its error.
+    main thread                        network thread
+    training loop ── run(coroutine) ─► coordinator.serve ◄──── ROUTER (control) ────► actors
+                  ◄─ its result ────── publisher.serve   ◄──── ROUTER (weights) ────► weight agents
+                                                         ────► PUB (announcements) ─► weight agents
+
+The main thread waits for the result of `run`; the two threads share nothing else. The store is used by the network
+thread only. If a task of the network thread fails, `on_death` is called at once, and the next `run` and the exit of the
+context manager raise its error.
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ from typing import TypeVar
 from learner.leases.admission import Rules
 from learner.leases.engines import Engines
 from learner.leases.lease_table import LeaseTable
-from learner.leases.scheduler import Limits
+from learner.leases.lease_timeouts import LeaseTimeouts
 from learner.network.coordinator import Coordinator
 from learner.network.publisher import MAX_REQUEST_BYTES, Publisher
 from learner.network.weight_deltas import Series
@@ -31,6 +37,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+THREAD_NAME = "network"
+# Time after which writing to a full disk is tried again.
+FULL_RETRY_S = 2.0
+
 
 class NetworkThread:
     """Use as a context manager. Raises (on entry): UnreachableError, SecurityError, DataError."""
@@ -42,17 +52,18 @@ class NetworkThread:
         store: Store,
         lease_table: LeaseTable,
         rules: Rules,
-        lease_timeout_s: float,
+        timeouts: LeaseTimeouts,
         on_death: Callable[[], None],
-        straggler_timeout_s: float | None = None,
+        full_retry_s: float = FULL_RETRY_S,
     ) -> None:
         self._network = network
         self._store = store
         self._lease_table = lease_table
         self._rules = rules
-        self._limits = Limits(lease_timeout_s, straggler_timeout_s)
+        self._timeouts = timeouts
+        self._full_retry_s = full_retry_s
         self._on_death = on_death
-        self._thread = threading.Thread(target=self._main, name="plane", daemon=True)
+        self._thread = threading.Thread(target=self._main, name=THREAD_NAME, daemon=True)
         self._ready: Future[asyncio.AbstractEventLoop] = Future()
         self._stop = asyncio.Event()
         self._error: BaseException | None = None
@@ -66,38 +77,50 @@ class NetworkThread:
         try:
             self._loop = self._ready.result()
         except BaseException:
-            self._thread.join()  # it still uses the store, which the caller may close
+            self._thread.join()  # it may still use the store, which the caller may close
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(RuntimeError):  # it has died, and its loop is closed
+        with suppress(RuntimeError):  # the thread has failed, and its event loop is closed
             self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
         if self._error is not None:
-            raise PalimpsestError(f"the learner's network side has died: {self._error!r}") from self._error
+            raise PalimpsestError(f"the network thread failed: {self._error!r}") from self._error
 
     def run(self, coroutine: Coroutine[object, object, T], *, timeout_s: float | None = None) -> T:
-        """The coroutine's result, computed in the plane. Raises: PalimpsestError where the plane has died."""
+        """Runs the coroutine in the network thread; its result. Raises: PalimpsestError if the thread failed."""
         try:
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        except RuntimeError as error:  # its loop is closed
+        except RuntimeError as error:  # its event loop is closed
             coroutine.close()
-            raise PalimpsestError(f"the plane has died: {self._error}") from (self._error or error)
+            raise PalimpsestError(f"the network thread failed: {self._error!r}") from (self._error or error)
         return future.result(timeout_s)
 
     def publish(self, data: bytes, *, version: int, canary: CanaryFields | None = None) -> int:
-        """Publishes weights (the bytes of a safetensors file) under an id that is durable first.
+        """Publishes weights (the bytes of a safetensors file) and returns the publication id, which is durable first.
 
-        Called outside the plane: the delta of a large model takes seconds, in which actors must be heard.
+        Encodes the delta in the calling thread: a large model takes seconds, in which the network thread must answer.
         """
         publication = self.run(self.coordinator.new_publication(version))
-        offer = self._series.offer(data, publication=publication, version=version, canary=canary)
-        self.run(self.publisher.offer(offer))
+        offer = self._series.make_offer(data, publication=publication, version=version, canary=canary)
+        self.run(self.publisher.announce(offer))
         return publication
 
+    @property
+    def control_address(self) -> str:
+        return self.coordinator.address
+
+    @property
+    def weights_address(self) -> str:
+        return self.publisher.weights_address
+
+    @property
+    def announce_address(self) -> str:
+        return self.publisher.announce_address
+
     async def wait_committed(self, version: int, *, timeout_s: float) -> bool:
-        """Until every serving engine has committed `version`; False after `timeout_s`."""
+        """Waits until every serving engine has committed `version`. False if that takes longer than `timeout_s`."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         while (lowest := self.engines.lowest_version(now_s=loop.time())) is None or lowest < version:
@@ -114,7 +137,7 @@ class NetworkThread:
             except BaseException as error:
                 if self._ready.done():
                     self._error = error
-                    log.critical("the plane has died", exc_info=error)
+                    log.critical("the network thread failed", exc_info=error)
                     self._on_death()
                 else:
                     self._ready.set_exception(error)
@@ -128,7 +151,8 @@ class NetworkThread:
                 lease_table=self._lease_table,
                 engines=self.engines,
                 rules=self._rules,
-                limits=self._limits,
+                timeouts=self._timeouts,
+                full_retry_s=self._full_retry_s,
             )
             self.publisher = Publisher(
                 router=transport.router(self._network.weights_address, max_frame_bytes=MAX_REQUEST_BYTES),

@@ -1,9 +1,12 @@
-"""Offers weights in checked chunks, fetched by each engine's weight agent at its own pace.
+"""Offers weights in checksummed chunks, which the weight agent of each engine fetches at its own pace.
 
-    Series (outside the plane) ─► offer ─► Announcement on PUB
-    EngineReport ─► registry, EngineReply(newest)     ManifestRequest ─► Manifest     ChunkRequest ─► Chunk
+    training loop ─► Series.make_offer (main thread) ─► announce ─► Announcement on PUB
+    weight agents ─► ROUTER ─► serve ─► ROUTER:    EngineReport    ─► EngineReply (newest publication)
+                                                   ManifestRequest ─► Manifest
+                                                   ChunkRequest    ─► Chunk
+    serve consumes requests, produces replies and engine states, waits for a request; unblocked by ROUTER.
 
-What is offered are deltas and snapshots of a safetensors file: `learner.network.weight_deltas`.
+An offer has deltas and snapshots of a safetensors file: `learner.network.weight_deltas`.
 """
 
 from __future__ import annotations
@@ -31,12 +34,12 @@ from protocol.transport import Router
 
 log = logging.getLogger(__name__)
 
-# What agents ask for is short.
+# Requests of weight agents are short.
 MAX_REQUEST_BYTES = 1 << 20
 
 
 class Publisher:
-    """The learner's half of the weight plane. Runs in the plane's thread."""
+    """The learner's side of weight publication. Runs in the network thread."""
 
     def __init__(
         self,
@@ -55,8 +58,23 @@ class Publisher:
         self._publications = Publications()
         self.num_malformed = 0
 
-    async def offer(self, offer: Offer) -> None:
-        """From now on the newest."""
+    @property
+    def weights_address(self) -> str:
+        """The address at which weight agents send requests."""
+        return self._router.address
+
+    @property
+    def announce_address(self) -> str:
+        """The address at which weight agents subscribe to announcements."""
+        return self._announcements.address
+
+    @property
+    def num_dropped(self) -> int:
+        """Messages of peers over their rate limit that were dropped unread."""
+        return self._router.num_dropped
+
+    async def announce(self, offer: Offer) -> None:
+        """Makes `offer` the newest publication that can be fetched, then announces it."""
         self._publications.add(offer)
         fault_point("publication.offered")
         manifest = offer.manifest
@@ -65,7 +83,7 @@ class Publisher:
         fault_point("publication.announced")
 
     async def serve(self) -> None:
-        """Until cancelled."""
+        """Answers requests until cancelled. A malformed message is logged, counted and dropped."""
         while True:
             peer, frames = await self._router.recv()
             try:
@@ -103,7 +121,7 @@ class Publisher:
                 chunk = Chunk(request_id=message.request_id, base=base, publication=publication, index=index)
                 return chunk, [data]
             case _:
-                raise ProtocolError(f"{message.kind} has no business at the publisher")
+                raise ProtocolError(f"the publisher does not accept messages of kind {message.kind}")
 
     def _gone(self, request: ManifestRequest | ChunkRequest) -> ErrorReply:
         return ErrorReply(

@@ -1,11 +1,13 @@
-"""What can be fetched: deltas from each publication to the next, and a snapshot now and then, as a log has them.
+"""The parts that weight agents can fetch: a delta from each publication to the next, and some snapshots.
 
-    snapshot 4 ─► delta 5 ─► delta 6 ─► delta 7      holds 6: delta 7      holds nothing: snapshot 4, deltas 5 to 7
+    snapshot 4 ─► delta 5 ─► delta 6 ─► delta 7
 
-A new snapshot begins where the deltas since the last one cost more than a quarter of it: who joins late never fetches
-more than 1.25 snapshots, and where nearly every weight changes, each publication has one. Two snapshots and what
-follows the older one are kept, so that an agent which has begun can finish. Memory: the newest weights uncompressed,
-and 2.5 compressed snapshots at most.
+    an agent that holds publication 6 fetches delta 7; one that holds nothing fetches snapshot 4 and deltas 5 to 7
+
+A snapshot is made when the deltas since the last one have more than a quarter of its bytes. So an agent that joins late
+never fetches more than 1.25 snapshots; if nearly every weight changes, each publication has a snapshot. The last two
+snapshots and all later parts are kept, so that an agent can finish a fetch that it has begun. Memory: the newest
+weights uncompressed, and at most 2.5 compressed snapshots.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ _HALF_WORDS = ("BF16", "F16")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`fields` say how to check `payload`."""
+    """A delta or a snapshot. `fields`: its size and checksums; `payload`: its compressed bytes."""
 
     fields: PartFields
     payload: bytes
@@ -34,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A publication: how it looks (request_id 0, without parts), and the parts that end in it, a snapshot or a delta
+    """A publication: its manifest (request_id 0, without parts), and the parts that lead to it: a snapshot, a delta,
     or both."""
 
     manifest: Manifest
@@ -43,7 +45,7 @@ class Offer:
 
 @dataclass(slots=True)
 class Series:
-    """Makes offers of successive weights: slow for gigabytes, so it runs where nobody waits, in one thread."""
+    """Makes offers of successive weights. Takes seconds for gigabytes. Not thread-safe."""
 
     run_id: str
     chunk_bytes: int = CHUNK_BYTES
@@ -51,8 +53,8 @@ class Series:
     _snapshot_bytes: int = field(default=0, init=False)
     _chain_bytes: int = field(default=0, init=False)
 
-    def offer(self, data: bytes, *, publication: int, version: int, canary: CanaryFields | None = None) -> Offer:
-        """`data` is a whole safetensors file; it is kept until the next one, whose delta begins there."""
+    def make_offer(self, data: bytes, *, publication: int, version: int, canary: CanaryFields | None = None) -> Offer:
+        """`data`: the bytes of a safetensors file, kept until the next call, whose delta is relative to them."""
         tensors = _tensors(data)
         half_bytes = sum(tensor.num_bytes for tensor in tensors if tensor.dtype in _HALF_WORDS)
         manifest = Manifest(
@@ -96,18 +98,23 @@ class Series:
 
 
 class Publications:
-    """Offers that are kept, and the cheapest way to each of them."""
+    """The offers that are kept, and for each of them the parts with the fewest bytes."""
 
     def __init__(self) -> None:
         self._offers: dict[int, Offer] = {}
         self._parts: dict[tuple[int, int], Part] = {}
 
     @property
+    def num_bytes(self) -> int:
+        """The compressed bytes of all parts that are kept."""
+        return sum(len(part.payload) for part in self._parts.values())
+
+    @property
     def newest(self) -> Manifest | None:
         return self._offers[max(self._offers)].manifest if self._offers else None
 
     def add(self, offer: Offer) -> None:
-        """What comes before the last but one snapshot goes."""
+        """Adds an offer and removes everything before the last but one snapshot."""
         self._offers[offer.manifest.publication] = offer
         self._parts.update({(part.fields.base, part.fields.publication): part for part in offer.parts})
         snapshots = sorted(publication for base, publication in self._parts if base == NOTHING)
@@ -116,7 +123,10 @@ class Publications:
         self._parts = {key: part for key, part in self._parts.items() if key[1] >= oldest}
 
     def manifest(self, publication: int, *, held: int) -> Manifest | None:
-        """With the fewest bytes that lead from `held` to `publication`; None where that is not kept."""
+        """The manifest with the parts that lead from publication `held` to `publication` in the fewest bytes.
+
+        None if `publication` is not kept.
+        """
         offer = self._offers.get(publication)
         if offer is None:
             return None
@@ -137,6 +147,7 @@ class Publications:
         return offer.manifest.model_copy(update={"parts": parts})
 
     def chunk(self, *, base: int, publication: int, index: int) -> memoryview | None:
+        """A chunk of the part from `base` to `publication`; None if there is none."""
         part = self._parts.get((base, publication))
         offer = self._offers.get(publication)
         if part is None or offer is None or index >= len(part.fields.chunk_checksums):
@@ -146,7 +157,7 @@ class Publications:
 
 
 def _tensors(data: bytes) -> list[TensorFields]:
-    """The table of a safetensors file."""
+    """The tensor table of a safetensors file."""
     header_bytes = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + header_bytes])
     return [

@@ -44,7 +44,9 @@ class WeightPlane:
         self.num_changes += 1
 
     async def publish(self, data: bytes, *, publication: int, version: int, canary: CanaryFields | None = None) -> None:
-        await self.publisher.offer(self.series.offer(data, publication=publication, version=version, canary=canary))
+        await self.publisher.announce(
+            self.series.make_offer(data, publication=publication, version=version, canary=canary)
+        )
 
     def damage(self, *, base: int, publication: int, position: int) -> Callable[[], None]:
         """Flips a bit of what is offered; the answer repairs it."""

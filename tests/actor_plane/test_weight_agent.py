@@ -255,7 +255,7 @@ async def test_a_bit_flipped_in_what_is_held_is_found_and_a_snapshot_heals_it(
 
 
 def manifest_for(model: Path) -> Manifest:
-    offer = Series(RUN, chunk_bytes=CHUNK_BYTES).offer(weights(model, scale=1.0), publication=4, version=2)
+    offer = Series(RUN, chunk_bytes=CHUNK_BYTES).make_offer(weights(model, scale=1.0), publication=4, version=2)
     return offer.manifest.model_copy(update={"parts": [part.fields for part in offer.parts]})
 
 
@@ -394,9 +394,7 @@ async def test_an_update_that_the_engine_refuses_is_tried_again(
     assert await engine.tag() == PolicyTag(RUN, 2, 0)
 
 
-async def test_weights_of_another_shape_never_reach_the_engine(
-    plane: WeightPlane, engine: Engine, model: Path
-) -> None:
+async def test_weights_of_another_shape_never_reach_the_engine(plane: WeightPlane, engine: Engine, model: Path) -> None:
     await plane.publish(weights(model, scale=1.0), publication=1, version=0)
     await plane.until(serves(plane, 1))
     tensors = load_file(model / "model.safetensors")

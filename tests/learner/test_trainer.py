@@ -102,7 +102,9 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("correction", CORRECTIONS, ids=lambda c: "-".join(map(str, (c.use, *c.options.values()))) if c else "none")
+@pytest.mark.parametrize(
+    "correction", CORRECTIONS, ids=lambda c: "-".join(map(str, (c.use, *c.options.values()))) if c else "none"
+)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_loss_and_gradient_equal_the_reference(aggregation: str, correction: CorrectionConfig | None) -> None:
     groups = uneven_groups()
@@ -266,8 +268,8 @@ def test_a_non_finite_gradient_skips_the_update_and_is_counted() -> None:
 def test_metrics_count_what_was_trained() -> None:
     groups = uneven_groups()
     metrics = trainer_of(tiny_model(), config()).train_step(groups, step=STEP)
-    tokens = [v for g in groups for t in g.trajectories if t.status is not Status.FAILED
-              for c in t.contexts for v in c.versions_by_token() if v >= 0]  # fmt: skip
+    tokens = [span.version for g in groups for t in g.trajectories if t.status is not Status.FAILED
+              for c in t.contexts for span in c.policy_versions for _ in range(span.start, span.end)]  # fmt: skip
     trained = [v for v in tokens if v >= STEP - 2]
     values = metrics.values
     assert values["learner/trained_tokens"] == len(trained)

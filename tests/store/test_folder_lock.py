@@ -1,4 +1,4 @@
-"""One launcher and one learner a folder."""
+"""One launcher and one learner per folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_second_holder_is_refused_until_the_first_leaves(tmp_path: Path) -> No
         pass
 
 
-def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_raises_data_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(DataError, match=r"run\.dir .* cannot be written"),

@@ -1,4 +1,4 @@
-"""The actors and engines of a simulation: they behave as actor/runner.py, engine_pool.py and weight_agent.py do."""
+"""The actors and engines of a simulation: they behave as actor/runner.py, engines/pool.py and weights/agent.py do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from protocol.messages import Drain, EngineFields, EngineReport, Goodbye, Heartb
 from protocol.types import Context, Question, Status, Trajectory, TrajectoryGroup, VersionSpan
 
 if TYPE_CHECKING:
-    from tests.learner_plane.simulation import World
+    from tests.leases.simulation import World
 
 GROUP_SIZE = 2
 HEARTBEAT_S = 2.0
@@ -26,7 +26,7 @@ _LOGPROBS = np.array([0, 0, -0.25, -1.5], dtype=np.float32)
 
 
 class SimulatedEngine:
-    """Comes to the newest publication after a while, and says now and then where it is."""
+    """Commits the newest publication after a random delay, and reports its version regularly."""
 
     def __init__(self, world: World, name: str) -> None:
         self.world = world
@@ -38,12 +38,12 @@ class SimulatedEngine:
         self._report()
 
     def forget(self) -> None:
-        """Killed and started again: it has no weights."""
+        """Killed and restarted: it has no weights."""
         self.world.seen["engine killed"] += 1
         self.version = self.publication = -1
 
     def get_stuck(self, duration_s: float) -> None:
-        """It serves on, and takes no update."""
+        """It continues to serve, but commits no new version."""
         self.world.seen["engine stuck"] += 1
         self._stuck_until_s = self.world.now_s + duration_s
 
@@ -66,7 +66,7 @@ class SimulatedEngine:
 
 @dataclass
 class _Job:
-    """A lease at work: `spans` are (version, publication) of the contexts sampled so far. `frames` once it is done."""
+    """A lease in progress. `spans`: (version, publication) of each context sampled; `frames`: the finished group."""
 
     lease: Lease
     num_contexts: int
@@ -78,7 +78,7 @@ class _Job:
 
 
 class SimulatedActor:
-    """Works on all its leases at once; holds a finished group until it is acknowledged."""
+    """Works on all its leases concurrently; keeps a finished group until it is acknowledged."""
 
     def __init__(self, world: World, name: str) -> None:
         self.world = world
@@ -103,7 +103,7 @@ class SimulatedActor:
         self._beat(self._incarnation)
 
     def die(self) -> None:
-        """Its work is gone. Now and then it has time for a goodbye."""
+        """Its work is lost. Sometimes it sends a goodbye first."""
         if not self._is_up:
             return
         self.world.seen["actor killed"] += 1
@@ -159,7 +159,7 @@ class SimulatedActor:
         self.world.after(delay_s, lambda: self._work(job) if incarnation == self._incarnation and self._is_up else None)
 
     def _work(self, job: _Job) -> None:
-        """Samples the next context on any engine that is new enough for the lease."""
+        """Samples the next context on any engine whose version the lease allows."""
         able = [engine for engine in self.world.engines if engine.version >= job.lease.min_version]
         if not able:
             job.waits_since_s = self.world.now_s if job.waits_since_s is None else job.waits_since_s
@@ -177,7 +177,7 @@ class SimulatedActor:
 
     def _finish(self, job: _Job, *, failed: bool) -> None:
         lease, world = job.lease, self.world
-        spans = [(0, 10**6)] if world.chance(0.01) else job.spans  # of a publication that never was: to be refused
+        spans = [(0, 10**6)] if world.chance(0.01) else job.spans  # an unknown publication: must be refused
         contexts = tuple(
             Context(_TOKENS, _MASK, _LOGPROBS, (VersionSpan(2, 4, version, publication),))
             for version, publication in spans

@@ -1,14 +1,15 @@
-"""The learner of a simulation: what coordinator, plane and loop do around the scheduler and the store."""
+"""The learner of a simulation: plays the coordinator and the training loop around the real scheduler and store."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from learner.leases.admission import Limits, Rules
+from learner.leases.admission import Rules
 from learner.leases.decisions import Decision
 from learner.leases.engines import Engines
 from learner.leases.lease_table import LeaseTable
+from learner.leases.lease_timeouts import LeaseTimeouts
 from learner.leases.scheduler import Scheduler
 from learner.store.retention import drop_tokens, expired_steps
 from learner.store.run_folder import RunFolder
@@ -16,9 +17,10 @@ from learner.store.store import Store
 from protocol.errors import StoreFullError
 from protocol.framing import Buffer, Message, decode
 from protocol.messages import EngineReport, Goodbye, Heartbeat, Lease, SubmitGroup, SubmitReply
+from tests.store.full_disk import fill_up, make_room
 
 if TYPE_CHECKING:
-    from tests.learner_plane.simulation import World
+    from tests.leases.simulation import World
 
 T = TypeVar("T")
 
@@ -35,7 +37,7 @@ class Crash(Exception):
 
 
 class SimulatedLearner:
-    """`scheduler` is None while it is dead. The weights are the list of questions that they were trained on."""
+    """`scheduler` is None while the learner is killed. `weights`: the cursors that it was trained on, in order."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -62,14 +64,14 @@ class SimulatedLearner:
     # --- life and death ---
 
     def start(self) -> None:
-        """Loads the newest checkpoint, trains what the log has beyond it, publishes."""
+        """Loads the newest checkpoint, trains the later batches of the log again, publishes."""
         if self.scheduler is not None:
             return
         shape = self.world.shape
         self._life += 1
         self._is_training = False
         self.store = Store(RunFolder(self.world.folder).store)
-        self.store._db.execute("PRAGMA synchronous = OFF")
+        self.store.query("PRAGMA synchronous = OFF")
         self.store.claim(
             {
                 "run_id": RUN,
@@ -82,9 +84,9 @@ class SimulatedLearner:
             self.weights += [self.store.group(cursor).cursor for cursor in self.store.batch(step)]
         self.engines = Engines()
         self.scheduler = Scheduler(
-            self._stored_ledger(),
+            self._stored_lease_table(),
             rules=Rules(RUN, GROUP_SIZE, VOCABULARY, skip_zero_variance=True),
-            limits=Limits(LEASE_TIMEOUT_S, shape.straggler_timeout_s),
+            timeouts=LeaseTimeouts(LEASE_TIMEOUT_S, shape.straggler_timeout_s),
             publications=self.store.publications(),
             num_failures=self.store.num_failures(),
             started_s=self.world.now_s,
@@ -104,22 +106,22 @@ class SimulatedLearner:
             self.store.close()
 
     def fault_point(self, name: str) -> None:
-        """Stands in for the store's, which are around every commit."""
+        """Replaces the store's fault points, which are around every commit."""
         if self.scheduler is not None and self.world.chance(0.0005):
             self.world.seen["learner killed at a commit"] += 1
             raise Crash(name)
 
     def fill_disk(self) -> None:
-        """The file may not grow for a while."""
+        """The store's file cannot grow for some time."""
         if self.scheduler is not None:
-            self.store._db.execute("PRAGMA max_page_count = 1")  # taken as: what it has now
+            fill_up(self.store)
             self._soon(self.world.random.uniform(1.0, 20.0), self._free_disk)
 
     def _free_disk(self) -> None:
-        self.store._db.execute("PRAGMA max_page_count = 1073741823")
+        make_room(self.store)
 
     def _soon(self, delay_s: float, event: Callable[[], None]) -> None:
-        """Unless it dies before that."""
+        """Runs `event` after `delay_s` unless the learner dies before."""
         life = self._life
         self.world.after(delay_s, lambda: event() if life == self._life and self.scheduler is not None else None)
 
@@ -131,18 +133,18 @@ class SimulatedLearner:
     # --- messages ---
 
     def receive(self, peer: bytes, message: Message | list[Buffer]) -> None:
-        """`message`: frames of a group, or another message as it is."""
+        """`message`: the frames of a group, or another message, decoded."""
         if self.scheduler is None:
             return
         now_s = self.world.now_s
         match message:
             case Heartbeat():
-                decision = self.scheduler.heartbeat(peer, message, now_s=now_s)
+                decision = self.scheduler.on_heartbeat(peer, message, now_s=now_s)
             case Goodbye():
-                decision = self.scheduler.goodbye(message, now_s=now_s)
+                decision = self.scheduler.on_goodbye(message, now_s=now_s)
             case EngineReport():
                 self.engines.report(message, now_s=now_s)
-                decision = self.scheduler.engines(self.engines.serving(now_s=now_s), now_s=now_s)
+                decision = self.scheduler.on_engines(self.engines.serving(now_s=now_s), now_s=now_s)
             case list():
                 decision = self._on_group(peer, message)
             case _:
@@ -153,7 +155,7 @@ class SimulatedLearner:
         assert self.scheduler is not None
         message, _ = decode(frames)
         assert isinstance(message, SubmitGroup)
-        decision = self.scheduler.group(peer, message, frames, now_s=self.world.now_s)
+        decision = self.scheduler.on_group(peer, message, frames, now_s=self.world.now_s)
         for send in decision.sends:
             if isinstance(send.message, SubmitReply):
                 self.world.seen[send.message.outcome] += 1
@@ -162,7 +164,7 @@ class SimulatedLearner:
         return decision
 
     def _carry_out(self, decision: Decision) -> bool:
-        """As `Coordinator` does."""
+        """As `Coordinator._carry_out`."""
         assert self.scheduler is not None
         if self._durably(lambda: self.store.commit(decision.records) or True) is None:
             return False
@@ -177,7 +179,7 @@ class SimulatedLearner:
             self.world.deliver(lambda actor=actor, send=send: actor.receive(send.peer, send.message))
         if undelivered:
             self.world.seen["lease undelivered"] += len(undelivered)
-            self._carry_out(self.scheduler.undelivered(undelivered, now_s=self.world.now_s))
+            self._carry_out(self.scheduler.on_undelivered(undelivered, now_s=self.world.now_s))
         shape = self.world.shape
         in_flight = len(self.scheduler.lease_table.entries)
         assert in_flight <= (shape.staleness_bound + 1) * shape.groups_per_batch, f"{in_flight} groups are in flight"
@@ -189,11 +191,11 @@ class SimulatedLearner:
             return write()
         except StoreFullError:
             self.world.seen["disk full"] += 1
-            self.scheduler.pause(self._stored_ledger(), num_failures=self.store.num_failures())
+            self.scheduler.pause(self._stored_lease_table(), num_failures=self.store.num_failures())
             self._soon(2.0, self.scheduler.resume)
             return None
 
-    def _stored_ledger(self) -> LeaseTable:
+    def _stored_lease_table(self) -> LeaseTable:
         shape = self.world.shape
         return self.store.restore_lease_table(
             groups_per_batch=shape.groups_per_batch, staleness_bound=shape.staleness_bound, num_steps=shape.num_steps
@@ -204,14 +206,14 @@ class SimulatedLearner:
     def _tick(self) -> None:
         assert self.scheduler is not None
         now_s = self.world.now_s
-        self._carry_out(self.scheduler.tick(self.engines.serving(now_s=now_s), now_s=now_s))
+        self._carry_out(self.scheduler.on_tick(self.engines.serving(now_s=now_s), now_s=now_s))
         if not self._is_training and self.scheduler.lease_table.ready_batch() is not None:
             self._is_training = True
             self._soon(self.world.random.uniform(0.1, 1.0), self._train)
         self._soon(TICK_S, self._tick)
 
     def _train(self) -> None:
-        """One step: log, now and then a checkpoint, publish."""
+        """One step: logs the batch, sometimes makes a checkpoint, publishes."""
         assert self.scheduler is not None
         lease_table = self.scheduler.lease_table
         cursors, step = lease_table.ready_batch(), lease_table.step
@@ -219,7 +221,7 @@ class SimulatedLearner:
         assert step == self.step
         for cursor in cursors:
             self._check_age(cursor, step)
-        if not self._carry_out(self.scheduler.trained(cursors)):
+        if not self._carry_out(self.scheduler.on_batch_trained(cursors)):
             self._soon(2.0, self._train)
             return
         self.weights += cursors
@@ -236,7 +238,7 @@ class SimulatedLearner:
         self._publish()
 
     def _check_age(self, cursor: int, step: int) -> None:
-        """Only a straggler that was overtaken may hold tokens beyond the bound: those are masked."""
+        """Only an overtaken straggler may have tokens beyond the bound; they are masked."""
         (oldest,) = self.store.query("SELECT oldest_version FROM groups WHERE cursor = ?", cursor)[0]
         if oldest is not None and oldest < step - self.world.shape.staleness_bound:
             overtaken = self.store.query("SELECT 1 FROM moves WHERE cursor = ? AND to_slot > from_slot", cursor)
@@ -250,5 +252,5 @@ class SimulatedLearner:
         if publication is None:
             self._soon(2.0, self._publish)
             return
-        self.scheduler.published(publication, version=version)
+        self.scheduler.on_publication(publication, version=version)
         self.newest = (version, publication)

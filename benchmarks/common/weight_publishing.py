@@ -1,4 +1,4 @@
-"""Publishing to engines that serve, for benchmarks/weights.py: a publisher here, engines and agents in processes."""
+"""Publishes weights to serving engines, for benchmarks/weights.py: engines and agents are processes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def save_model(folder: Path, *, width: int, layers: int) -> Path:
 
 
 def versions(model: Path, *, rate: float) -> Iterator[dict[str, torch.Tensor]]:
-    """fp32 weights, each version one sign step of the rate further."""
+    """fp32 weights; each version adds ±`rate` to every value."""
     weights = load_file(model / "model.safetensors")
     while True:
         yield weights
@@ -80,7 +80,7 @@ async def engine_processes(config: Config, folder: Path, num_engines: int):
 
 
 async def busy(url: str, *, num_requests: int) -> None:
-    """Requests in flight at an engine, until cancelled."""
+    """Keeps `num_requests` requests in flight at an engine until cancelled."""
 
     async def ask(client: SGLangClient, number: int) -> None:
         while True:
@@ -94,20 +94,18 @@ async def busy(url: str, *, num_requests: int) -> None:
             tasks.create_task(ask(client, number))
 
 
-class WeightPlane:
-    """A publisher of one model's versions. Use `open`."""
+class WeightPublishing:
+    """A publisher of versions of one model. Use `open`."""
 
     def __init__(self, transport: Transport, model: Path) -> None:
         self._changed = asyncio.Event()
-        self._router = transport.router("tcp://127.0.0.1:0")
-        self._announcements = transport.publisher("tcp://127.0.0.1:0")
         self._series = Series("run")
         self._learner = Qwen2ForCausalLM.from_pretrained(model).eval()
         self._scorer = Scorer(self._learner)
         self.engines = Engines()
         self.publisher = Publisher(
-            router=self._router,
-            announcements=self._announcements,
+            router=transport.router("tcp://127.0.0.1:0"),
+            announcements=transport.publisher("tcp://127.0.0.1:0"),
             engines=self.engines,
             run_id="run",
             on_engines_changed=self._changed.set,
@@ -115,40 +113,45 @@ class WeightPlane:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, model: Path) -> AsyncIterator[WeightPlane]:
+    async def open(cls, model: Path) -> AsyncIterator[WeightPublishing]:
         transport = Transport()
-        plane = cls(transport, model)
-        serving = asyncio.create_task(plane.publisher.serve())
+        publishing = cls(transport, model)
+        serving = asyncio.create_task(publishing.publisher.serve())
         try:
-            yield plane
+            yield publishing
         finally:
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
             transport.close()
 
     def config(self, folder: Path, model: Path) -> Config:
-        """Of the engines that are to listen to it."""
-        weights, announce = (int(s.address.rpartition(":")[2]) for s in (self._router, self._announcements))
+        """The config of engines that fetch from this publisher."""
+        addresses = self.publisher.weights_address, self.publisher.announce_address
+        weights, announce = (int(address.rpartition(":")[2]) for address in addresses)
         return Config(
             run=RunConfig(dir=folder / "run"),
             network=NetworkConfig(weights_port=weights, announce_port=announce),
             model=ModelConfig(path=model),
-            task=TaskConfig(kind="toy", worlds=(1,)),
-            workflow=WorkflowConfig(rendering="toy", context_tokens=128, action_tokens=8, memory_tokens=8),
+            task=TaskConfig.model_validate({"use": "toy", "worlds": [1]}),
+            workflow=WorkflowConfig.model_validate(
+                {"rendering": "toy", "context_tokens": 128, "action_tokens": 8, "memory_tokens": 8}
+            ),
             engine=EngineConfig(max_running_requests=32),
         )
 
     async def publish(
         self, weights: dict[str, torch.Tensor], version: int, *, num_engines: int
     ) -> tuple[int, dict[str, list[float]]]:
-        """Until every engine serves it: its bytes, and what it took."""
+        """Publishes and waits until every engine serves `weights`. Returns (file size in bytes, durations by name)."""
         data = save({name: tensor.bfloat16() for name, tensor in weights.items()})
         self._learner.load_state_dict({name: tensor.bfloat16().float() for name, tensor in weights.items()}, False)
         proof = canary(self._scorer, device=torch.device("cpu"))
         started_s, paused_s = time.perf_counter(), self._paused()
-        offer = await asyncio.to_thread(self._series.offer, data, publication=version, version=version, canary=proof)
+        offer = await asyncio.to_thread(
+            self._series.make_offer, data, publication=version, version=version, canary=proof
+        )
         offered_s = time.perf_counter()
-        await self.publisher.offer(offer)
+        await self.publisher.announce(offer)
         async with asyncio.timeout(WAIT_S):
             while [engine.version for engine in self._serving()] != [version] * num_engines:
                 self._changed.clear()
@@ -166,26 +169,27 @@ class WeightPlane:
         return self.engines.serving(now_s=time.monotonic())
 
     def _paused(self) -> list[float]:
-        """Seconds so far, an engine each."""
-        reports = [known.report for known in self.engines._known.values()]
-        return [
-            report.counters.get("paused_s", 0.0) for report in sorted(reports, key=lambda report: report.engine.name)
-        ]
+        """Seconds paused so far, one value per engine."""
+        reports = sorted(self.engines.reports(), key=lambda report: report.engine.name)
+        return [report.counters.get("paused_s", 0.0) for report in reports]
 
 
 async def publish_to_busy_engines(
     folder: Path, *, width: int, layers: int, num_engines: int, num_updates: int
 ) -> dict[str, float]:
-    """Version 0 to engines that start, then updates at 1e-6 while each has 16 requests in flight."""
+    """Publishes version 0 to starting engines, then updates of rate 1e-6 while each has 16 requests in flight."""
     model = save_model(folder / "model", width=width, layers=layers)
     times: dict[str, list[float]] = {"offer_s": [], "serving_s": [], "pause_s": []}
-    async with WeightPlane.open(model) as plane, engine_processes(plane.config(folder, model), folder, num_engines):
+    async with (
+        WeightPublishing.open(model) as publishing,
+        engine_processes(publishing.config(folder, model), folder, num_engines),
+    ):
         weights = versions(model, rate=1e-6)
-        num_bytes, _ = await plane.publish(next(weights), 0, num_engines=num_engines)
-        load = [asyncio.create_task(busy(url, num_requests=16)) for url in plane.urls()]
+        num_bytes, _ = await publishing.publish(next(weights), 0, num_engines=num_engines)
+        load = [asyncio.create_task(busy(url, num_requests=16)) for url in publishing.urls()]
         await asyncio.sleep(1.0)
         for version in range(1, num_updates + 1):
-            _, took = await plane.publish(next(weights), version, num_engines=num_engines)
+            _, took = await publishing.publish(next(weights), version, num_engines=num_engines)
             for name, values in took.items():
                 times[name] += values
             shown = {name: [round(value, 3) for value in values] for name, values in took.items()}

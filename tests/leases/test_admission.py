@@ -1,4 +1,4 @@
-"""Which groups are trained, which are refused, and why."""
+"""Which groups are accepted, skipped, retried or refused, and why."""
 
 from __future__ import annotations
 
@@ -35,23 +35,22 @@ def with_context(wrong: Context) -> TrajectoryGroup:
     return group(Trajectory((context(), wrong), 1.0), Trajectory((context(),), 0.0))
 
 
-def test_a_sound_group_is_accepted() -> None:
+def test_a_valid_group_is_accepted() -> None:
     assert verdict(group()) == Verdict("accept")
 
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (with_context(context(version=0, publication=1)), "versions >= 2, got 0"),
+        (with_context(context(version=0, publication=1)), "versions must be >= 2 for this lease, got 0"),
         (with_context(context(version=2, publication=2)), "publication 2 of version 2 is not known"),
         (with_context(context(version=3, publication=9)), "publication 9 of version 3 is not known"),
-        (with_context(context(ids=(1, 10, 3))), "below the vocabulary's 10, got 10"),
+        (with_context(context(ids=(1, 10, 3))), "below the vocabulary size 10, got 10"),
         (with_context(context(first=0)), "first token"),
-        (replace(group(), run_id="s"), "run must be r, got s"),
-        (group(Trajectory((context(),), 1.0)), "has 2 trajectories, got 1"),
+        (group(Trajectory((context(),), 1.0)), "must have 2 trajectories, got 1"),
     ],
 )
-def test_what_is_refused_and_how_it_is_said(wrong: TrajectoryGroup, says: str) -> None:
+def test_refused_groups_have_a_reason(wrong: TrajectoryGroup, says: str) -> None:
     given = verdict(wrong)
     assert given.kind == "refuse"
     assert says in given.reason
@@ -61,13 +60,13 @@ def test_a_version_from_the_future_is_refused() -> None:
     assert verdict(group(), step=2).kind == "refuse"
 
 
-def test_a_question_that_the_environment_failed_is_tried_again() -> None:
+def test_a_group_of_failed_trajectories_is_retried() -> None:
     failed = Trajectory((context(),), 0.0, Status.FAILED)
     assert verdict(group(failed, failed)).kind == "retry"
     assert verdict(group(failed, Trajectory((context(),), 1.0))).kind == "accept"
 
 
-def test_zero_variance_is_skipped_where_that_is_asked_for() -> None:
+def test_zero_variance_is_skipped_if_configured() -> None:
     flat = group(Trajectory((context(),), 1.0), Trajectory((context(),), 1.0))
     assert verdict(flat).kind == "accept"
     assert verdict(flat, rules=replace(RULES, skip_zero_variance=True)).kind == "skip"

@@ -1,9 +1,9 @@
-"""A run in simulated time: scheduler, codec, store and audit are the real ones; only sockets and the clock are not.
+"""A run in simulated time: scheduler, codec, store and audit are real; only sockets and the clock are simulated.
 
-Messages are late, lost, doubled and overtake each other. Actors are killed, cut off and slow; engines lag, get stuck
-and forget; the learner is killed before, in and after commits and between answers, and resumes from its newest
-checkpoint and the log; the disk fills up. Everything is drawn from one seed. Much is checked as it goes, the rest by
-`World.check`. Raises: Violation, where a promise is broken.
+Messages are late, lost, duplicated and reordered. Actors are killed, disconnected and slow; engines lag, get stuck and
+lose their weights; the learner is killed before, in and after commits and between replies, and resumes from its newest
+checkpoint and the log; the disk fills up. Everything is drawn from one seed. Some invariants are checked at each event,
+the others by `World.check`. Raises: Violation if an invariant does not hold.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pathlib import Path
 from learner.store.audit import audit_run
 from learner.store.run_folder import RunFolder
 from learner.store.store import Store
-from tests.learner_plane.simulated_learner import Crash, SimulatedLearner
-from tests.learner_plane.simulated_peers import SimulatedActor, SimulatedEngine
+from tests.leases.simulated_learner import Crash, SimulatedLearner
+from tests.leases.simulated_peers import SimulatedActor, SimulatedEngine
 
 STALLED_S = 1_500.0
-"""Without a step for so long, although every fault ends, it is a deadlock."""
+"""Every fault ends earlier: no step for this long is a deadlock."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """`chaos`: 0 is a quiet run, 1 has every fault. `flat`: the part of groups without variance."""
+    """`chaos`: scales the probability of faults; 0: none. `flat`: the fraction of zero-variance groups."""
 
     groups_per_batch: int = 8
     staleness_bound: int = 2
@@ -38,11 +38,11 @@ class Shape:
 
 
 class Violation(AssertionError):
-    """A promise is broken."""
+    """An invariant does not hold."""
 
 
 class World:
-    """Time, the network and misfortune. `seen` counts what has happened, so that a test can say that it did."""
+    """Time, the network and the faults. `seen` counts what happened, so that a test can check that it occurred."""
 
     def __init__(self, folder: Path, *, seed: int, shape: Shape) -> None:
         self.random = random.Random(seed)
@@ -59,10 +59,10 @@ class World:
         self.learner.start()
         for peer in (*self.engines, *self.actors.values()):
             peer.start()
-        self.after(5.0, self._misfortune)
+        self.after(5.0, self._inject_fault)
 
     def run(self, num_events: int) -> None:
-        """So many events, or until the last step."""
+        """Runs `num_events` events, or until the last step."""
         while self.num_events < num_events and self.learner.step < self.shape.num_steps:
             self.num_events += 1
             self.now_s, _, event = heapq.heappop(self._queue)
@@ -81,7 +81,7 @@ class World:
         return self.random.random() < probability * self.shape.chaos
 
     def deliver(self, receive: Callable[[], None]) -> None:
-        """A message: late, lost or doubled."""
+        """Delivers a message: late, never or twice."""
         if self.chance(0.01):
             self.seen["message lost"] += 1
             return
@@ -91,7 +91,7 @@ class World:
             self.after(self.random.uniform(0.0, 20.0), receive)
 
     def check(self) -> None:
-        """What the store says at the end."""
+        """Checks the store at the end of the run."""
         self.learner.stop()
         audit = audit_run(self.folder)
         store = Store(RunFolder(self.folder).store, read_only=True)
@@ -100,18 +100,18 @@ class World:
         store.close()
         lost = {c for c in self.learner.acknowledged if states[c] not in ("trained", "buffered", "skipped")}
         if audit.problems:
-            raise Violation(f"the audit says {audit.problems}")
+            raise Violation(f"the audit found {audit.problems}")
         if lost:
             raise Violation(f"acknowledged and lost: {sorted(lost)[:5]}")
         if len(set(log)) != len(log):
             raise Violation("the log trains a group twice")
         if self.learner.weights != log[: len(self.learner.weights)]:
-            raise Violation("the weights are not of the log")
+            raise Violation("the weights were not trained on the batches of the log")
         self.seen["tokens masked"] = audit.num_tokens_masked
         self.seen["tokens trained"] = audit.num_tokens_trained
         self.seen["steps"] = audit.num_steps
 
-    def _misfortune(self) -> None:
+    def _inject_fault(self) -> None:
         if self.chance(0.5):
             self.random.choice(
                 [
@@ -123,4 +123,4 @@ class World:
                     self.learner.fill_disk,
                 ]
             )()
-        self.after(self.random.expovariate(1 / 5.0), self._misfortune)
+        self.after(self.random.expovariate(1 / 5.0), self._inject_fault)

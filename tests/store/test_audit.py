@@ -1,4 +1,4 @@
-"""The audit finds what was tampered with."""
+"""The audit finds every change to the store."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from learner.leases.lease_table import Entry, LeaseRecord, State
 from learner.store.audit import audit_run
 from learner.store.run_folder import RunFolder
 from learner.store.store import Store
-from tests.learner_plane.peers import arrived
-from tests.learner_plane.test_admission import group
+from tests.leases.groups import arrived
+from tests.leases.test_admission import group
 
 META = {"run_id": "r", "groups_per_batch": "1", "group_size": "2", "staleness_bound": "2"}
 
@@ -23,8 +23,7 @@ def run(tmp_path: Path) -> Path:
     """One group leased, stored, and trained at step 4; its tokens are of version 3."""
     store = Store(RunFolder(tmp_path).store)
     store.claim(META)
-    for version in range(4):
-        publication = store.new_publication(version if version else 0)
+    publications = [store.new_publication(version) for version in range(4)]
     sound = group()
     store.commit(
         [
@@ -36,7 +35,7 @@ def run(tmp_path: Path) -> Path:
     )
     store.commit([Trained(0, (0,))])
     store.close()
-    assert publication == 4
+    assert publications == [1, 2, 3, 4]
     return tmp_path
 
 
@@ -65,5 +64,5 @@ def test_ages_are_recomputed_from_the_stored_tokens(run: Path) -> None:
         ("DELETE FROM batches", "trained but in no batch"),
     ],
 )
-def test_what_was_tampered_with_is_found(run: Path, sql: str, says: str) -> None:
+def test_a_changed_store_has_problems(run: Path, sql: str, says: str) -> None:
     assert any(says in problem for problem in tamper(run, sql))

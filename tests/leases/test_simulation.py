@@ -1,4 +1,4 @@
-"""Nothing acknowledged is lost, nothing is trained twice or too old, nothing gets stuck, whatever happens."""
+"""Under every fault: no acknowledged group is lost, none is trained twice or over age, and there is no deadlock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.store import store
-from tests.learner_plane.simulation import Shape, World
+from tests.leases.simulation import Shape, World
 
 FAULTS = (
     "message lost",
@@ -50,7 +50,7 @@ def simulate(folder: Path, *, seed: int, shape: Shape, num_events: int) -> World
     flat=st.sampled_from([0.0, 0.1, 0.8]),
     straggler_timeout_s=st.sampled_from([None, 3.0]),
 )
-def test_a_run_comes_to_its_end(
+def test_a_run_reaches_its_last_step(
     seed: int,
     groups_per_batch: int,
     staleness_bound: int,
@@ -58,7 +58,7 @@ def test_a_run_comes_to_its_end(
     flat: float,
     straggler_timeout_s: float | None,
 ) -> None:
-    """Also where most groups have no variance, and in synchronous mode."""
+    """Also if most groups have zero variance, and in synchronous mode."""
     shape = Shape(
         groups_per_batch=groups_per_batch,
         staleness_bound=staleness_bound,

@@ -1,22 +1,20 @@
-"""A plane over a store in a folder, and an actor and an engine's agent that speak to it over real sockets."""
+"""A network thread with a store, and an actor and a weight agent that talk to it over real sockets."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
-import numpy as np
-
 from learner.leases.admission import Rules
-from learner.leases.decisions import Arrived
+from learner.leases.lease_timeouts import LeaseTimeouts
 from learner.network.network_thread import NetworkThread
 from learner.store.run_folder import RunFolder
 from learner.store.store import Store
-from protocol.codec import decode_frames, encode_group
+from protocol.codec import encode_group
 from protocol.config import NetworkConfig
 from protocol.framing import Message, decode, encode
 from protocol.messages import (
@@ -31,90 +29,67 @@ from protocol.messages import (
     SubmitReply,
 )
 from protocol.transport import Transport
-from protocol.types import Context, Question, Trajectory, TrajectoryGroup, VersionSpan
+from protocol.types import TrajectoryGroup
+from tests.leases.groups import GROUP_SIZE, RUN, VOCABULARY, make_group
 
-RUN = "test"
-GROUP_SIZE = 2
-VOCABULARY = 50
 WAIT_S = 20.0
+DEFAULT_TIMEOUTS = LeaseTimeouts(lease_timeout_s=60.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a learner would say; B = 2, eta = 1 and three steps unless told otherwise."""
+    """The settings of a learner in `folder`; the defaults are B = 2, eta = 1 and three steps."""
 
     folder: Path
     groups_per_batch: int = 2
     staleness_bound: int = 1
     num_steps: int = 3
-    lease_timeout_s: float = 60.0
-    straggler_timeout_s: float | None = None
+    timeouts: LeaseTimeouts = DEFAULT_TIMEOUTS
     skip_zero_variance: bool = False
+    full_retry_s: float = 2.0
+
+    @property
+    def resume_key(self) -> dict[str, str]:
+        return {
+            "run_id": RUN,
+            "groups_per_batch": str(self.groups_per_batch),
+            "group_size": str(GROUP_SIZE),
+            "staleness_bound": str(self.staleness_bound),
+        }
 
 
 @contextmanager
-def open_plane(setting: Setting, *, on_death: Callable[[], None] | None = None) -> Iterator[NetworkThread]:
-    """A plane as `run_learner` makes it, resumed from the store where there is one. It must not die, or say so."""
-    store = Store(RunFolder(setting.folder).store)
-    lease_table = store.restore_lease_table(
-        groups_per_batch=setting.groups_per_batch,
-        staleness_bound=setting.staleness_bound,
-        num_steps=setting.num_steps,
-    )
-    deaths: list[str] = []
-    rules = Rules(RUN, GROUP_SIZE, VOCABULARY, setting.skip_zero_variance)
-    plane = NetworkThread(
-        network=NetworkConfig(),
-        store=store,
-        lease_table=lease_table,
-        rules=rules,
-        lease_timeout_s=setting.lease_timeout_s,
-        straggler_timeout_s=setting.straggler_timeout_s,
-        on_death=on_death or (lambda: deaths.append("died")),
-    )
-    try:
-        with plane:
-            yield plane
-    finally:
-        store.close()
+def open_network(
+    setting: Setting, *, store: Store | None = None, on_death: Callable[[], None] | None = None
+) -> Iterator[NetworkThread]:
+    """A network thread as `run_learner` makes it, resumed from the store of the folder if there is one.
+
+    Without `on_death`, the test fails if the thread fails. `store`: used in place of the folder's, and closed.
+    """
+    with closing(store or Store(RunFolder(setting.folder).store)) as store:
+        store.claim(setting.resume_key)
+        lease_table = store.restore_lease_table(
+            groups_per_batch=setting.groups_per_batch,
+            staleness_bound=setting.staleness_bound,
+            num_steps=setting.num_steps,
+        )
+        deaths: list[str] = []
+        network = NetworkThread(
+            network=NetworkConfig(),
+            store=store,
+            lease_table=lease_table,
+            rules=Rules(RUN, GROUP_SIZE, VOCABULARY, setting.skip_zero_variance),
+            timeouts=setting.timeouts,
+            on_death=on_death or (lambda: deaths.append("died")),
+            full_retry_s=setting.full_retry_s,
+        )
+        with network:
+            yield network
     assert deaths == []
 
 
-def control_address(plane: NetworkThread) -> str:
-    return plane.coordinator._router.address
-
-
-def weights_address(plane: NetworkThread) -> str:
-    return plane.publisher._router.address
-
-
-def announce_address(plane: NetworkThread) -> str:
-    return plane.publisher._announcements.address
-
-
-def make_group(
-    lease: Lease, *, version: int = 0, publication: int = 1, rewards: tuple[float, ...] = (1.0, 0.0), token: int = 3
-) -> TrajectoryGroup:
-    """A valid answer to `lease`: one context of four tokens a trajectory, two of them sampled."""
-    context = Context(
-        token_ids=np.array([1, 2, token, 4], dtype=np.int32),
-        loss_mask=np.array([0, 0, 1, 1], dtype=np.bool_),
-        behavior_logprobs=np.array([0, 0, -0.25, -1.5], dtype=np.float32),
-        policy_versions=(VersionSpan(2, 4, version, publication),),
-    )
-    question = Question(id=f"q{lease.cursor}", text="who?", answers=("w1",))
-    trajectories = tuple(Trajectory((context,), reward, reward_parts={"em": reward}) for reward in rewards)
-    return TrajectoryGroup(lease.run_id, lease.cursor, lease.attempt, question, trajectories)
-
-
-def arrived(group: TrajectoryGroup, *, lease_id: int) -> Arrived:
-    """The record of `group`, as the coordinator would keep it."""
-    frames = encode_group(group, lease_id=lease_id)
-    return Arrived(lease_id, decode_frames(frames), frames)
-
-
 class Actor:
-    """Speaks to the coordinator by hand; what it has received is kept by kind. Use `async with`."""
+    """An actor that sends what the test says; received messages are kept by kind. Use `async with`."""
 
     def __init__(self, address: str, *, name: str = "actor-0", incarnation: str = "1", capacity: int = 8) -> None:
         self.name, self.incarnation, self.capacity = name, incarnation, capacity
@@ -150,7 +125,7 @@ class Actor:
         await self.dealer.send([encode(message)])
 
     async def submit(self, group: TrajectoryGroup, *, lease_id: int) -> SubmitReply:
-        """Sends the group and waits for the answer to it."""
+        """Sends the group and waits for the reply to it."""
         num_replies = len(self.replies)
         await self.dealer.send(encode_group(group, lease_id=lease_id))
         await self.until(lambda: len(self.replies) > num_replies)
@@ -162,20 +137,20 @@ class Actor:
         return reply
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Until something that was received makes `condition` true."""
+        """Waits until received messages make `condition` true."""
         async with asyncio.timeout(WAIT_S):
             while not condition():
                 self._changed.clear()
                 await self._changed.wait()
 
     async def until_leased(self, num: int) -> list[Lease]:
-        """Until `num` leases have come in all; a heartbeat first, for the credits."""
+        """Sends a heartbeat (for the credits), then waits until `num` leases have arrived in total."""
         await self.heartbeat()
         await self.until(lambda: len(self.leases) >= num)
         return self.leases
 
     async def until_status(self) -> RunStatus:
-        """A heartbeat and the answer to it: whatever was sent before has been dealt with."""
+        """Sends a heartbeat and waits for its reply: everything sent before has been handled."""
         num = len(self.statuses)
         await self.heartbeat()
         await self.until(lambda: len(self.statuses) > num)
@@ -201,12 +176,12 @@ _request_ids = count(1)
 
 
 async def report_engine(
-    plane: NetworkThread, *, version: int, publication: int = 1, state: str = "serving"
+    network: NetworkThread, *, version: int, publication: int = 1, state: str = "serving"
 ) -> EngineReply:
-    """What an engine's agent says, over the wire."""
+    """Sends a weight agent's report over the wire and returns the reply."""
     transport = Transport()
     try:
-        dealer = transport.dealer(weights_address(plane))
+        dealer = transport.dealer(network.weights_address)
         fields = EngineFields(name="engine-0", url="http://127.0.0.1:1", version=version, publication=publication)
         report = EngineReport.model_validate({"request_id": next(_request_ids), "engine": fields, "state": state})
         await dealer.send([encode(report)])
@@ -216,3 +191,23 @@ async def report_engine(
         return message
     finally:
         transport.close()
+
+
+async def serve_version(network: NetworkThread, version: int) -> None:
+    """Publishes `version` and reports an engine that has committed it."""
+    publication = await asyncio.to_thread(lambda: network.publish(_tiny_safetensors(), version=version))
+    await report_engine(network, version=version, publication=publication)
+
+
+def _tiny_safetensors() -> bytes:
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    return len(header).to_bytes(8, "little") + header + bytes(4)
+
+
+async def next_batch(network: NetworkThread) -> list[TrajectoryGroup]:
+    async with asyncio.timeout(WAIT_S):
+        return await asyncio.to_thread(network.run, network.coordinator.next_batch())
+
+
+async def commit_batch(network: NetworkThread, batch: list[TrajectoryGroup]) -> None:
+    await asyncio.to_thread(network.run, network.coordinator.commit_batch([group.cursor for group in batch]))
