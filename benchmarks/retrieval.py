@@ -33,13 +33,12 @@ import numpy as np
 from protocol.messages import SearchReply, SearchRequest
 from protocol.request_client import RequestClient
 from protocol.transport import Transport
-from retriever.build import build_index
+from retriever.build_index import build_index
 from retriever.corpus import PassageTable
 from retriever.encoders.base import Compute, Encoder, passage_text
-from retriever.encoders.catalogue import MINILM, open_model_encoder
-from retriever.index import load_index
-from retriever.manifest import HnswSettings
-from retriever.nearest import search_exact
+from retriever.extensions import HNSW, MINILM, create_encoder, encoder_section, structure_section
+from retriever.index_folder import load_index
+from retriever.structures.flat import search_exact
 
 CUTS = (2, 5, 20)
 NUM_CLIENTS = (1, 64)
@@ -206,16 +205,18 @@ def main() -> None:
     if options.quick:
         questions = stratified(questions, NUM_TIMED)
     texts = [question.question for question in questions]
-    encoder = open_model_encoder(MINILM, compute=Compute(num_threads=options.threads, dtype=options.dtype))
+    compute = Compute(num_threads=options.threads, dtype=options.dtype)
+    encoder = create_encoder(encoder_section(MINILM), compute=compute)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "index"
         started = time.perf_counter()
         build_index(
             corpus=pool / "corpus.jsonl.gz",
             out=folder,
-            make_encoder=lambda _: encoder,
-            hnsw=HnswSettings(),
+            encoder=encoder_section(MINILM),
+            structure=structure_section(HNSW),
             vectors=npz,
+            compute=compute,
         )
         build_s = time.perf_counter() - started
         with serving(folder, threads=options.threads, dtype=options.dtype) as address:

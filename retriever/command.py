@@ -8,109 +8,114 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from rich.progress import Progress
 
-    from retriever.corpus import PassageTable
-    from retriever.encoders.base import Compute, Encoder, Pooling
-    from retriever.encoders.catalogue import SettingsOverride
-    from retriever.search import Collection
+    from protocol.config_base import ExtensionSection
+    from retriever.collection import Collection
     from retriever.service import ServiceLimits
+
+_Flags = dict[str, str | int | None]
 
 
 @click.command("index", context_settings={"show_default": True})
 @click.argument("corpus", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write the index to.")
-@click.option("--encoder", default="minilm", help="minilm, bow, or a Hugging Face model folder.")
-@click.option("--preset", help="Prefixes, pooling and length as in a model card: e5, bge or minilm.")
-@click.option("--query-prefix", help="Put before every query.  [default: the preset's, else none]")
-@click.option("--passage-prefix", help="Put before every passage.  [default: the preset's, else none]")
+@click.option(
+    "--encoder", default="minilm", help="minilm, bow, a Hugging Face model folder, or your own package.module:Name."
+)
+@click.option("--encoder-option", multiple=True, metavar="KEY=VALUE", help="An option of the encoder; repeatable.")
+@click.option("--preset", help="Prefixes, pooling and length from a model card: e5, bge or minilm.")
+@click.option("--query-prefix", help="Text put before every query.  [default: the preset's, else none]")
+@click.option("--passage-prefix", help="Text put before every passage.  [default: the preset's, else none]")
 @click.option("--pooling", type=click.Choice(["mean", "cls"]), help="[default: the preset's, else mean]")
 @click.option("--max-tokens", type=int, help="Tokens kept of a text.  [default: the preset's, else 512]")
 @click.option("--vectors", type=click.Path(path_type=Path), help="Ready vectors: an .npz with `ids` and `vectors`.")
 @click.option(
     "--structure",
-    type=click.Choice(["auto", "hnsw", "flat"]),
     default="auto",
-    help="hnsw walks a graph; flat compares with every vector; auto is flat for bow and hnsw otherwise.",
+    help="hnsw (searches a graph), flat (compares with every vector), auto (flat for bow, else hnsw), or your own "
+    "package.module:Name.",
 )
-@click.option("--m", type=click.IntRange(2, 256), default=32, help="Links of a node in the graph.")
-@click.option("--ef-construction", type=click.IntRange(8, 4096), default=200, help="Candidates when adding a node.")
-@click.option("--ef-search", type=click.IntRange(1, 65536), default=128, help="Candidates when searching.")
+@click.option("--structure-option", multiple=True, metavar="KEY=VALUE", help="An option of the structure; repeatable.")
+@click.option("--m", type=click.IntRange(2, 256), help="hnsw: links per node.  [default: 32]")
+@click.option(
+    "--ef-construction", type=click.IntRange(8, 4096), help="hnsw: candidates when a node is added.  [default: 200]"
+)
+@click.option("--ef-search", type=click.IntRange(1, 65536), help="hnsw: candidates of a search.  [default: 128]")
 @click.option("--batch-size", type=click.IntRange(1), default=32, help="Texts encoded together.")
-@click.option("--threads", type=click.IntRange(1), default=1, help="Threads of the encoder and of the graph.")
-@click.option("--device", default="cpu", help="Where the encoder's model runs: cpu, cuda, cuda:1 …")
+@click.option("--threads", type=click.IntRange(1), default=1, help="Threads of the encoder and of the structure.")
+@click.option("--device", default="cpu", help="Device of the encoder's model: cpu, cuda, cuda:1 …")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", help="The encoder's precision.")
-@click.option("--force", is_flag=True, help="Replace an index that is in the folder.")
+@click.option("--force", is_flag=True, help="Replace the index in the folder.")
 def index(
     corpus: Path,
     out: Path,
     encoder: str,
+    encoder_option: Sequence[str],
     preset: str | None,
     query_prefix: str | None,
     passage_prefix: str | None,
-    pooling: Pooling | None,
+    pooling: str | None,
     max_tokens: int | None,
     vectors: Path | None,
     structure: str,
-    m: int,
-    ef_construction: int,
-    ef_search: int,
+    structure_option: Sequence[str],
+    m: int | None,
+    ef_construction: int | None,
+    ef_search: int | None,
     batch_size: int,
     threads: int,
     device: str,
     dtype: Literal["float32", "bfloat16"],
     force: bool,
 ) -> None:
-    """Indexes CORPUS: a .jsonl or .jsonl.gz file with `id`, `text` and perhaps `title` a line."""
-    from retriever.build import build_index
+    """Indexes CORPUS: a .jsonl or .jsonl.gz file with `id`, `text` and optionally `title` per line."""
+    from retriever.build_index import build_index
     from retriever.encoders.base import Compute
-    from retriever.encoders.catalogue import BOW, SettingsOverride
-    from retriever.manifest import HnswSettings
 
-    override = SettingsOverride(
-        query_prefix=query_prefix, passage_prefix=passage_prefix, pooling=pooling, max_tokens=max_tokens
-    )
-    make_encoder = _encoder_maker(
-        encoder,
-        preset=preset,
-        override=override,
-        compute=Compute(device=device, dtype=dtype, num_threads=threads, batch_size=batch_size),
-        has_vectors=vectors is not None,
-    )
-    flat = structure == "flat" or (structure == "auto" and encoder == BOW)
-    hnsw = None if flat else HnswSettings(m=m, ef_construction=ef_construction, ef_search=ef_search)
+    text_flags: _Flags = {
+        "query_prefix": query_prefix,
+        "passage_prefix": passage_prefix,
+        "pooling": pooling,
+        "max_tokens": max_tokens,
+    }
+    graph_flags: _Flags = {"m": m, "ef_construction": ef_construction, "ef_search": ef_search}
+    chosen_encoder = _encoder(encoder, encoder_option, preset=preset, flags=text_flags, has_vectors=vectors is not None)
     with _progress_bar() as bar:
         task = bar.add_task(f"indexing {corpus.name}", total=None)
         manifest = build_index(
             corpus=corpus,
             out=out,
-            make_encoder=make_encoder,
-            hnsw=hnsw,
+            encoder=chosen_encoder,
+            structure=_structure(structure, structure_option, encoder=chosen_encoder.use, flags=graph_flags),
             vectors=vectors,
-            num_threads=threads,
+            compute=Compute(device=device, dtype=dtype, num_threads=threads, batch_size=batch_size),
             force=force,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    how = f"HNSW M={m} ef_construction={ef_construction} ef_search={ef_search}" if hnsw else "flat"
     click.echo(
-        f"index: {manifest.num_passages} passages in {out} "
-        f"(encoder {encoder}, {manifest.encoder.dimension} dimensions, {how})"
+        f"index: {manifest.num_passages} passages in {out} (encoder {encoder}, "
+        f"{manifest.encoder.dimension} dimensions, {_described(manifest.structure.use, manifest.structure.options)})"
     )
 
 
 @click.command("retriever", context_settings={"show_default": True})
 @click.argument("indexes", metavar="INDEX...", nargs=-1, required=True)
-@click.option("--address", default="tcp://127.0.0.1:7310", help="Where to listen; port 0 takes a free one.")
-@click.option("--keys", type=click.Path(path_type=Path), help="CURVE keys, needed beyond loopback.")
-@click.option("--encoder", help="Refuse an index made with another one.  [default: the one it was made with]")
-@click.option("--ef-search", type=click.IntRange(1, 65536), help="Candidates when searching.  [default: the index's]")
+@click.option("--address", default="tcp://127.0.0.1:7310", help="Address to listen on; port 0 takes a free port.")
+@click.option("--keys", type=click.Path(path_type=Path), help="CURVE keys; required for an address beyond loopback.")
+@click.option("--encoder", help="Refuse an index that was made with another encoder.  [default: the index's]")
+@click.option(
+    "--ef-search", type=click.IntRange(1, 65536), help="hnsw: candidates of a search.  [default: the index's]"
+)
 @click.option("--max-batch", type=click.IntRange(1), default=64, help="Queries encoded and searched together.")
-@click.option("--max-pending", type=click.IntRange(1), default=4096, help="Queries that may wait; more are refused.")
-@click.option("--cache-size", type=click.IntRange(0), default=16384, help="Queries whose results are kept.")
-@click.option("--threads", type=click.IntRange(1), default=1, help="Threads of the encoder and of the graph.")
-@click.option("--device", default="cpu", help="Where the encoder's model runs: cpu, cuda, cuda:1 …")
+@click.option(
+    "--max-pending", type=click.IntRange(1), default=4096, help="Queries that may wait; further ones are refused."
+)
+@click.option("--cache-size", type=click.IntRange(0), default=16384, help="Queries whose results are cached.")
+@click.option("--threads", type=click.IntRange(1), default=1, help="Threads of the encoder and of the structure.")
+@click.option("--device", default="cpu", help="Device of the encoder's model: cpu, cuda, cuda:1 …")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", help="The encoder's precision.")
 def retriever(
     indexes: Sequence[str],
@@ -127,14 +132,14 @@ def retriever(
 ) -> None:
     """Serves one or more indexes over ZeroMQ until it is stopped.
 
-    INDEX is a folder made by `palimpsest index`, or NAME=FOLDER. A client asks for a collection by its name (the
-    folder's where none is given); the first is the default.
+    INDEX is a folder made by `palimpsest index`, or NAME=FOLDER. A client names the collection that it searches;
+    without NAME= it has the folder's name. The first one is the default.
     """
     from functools import partial
 
     from protocol.role_startup import run_async, start_role
+    from retriever.collection import open_collections
     from retriever.encoders.base import Compute
-    from retriever.open import open_collections
     from retriever.service import ServiceLimits
 
     start_role("retriever")
@@ -157,10 +162,10 @@ async def _serve(
     limits: ServiceLimits,
     cache_size: int,
 ) -> None:
-    """Until SIGTERM, SIGHUP or Ctrl-C. The address is taken first: clients that come early wait while indexes load.
+    """Serves until SIGTERM, SIGHUP or Ctrl-C. It binds the address before the indexes load, so early clients wait.
 
-    While it serves, a signal is the way in which a service ends and no failure: it says its statistics, and its exit
-    status is 0. Before that a signal interrupts it, as `run_async` does with every role.
+    A signal while it serves is not a failure: it prints its statistics and the exit status is 0. A signal before that
+    interrupts it, as `run_async` does for every role.
     """
     import asyncio
     import signal
@@ -180,7 +185,7 @@ async def _serve(
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, serving.cancel)
         num_passages = sum(collection.index.manifest.num_passages for collection in collections)
-        encoders = ", ".join(dict.fromkeys(collection.encoder.spec.source for collection in collections))
+        encoders = ", ".join(dict.fromkeys(collection.index.manifest.encoder.source for collection in collections))
         click.echo(f"retriever: ready at {router.address} ({num_passages} passages, encoder {encoders})")
         await asyncio.wait([serving])
         click.echo(f"retriever: stopped; {service.stats.summary()}, {searcher.num_cache_hits} from the cache")
@@ -198,25 +203,62 @@ def _progress_bar() -> Progress:
     return Progress(*columns, console=Console(stderr=True))
 
 
-def _encoder_maker(
-    source: str,
-    *,
-    preset: str | None,
-    override: SettingsOverride,
-    compute: Compute,
-    has_vectors: bool,
-) -> Callable[[PassageTable], Encoder]:
-    """What makes the encoder once the passages are known; a model is opened at once, so that it fails early."""
-    from protocol.errors import ConfigError
-    from retriever.encoders.bow import BagOfWordsEncoder
-    from retriever.encoders.catalogue import BOW, open_model_encoder
+def _encoder(
+    name: str, arguments: Sequence[str], *, preset: str | None, flags: _Flags, has_vectors: bool
+) -> ExtensionSection:
+    """The encoder that the flags choose. `flags` are options of Hugging Face encoders; None means not given.
 
-    if source == BOW:
-        if preset is not None or not override.is_empty or has_vectors:
-            raise ConfigError(
-                "--encoder bow takes no --preset, --query-prefix, --passage-prefix, --pooling, --max-tokens or "
-                "--vectors; leave them out or give another --encoder"
-            )
-        return BagOfWordsEncoder.fit
-    encoder = open_model_encoder(source, preset=preset, override=override, compute=compute)
-    return lambda passages: encoder
+    Raises: ConfigError if the encoder does not take a flag; DataError if there is no such encoder or preset.
+    """
+    from protocol.errors import ConfigError, DataError
+    from retriever.encoders.huggingface import PRESETS
+    from retriever.extensions import BOW, MODEL_ENCODERS, encoder_section, parse_options
+
+    options = parse_options(arguments, flag="--encoder-option")
+    given = {key: value for key, value in flags.items() if value is not None}
+    section = encoder_section(name, options)
+    if section.use in MODEL_ENCODERS:
+        if preset is not None and preset not in PRESETS:
+            raise DataError(f"there is no encoder preset {preset!r}; the presets are {', '.join(PRESETS)}")
+        return encoder_section(name, {**(PRESETS[preset] if preset else {}), **given, **options})
+    if section.use == BOW and (preset is not None or given or has_vectors):
+        raise ConfigError(
+            "--encoder bow takes no --preset, --query-prefix, --passage-prefix, --pooling, --max-tokens or "
+            "--vectors; omit them or give another --encoder"
+        )
+    if preset is not None or given:
+        raise ConfigError(
+            f"--encoder {name} takes no --preset, --query-prefix, --passage-prefix, --pooling or --max-tokens; give "
+            "its options with --encoder-option key=value"
+        )
+    return section
+
+
+def _structure(name: str, arguments: Sequence[str], *, encoder: str, flags: _Flags) -> ExtensionSection:
+    """The index structure that the flags choose. `flags` are options of hnsw, and ignored for flat; None: not given.
+
+    Raises: ConfigError if there is no such structure, or the user's own structure is given a flag of hnsw.
+    """
+    from protocol.errors import ConfigError
+    from retriever.extensions import BOW, FLAT, HNSW, parse_options, structure_section
+
+    options = parse_options(arguments, flag="--structure-option")
+    given = {key: value for key, value in flags.items() if value is not None}
+    use = name if name != "auto" else FLAT if encoder == BOW else HNSW
+    if use == HNSW:
+        return structure_section(use, {**given, **options})
+    section = structure_section(use, options)
+    if use != FLAT and given:
+        raise ConfigError(
+            f"--structure {name} takes no --m, --ef-construction or --ef-search; give its options with "
+            "--structure-option key=value"
+        )
+    return section
+
+
+def _described(use: str, options: Mapping[str, object]) -> str:
+    from retriever.extensions import HNSW
+
+    if use != HNSW:
+        return use
+    return f"HNSW M={options['m']} ef_construction={options['ef_construction']} ef_search={options['ef_search']}"

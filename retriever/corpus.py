@@ -1,11 +1,11 @@
-"""Corpora: JSON lines of passages in, and passages by row out of an index folder.
+"""Corpora: reads passages from JSON lines, and stores them in an index folder for access by row.
 
     corpus.jsonl[.gz] ──read_corpus──▶ Passage, Passage, … ──write_passages──▶ passages.jsonl + offsets.npy
                                                                                         │
                                                        row (an HNSW label) ──PassageTable[row]──▶ Passage
 
-A row is the position of a passage in its corpus. The table maps the file into memory and parses a line when it is
-asked for, so that a process holds 8 bytes a passage whatever the length of the texts.
+A row is the position of a passage in its corpus. The table maps the file into memory and parses a line at each access,
+so a process holds 8 bytes per passage, independent of the length of the texts.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ OFFSETS_FILE = "offsets.npy"
 
 
 def read_corpus(path: Path) -> Iterator[Passage]:
-    """Streams the passages of a `.jsonl` or `.jsonl.gz` file with the fields `id`, `text` and, if wanted, `title`.
+    """Streams the passages of a `.jsonl` or `.jsonl.gz` file with the fields `id`, `text` and, optionally, `title`.
 
-    Other fields are ignored, and so are blank lines. An integer `id` is read as its decimal digits.
+    Other fields and blank lines are ignored. An integer `id` becomes the string of its decimal digits.
 
-    Raises: DataError naming file, line and what is wrong with it: not JSON, no `id` or `text`, an id seen before,
-    no passage at all.
+    Raises: DataError that names the file, the line and the problem: not JSON, no `id` or `text`, an id used twice, or
+    a file without a passage.
     """
     line_of_id: dict[str, int] = {}
     for number, line in _lines(path):
@@ -48,11 +48,11 @@ def read_corpus(path: Path) -> Iterator[Passage]:
             )
         yield passage
     if not line_of_id:
-        raise DataError(f"{path} has no passage: give a file with one JSON object with `id` and `text` a line")
+        raise DataError(f"{path} has no passage: give a file with one JSON object with `id` and `text` per line")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered from 1, as an editor shows them."""
+    """The lines with their numbers, from 1."""
     number = 0
     try:
         with path.open("rb") as raw, cast(BinaryIO, gzip.open(raw)) if path.suffix == ".gz" else raw as file:
@@ -77,7 +77,7 @@ def _parse(line: bytes, *, where: str) -> Passage:
     if not isinstance(passage_id, str) or not passage_id:
         raise DataError(f"{where}: no `id`; give every passage a unique string `id`")
     if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{where}: passage {passage_id!r} has no `text`; give it one or leave the line out")
+        raise DataError(f"{where}: passage {passage_id!r} has no `text`; add a text or remove the line")
     if title is not None and not isinstance(title, str):
         raise DataError(f"{where}: `title` of passage {passage_id!r} must be a string, got {type(title).__name__}")
     return Passage(id=passage_id, title=title or "", text=text)
@@ -96,10 +96,10 @@ def write_passages(passages: Iterable[Passage], folder: Path) -> int:
 
 
 class PassageTable:
-    """The passages of an index folder by row, read where they are asked for."""
+    """The passages of an index folder by row, read from the file at each access."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises: DataError where the two files are missing or do not belong together."""
+        """Raises: DataError if one of the two files is missing or damaged, or they do not belong together."""
         try:
             self._offsets: NDArray[np.int64] = np.load(folder / OFFSETS_FILE, allow_pickle=False)
             with (folder / PASSAGES_FILE).open("rb") as file:

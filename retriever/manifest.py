@@ -1,40 +1,28 @@
-"""What an index folder says of itself, and what is refused where it says something else."""
+"""An index folder's manifest: what the folder holds, and the checks against it."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from protocol.errors import DataError
 from protocol.framing import describe
-from retriever.encoders.base import EncoderSpec
+from retriever.encoders.base import HUGGINGFACE, EncoderSpec
+from retriever.structures.base import StructureSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class HnswSettings(BaseModel):
-    """The graph's parameters (Malkov & Yashunin, arXiv 1603.09320): M links a node, and the two candidate lists."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    m: Annotated[int, Field(ge=2, le=256)] = 32
-    ef_construction: Annotated[int, Field(ge=8, le=4096)] = 200
-    ef_search: Annotated[int, Field(ge=1, le=65_536)] = 128
-
-
 class IndexManifest(BaseModel):
-    """`manifest.json`.
-
-    The inner product of unit vectors is their cosine. `hnsw` is null where every vector is compared (`--structure
-    flat`). `sha256` covers every other file.
-    """
+    """`manifest.json`. The inner product of unit vectors is their cosine. `sha256` covers every other file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -42,7 +30,7 @@ class IndexManifest(BaseModel):
     encoder: EncoderSpec
     metric: Literal["inner_product"]
     num_passages: Annotated[int, Field(ge=1)]
-    hnsw: HnswSettings | None
+    structure: StructureSpec
     sha256: dict[str, _Sha256]
 
 
@@ -51,24 +39,55 @@ def write_manifest(manifest: IndexManifest, folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> IndexManifest:
-    """Raises: DataError where the folder is no index, or one of another format."""
+    """Reads format versions 1 and 2; the result has version 2.
+
+    Raises: DataError if the folder is not an index, or has another format version.
+    """
     path = folder / MANIFEST_FILE
     if not path.is_file():
-        raise DataError(f"{folder} is no index (it has no {MANIFEST_FILE}); make one with `palimpsest index`")
+        raise DataError(f"{folder} is not an index (it has no {MANIFEST_FILE}); make one with `palimpsest index`")
     try:
-        manifest = IndexManifest.model_validate_json(path.read_bytes())
+        tree = json.loads(path.read_bytes())
+        version = tree.get("format_version")
+        if version not in (1, FORMAT_VERSION):
+            raise DataError(
+                f"{path}: format_version must be 1 or {FORMAT_VERSION}, got {version}; "
+                "build the index again with `palimpsest index`"
+            )
+        return IndexManifest.model_validate(_from_version_1(tree) if version == 1 else tree)
     except ValidationError as error:
         raise DataError(f"{path}: {describe(error)}; build the index again with `palimpsest index`") from None
-    if manifest.format_version != FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format_version must be {FORMAT_VERSION}, got {manifest.format_version}; "
-            "build the index again with `palimpsest index`"
-        )
-    return manifest
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a manifest ({error}); build the index again with `palimpsest index`") from None
+
+
+def _from_version_1(tree: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 had the fields of the built-in encoders instead of `use` and `options`, and `hnsw` (null for flat)."""
+    encoder, hnsw = tree["encoder"], tree["hnsw"]
+    options = {name: encoder[name] for name in ("query_prefix", "passage_prefix", "pooling", "max_tokens")}
+    if encoder["kind"] == "bow":
+        use, options = "bow", {}
+    elif encoder["source"] == "minilm":
+        use = "minilm"
+    else:
+        use, options = HUGGINGFACE, {**options, "folder": encoder["source"]}
+    return {
+        "format_version": FORMAT_VERSION,
+        "encoder": {
+            "use": use,
+            "options": options,
+            "fingerprint": encoder["fingerprint"],
+            "dimension": encoder["dimension"],
+        },
+        "metric": tree["metric"],
+        "num_passages": tree["num_passages"],
+        "structure": {"use": "flat", "options": {}} if hnsw is None else {"use": "hnsw", "options": hnsw},
+        "sha256": tree["sha256"],
+    }
 
 
 def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """sha256 of the named files of `folder`. Raises: DataError where one cannot be read."""
+    """sha256 of the named files of `folder`. Raises: DataError if one cannot be read."""
     digests: dict[str, str] = {}
     for name in names:
         try:
@@ -82,7 +101,7 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def check_files(manifest: IndexManifest, folder: Path) -> None:
-    """Raises: DataError naming the first file whose bytes are not those that were written."""
+    """Raises: DataError that names the first file whose checksum differs from the manifest's."""
     found = checksums(folder, manifest.sha256)
     for name, expected in manifest.sha256.items():
         if found[name] != expected:
@@ -93,13 +112,13 @@ def check_files(manifest: IndexManifest, folder: Path) -> None:
 
 
 def check_encoder(expected: EncoderSpec, found: EncoderSpec, *, folder: Path) -> None:
-    """`expected` made the index, `found` would encode its queries; all but `source` must agree.
+    """`expected` made the index, `found` would encode its queries: fingerprint and dimension must agree.
 
-    Raises: DataError naming the first field that differs.
+    Raises: DataError that names the first field that differs.
     """
-    for field in EncoderSpec.model_fields:
+    for field in ("fingerprint", "dimension"):
         ours, theirs = getattr(expected, field), getattr(found, field)
-        if field != "source" and ours != theirs:
+        if ours != theirs:
             raise DataError(
                 f"index {folder} was made with another encoder: {field} expected {_short(ours)} "
                 f"(made with {expected.source}), found {_short(theirs)} (in {found.source}); "

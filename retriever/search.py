@@ -1,5 +1,4 @@
-"""Answers a batch of queries. Equal ones (text, `top_n` and collection) are encoded and looked up once; the same text
-with another `top_n` is another query."""
+"""Answers a batch of queries. Queries with equal text, `top_n` and collection are encoded and looked up once."""
 
 from __future__ import annotations
 
@@ -11,17 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol.messages import PassageFields
-from retriever.encoders.base import Encoder
-from retriever.index import LoadedIndex
-
-
-@dataclass(frozen=True, slots=True)
-class Collection:
-    """An index and the encoder that its vectors were made with."""
-
-    name: str
-    index: LoadedIndex
-    encoder: Encoder
+from retriever.collection import Collection
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +22,21 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class _Hits:
-    """rows int64 [n], scores float32 [n]; passages are read from the file when they are asked for."""
+    """rows int64 [n], scores float32 [n]. The passages are read from the file for each reply."""
 
     rows: NDArray[np.int64]
     scores: NDArray[np.float32]
 
 
 class Searcher:
-    """Several collections and a cache of the latest results. For one thread.
+    """Searches several collections and caches the latest results. For one thread.
 
-    The cache pays where many episodes of a group ask the same: it holds rows and scores, some hundred bytes a query.
+    The cache helps because the episodes of a group often send the same queries. It holds rows and scores, a few
+    hundred bytes per query.
     """
 
     def __init__(self, collections: Sequence[Collection], *, cache_size: int = 16_384) -> None:
-        """The first collection is also the one called ""."""
+        """The first collection also has the name "" (the default)."""
         self._collections = {collection.name: collection for collection in collections}
         self._collections[""] = collections[0]
         self._cache: OrderedDict[Query, _Hits] = OrderedDict()
@@ -61,7 +51,7 @@ class Searcher:
         return [name for name in self._collections if name]
 
     def search(self, queries: Sequence[Query]) -> list[list[PassageFields]]:
-        """For each query, in order, its passages, best first."""
+        """The passages of each query, best first; the queries keep their order."""
         hits: dict[Query, _Hits] = {}
         unknown: dict[tuple[str, int], list[Query]] = {}
         for query in dict.fromkeys(queries):

@@ -1,11 +1,14 @@
-"""The retriever's service: many clients, one batch at a time.
+"""The retriever's service: answers many clients, one batch at a time.
 
     clients ──SearchRequest──▶ ROUTER ──admit──▶ pending ──take──▶ encode, search, pack ──▶ ROUTER ──▶ clients
                                  │               (bounded)         (one thread)
-                                 └──ErrorReply where it is malformed, too large, or the queue is full
+                                 └──ErrorReply if it is malformed, too large, or the queue is full
 
-A batch is whatever came while the one before was being worked on, up to `max_batch` queries: under load batches grow by
-themselves, and an idle service answers at once. Nothing ever waits for a batch to fill.
+_receive  consumes requests from the ROUTER, produces pending entries; waits for a message
+_work     consumes pending entries, produces replies; waits for `_arrived`, which `_receive` sets
+
+A batch holds the requests that arrived while the previous batch was processed, up to `max_batch` queries. So batches
+grow under load, and an idle service answers at once: it never waits for a batch to fill.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ _MAX_REQUEST_ID = 1 << 62
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceLimits:
-    """`max_pending` bounds the memory and the wait of what is queued: past it a client is told to come again."""
+    """Both count queries. `max_pending` bounds the queue's memory and waiting time; further requests are refused."""
 
     max_batch: int = 64
     max_pending: int = 4_096
@@ -39,7 +42,7 @@ class ServiceLimits:
 
 @dataclass(slots=True)
 class ServiceStats:
-    """Counts since the start; latencies, from receipt to reply, of the last 10,000 requests."""
+    """Counts since the start, and the latencies of the last 10,000 requests, from receipt to reply."""
 
     num_requests: int = 0
     num_queries: int = 0
@@ -83,7 +86,7 @@ class RetrieverService:
         return self._router.address
 
     async def run(self) -> None:
-        """Serves for ever. A failure of the encoder or the index ends it with that error."""
+        """Serves until it is cancelled. An error of the encoder or the index ends it: `run` raises that error."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="retriever-search") as executor:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._receive(), name="retriever-receive")
@@ -106,7 +109,9 @@ class RetrieverService:
             self._arrived.set()
 
     def _admit(self, frames: Sequence[Buffer]) -> SearchRequest:
-        """Raises: ProtocolError for what is no search request, RemoteError for one that cannot be taken."""
+        """Raises: ProtocolError if the frames are not a valid search request; RemoteError if there is no such
+        collection, or the queue is full.
+        """
         message, payload = decode(frames)
         request = expect(message, SearchRequest)
         if payload:
@@ -118,8 +123,8 @@ class RetrieverService:
         waiting = self._num_pending_queries
         if waiting and waiting + len(request.queries) > self._limits.max_pending:
             raise RemoteError(
-                f"the retriever is full: {waiting} queries wait and at most {self._limits.max_pending} may; "
-                "ask again later, or start more retrievers"
+                f"the retriever's queue is full: {waiting} queries wait, max_pending is {self._limits.max_pending}; "
+                "send the request again later, or start more retrievers"
             )
         return request
 
@@ -137,7 +142,7 @@ class RetrieverService:
                 self.stats.latencies_s.append(time.perf_counter() - entry.received_s)
 
     def _take(self) -> list[_Pending]:
-        """Whole requests in order of arrival, of `max_batch` queries together, but at least one request."""
+        """The next batch: whole requests in order of arrival with at most `max_batch` queries, at least one request."""
         batch: list[_Pending] = []
         num_queries = 0
         while self._pending:
@@ -152,7 +157,7 @@ class RetrieverService:
         return batch
 
     def _answer(self, requests: Sequence[SearchRequest]) -> list[bytes]:
-        """The encoded reply to each request; runs in the executor's thread."""
+        """The encoded reply to each request. Runs in the executor's thread."""
         queries = [Query(text, request.top_n, request.collection) for request in requests for text in request.queries]
         results = iter(self._searcher.search(queries))
         replies: list[bytes] = []
@@ -160,8 +165,8 @@ class RetrieverService:
             reply = encode(SearchReply(request_id=request.request_id, results=[next(results) for _ in request.queries]))
             if len(reply) > MAX_HEADER_BYTES:
                 error = (
-                    f"the reply has {len(reply)} bytes and at most {MAX_HEADER_BYTES} can be sent; "
-                    "ask for fewer queries or a smaller top_n at a time"
+                    f"the reply must have <= {MAX_HEADER_BYTES} bytes, got {len(reply)}; "
+                    "send fewer queries per request, or a smaller top_n"
                 )
                 reply = encode(ErrorReply(request_id=request.request_id, error=error))
             replies.append(reply)
@@ -173,7 +178,7 @@ class RetrieverService:
 
 
 def request_id_of(frames: Sequence[Buffer]) -> int:
-    """The id of a request that was refused, so that its client need not wait for a time-out; 0 where it has none."""
+    """The id of a refused request, so that its client does not wait until its time-out; 0 if the frames have none."""
     if not frames or len(frames[0]) > MAX_HEADER_BYTES:
         return 0
     try:

@@ -174,14 +174,14 @@ def make_tokenizer(options: Options) -> None:
 
 
 def record_traces(options: Options) -> None:
+    from actor.evaluation.demonstrations import save_demonstrations
     from pace import Pace
     from traces import LocalSearch, read_examples, record
 
     from actor.chat.tokenizer import Tokenizer
-    from actor.evaluation.demonstrations import save_demonstrations
     from protocol.config_file import load_config
+    from retriever.collection import open_collections
     from retriever.encoders.base import Compute
-    from retriever.open import open_collections
     from retriever.search import Searcher
 
     tokenizer = Tokenizer.load(options.out / "tokenizer")

@@ -1,7 +1,7 @@
-"""An idf-weighted bag of words: the encoder of the toy world, which needs no model.
+"""A bag of words weighted by inverse document frequency: the encoder of the toy world, which needs no model.
 
-Words are what whitespace separates, as they are. A vector has one entry for every word of the corpus, so this is for
-small vocabularies: the toy world has about 870 words.
+A word is a maximal run of characters other than whitespace; case and punctuation count. A vector has one entry for
+each distinct word of the corpus, so this encoder is for small vocabularies: the toy world has about 870 words.
 """
 
 from __future__ import annotations
@@ -16,35 +16,23 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from protocol.config_base import Options
 from protocol.errors import DataError
 from protocol.types import Passage
-from retriever.encoders.base import EncoderSpec, normalise
+from retriever.encoders.base import Compute, Encoder, normalise
 
 STATE_FILE = "bow.json"
 MAX_NUM_WORDS = 8192
 
 
-class BagOfWordsEncoder:
+class BagOfWordsEncoder(Encoder):
     """weight(word, text) = occurrences · idf(word), with idf = ln((1 + n) / (1 + df)) + 1 over n passages."""
 
-    def __init__(self, idf_by_word: dict[str, float]) -> None:
-        self._column = {word: column for column, word in enumerate(idf_by_word)}
-        self._idf = np.fromiter(idf_by_word.values(), dtype=np.float32, count=len(idf_by_word))
-        state = orjson.dumps(list(idf_by_word.items()))
-        self._state = state
-        self._spec = EncoderSpec(
-            kind="bow",
-            source="bow",
-            fingerprint=hashlib.sha256(state).hexdigest(),
-            dimension=len(idf_by_word),
-        )
+    def __init__(self, options: Options | None = None, *, compute: Compute | None = None) -> None:
+        self._set_words({})
 
-    @classmethod
-    def fit(cls, passages: Iterable[Passage]) -> BagOfWordsEncoder:
-        """Learns vocabulary and idf.
-
-        Raises: DataError where there are more than `MAX_NUM_WORDS` words.
-        """
+    def fit(self, passages: Iterable[Passage]) -> None:
+        """Learns the vocabulary and the idf. Raises: DataError if there are more than `MAX_NUM_WORDS` words."""
         num_passages = 0
         passages_with: Counter[str] = Counter()
         for passage in passages:
@@ -53,36 +41,44 @@ class BagOfWordsEncoder:
             if len(passages_with) > MAX_NUM_WORDS:
                 raise DataError(
                     f"the bow encoder takes at most {MAX_NUM_WORDS} distinct words and this corpus has more "
-                    f"(passage {passage.id!r} passes the bound); use --encoder minilm or a model folder"
+                    f"(passage {passage.id!r} exceeds the bound); use --encoder minilm or a model folder"
                 )
-        return cls(
+        self._set_words(
             {word: math.log((1 + num_passages) / (1 + passages_with[word])) + 1 for word in sorted(passages_with)}
         )
 
-    @classmethod
-    def load(cls, folder: Path) -> BagOfWordsEncoder:
-        """Raises: DataError where `bow.json` of an index folder is missing or damaged."""
+    def save_state(self, folder: Path) -> tuple[str, ...]:
+        (folder / STATE_FILE).write_bytes(self._state)
+        return (STATE_FILE,)
+
+    def load_state(self, folder: Path) -> None:
+        """Raises: DataError if `bow.json` of the index folder is missing or damaged."""
         path = folder / STATE_FILE
         try:
-            return cls({str(word): float(idf) for word, idf in orjson.loads(path.read_bytes())})
+            self._set_words({str(word): float(idf) for word, idf in orjson.loads(path.read_bytes())})
         except (OSError, ValueError, TypeError) as error:
             raise DataError(
                 f"cannot read the bow encoder's words from {path}: {error}; build the index again"
             ) from None
 
     @property
-    def spec(self) -> EncoderSpec:
-        return self._spec
+    def dimension(self) -> int:
+        return len(self._idf)
 
-    def encode_queries(self, queries: Sequence[str]) -> NDArray[np.float32]:
-        return self._encode([query.split() for query in queries])
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._state).hexdigest()
 
     def encode_passages(self, passages: Sequence[Passage]) -> NDArray[np.float32]:
         return self._encode([_words(passage) for passage in passages])
 
-    def save_state(self, folder: Path) -> tuple[str, ...]:
-        (folder / STATE_FILE).write_bytes(self._state)
-        return (STATE_FILE,)
+    def encode_queries(self, queries: Sequence[str]) -> NDArray[np.float32]:
+        return self._encode([query.split() for query in queries])
+
+    def _set_words(self, idf_by_word: dict[str, float]) -> None:
+        self._column = {word: column for column, word in enumerate(idf_by_word)}
+        self._idf = np.fromiter(idf_by_word.values(), dtype=np.float32, count=len(idf_by_word))
+        self._state = orjson.dumps(list(idf_by_word.items()))
 
     def _encode(self, texts: Sequence[list[str]]) -> NDArray[np.float32]:
         vectors = np.zeros((len(texts), len(self._idf)), dtype=np.float32)

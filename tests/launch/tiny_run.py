@@ -1,4 +1,4 @@
-"""A run of the toy that is as small as can be: an untrained model of two layers, one world, everything real."""
+"""The smallest run of the toy task: an untrained model of two layers, one world, no part replaced by a mock."""
 
 from __future__ import annotations
 
@@ -23,17 +23,24 @@ dir = "run"
 path = "model"
 
 [task]
-kind = "toy"
+use = "toy"
 worlds = [1]
 eval_worlds = [1]
 
+[reward]
+use = "em"
+
+[[tool]]
+use = "search"
+top_n = 2
+
 [workflow]
+use = "memsearcher"
 rendering = "toy"
 max_turns = 2
 action_tokens = 8
 memory_tokens = 8
 context_tokens = 96
-top_n = 2
 
 [actor]
 count = 1
@@ -56,15 +63,15 @@ checkpoint = { every_steps = 1, keep = 1 }
 
 
 def make_tiny_run(folder: Path) -> TinyRun:
-    """Model, tokenizer, corpus, index and run.toml in `folder`."""
+    """Writes model, tokenizer, corpus, index and run.toml into `folder`."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from actor.tasks.toy.task import write_corpus
     from actor.tasks.toy.tokenizer import VOCABULARY_SIZE, write_tokenizer
     from actor.tasks.toy.world import make_world
-    from retriever.build import build_index
-    from retriever.encoders.bow import BagOfWordsEncoder
+    from retriever.build_index import build_index
+    from retriever.extensions import encoder_section, structure_section
 
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -82,6 +89,11 @@ def make_tiny_run(folder: Path) -> TinyRun:
     Qwen2ForCausalLM(config).save_pretrained(folder / "model")
     write_tokenizer(folder / "model")
     write_corpus(folder / "corpus.jsonl", make_world(1))
-    build_index(corpus=folder / "corpus.jsonl", out=folder / "index", make_encoder=BagOfWordsEncoder.fit, hnsw=None)
+    build_index(
+        corpus=folder / "corpus.jsonl",
+        out=folder / "index",
+        encoder=encoder_section("bow"),
+        structure=structure_section("flat"),
+    )
     (folder / "run.toml").write_text(_CONFIG)
     return TinyRun(folder / "run.toml", folder / "model", folder / "index", folder / "run")

@@ -15,9 +15,9 @@ import orjson
 import pytest
 
 from protocol.transport import Transport
-from retriever.build import build_index
-from retriever.encoders.bow import BagOfWordsEncoder
-from retriever.open import open_collections
+from retriever.build_index import build_index
+from retriever.collection import open_collections
+from retriever.extensions import encoder_section, structure_section
 from retriever.search import Searcher
 from retriever.service import RetrieverService, ServiceLimits
 
@@ -32,6 +32,11 @@ class Fact(NamedTuple):
     @property
     def text(self) -> str:
         return f"{self.subject} {self.relation} {self.object} ."
+
+
+def build_bow_index(corpus: Path, out: Path) -> Path:
+    build_index(corpus=corpus, out=out, encoder=encoder_section("bow"), structure=structure_section("flat"))
+    return out
 
 
 def write_corpus(path: Path, texts: Sequence[str]) -> Path:
@@ -61,6 +66,11 @@ def _write_corpus() -> Callable[[Path, Sequence[str]], Path]:
     return write_corpus
 
 
+@pytest.fixture(name="build_bow_index", scope="session")
+def _build_bow_index() -> Callable[[Path, Path], Path]:
+    return build_bow_index
+
+
 @pytest.fixture(name="toy_facts", scope="session")
 def _toy_facts() -> Callable[[int], list[Fact]]:
     return toy_facts
@@ -75,16 +85,14 @@ def facts() -> list[Fact]:
 def toy_index(tmp_path_factory: pytest.TempPathFactory, facts: list[Fact]) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     corpus = write_corpus(folder / "corpus.jsonl", [fact.text for fact in facts])
-    build_index(corpus=corpus, out=folder / "index", make_encoder=BagOfWordsEncoder.fit, hnsw=None)
-    return folder / "index"
+    return build_bow_index(corpus, folder / "index")
 
 
 @pytest.fixture
 def bow_index(tmp_path: Path) -> Path:
     """Three passages."""
     corpus = write_corpus(tmp_path / "corpus.jsonl", ["red apple .", "green pear .", "red pear tree ."])
-    build_index(corpus=corpus, out=tmp_path / "index", make_encoder=BagOfWordsEncoder.fit, hnsw=None)
-    return tmp_path / "index"
+    return build_bow_index(corpus, tmp_path / "index")
 
 
 @pytest.fixture(scope="session")
@@ -139,7 +147,7 @@ Serve = Callable[..., AbstractAsyncContextManager[Running]]
 
 @pytest.fixture
 def serve() -> Serve:
-    """`async with serve(*indexes, limits=…) as running`: a service in this process on a real socket."""
+    """`async with serve(*indexes, limits=…) as running` runs a service in this process on a real socket."""
 
     @asynccontextmanager
     async def run(*indexes: str | Path, limits: ServiceLimits | None = None) -> AsyncIterator[Running]:

@@ -16,12 +16,13 @@ from protocol.messages import SearchReply, SearchRequest
 from protocol.request_client import RequestClient
 from protocol.transport import Transport
 from retriever.command import index, retriever
+from retriever.index_folder import load_index
 
 TIMEOUT_S = 60.0
 
 
 def invoke(*arguments: str | Path) -> str:
-    """Raises what the command raises."""
+    """Runs the command in this process. Raises: the command's exception."""
     command = index if arguments[0] == "index" else retriever
     result = CliRunner().invoke(command, [str(a) for a in arguments[1:]], catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -44,21 +45,41 @@ def test_index_and_serve_a_model(tmp_path: Path, model_folder: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text('{"id": "a", "title": "red", "text": "apple"}\n{"id": "b", "text": "green pear"}\n')
     out = tmp_path / "index"
-    said = invoke("index", corpus, "--out", out, "--encoder", model_folder, "--preset", "e5", "--max-tokens", "16")
-    assert f"index: 2 passages in {out} (encoder {model_folder}, 32 dimensions, HNSW M=32" in said
+    printed = invoke(
+        "index",
+        corpus,
+        "--out",
+        out,
+        "--encoder",
+        model_folder,
+        "--preset",
+        "e5",
+        "--passage-prefix",
+        "",
+        "--max-tokens",
+        "16",
+    )
+    assert f"index: 2 passages in {out} (encoder {model_folder}, 32 dimensions, HNSW M=32" in printed
+    options = load_index(out).manifest.encoder.options
+    prefixes = {"query_prefix": "query: ", "passage_prefix": ""}
+    assert options == {**prefixes, "pooling": "mean", "max_tokens": 16, "folder": str(model_folder)}
     with pytest.raises(DataError, match="exists"):
         invoke("index", corpus, "--out", out, "--encoder", model_folder, "--max-tokens", "16")
     with pytest.raises(DataError, match="another encoder"):
         invoke("retriever", out, "--encoder", "bow")
 
 
-def test_bow_takes_no_model_options(tmp_path: Path) -> None:
+def test_flags_that_an_encoder_does_not_take_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--encoder bow takes no"):
         invoke("index", tmp_path / "c.jsonl", "--out", tmp_path / "i", "--encoder", "bow", "--pooling", "cls")
+    with pytest.raises(DataError, match="no encoder preset 'e6'; the presets are minilm, e5, bge"):
+        invoke("index", tmp_path / "c.jsonl", "--out", tmp_path / "i", "--preset", "e6")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_process_says_when_it_is_ready_and_stops_cleanly(bow_index: Path, number: signal.Signals) -> None:
+def test_a_process_prints_when_it_is_ready_and_exits_with_status_0_on_a_signal(
+    bow_index: Path, number: signal.Signals
+) -> None:
     with process(str(bow_index), "--address", "tcp://127.0.0.1:0") as running:
         assert running.stdout is not None
         assert running.stderr is not None
@@ -85,13 +106,13 @@ async def _ask(address: str, query: str) -> str:
         transport.close()
 
 
-def test_beyond_loopback_keys_are_needed(bow_index: Path) -> None:
+def test_an_address_beyond_loopback_needs_keys(bow_index: Path) -> None:
     with pytest.raises(SecurityError, match="needs CURVE keys"):
         invoke("retriever", bow_index, "--address", "tcp://0.0.0.0:0")
 
 
 def test_bad_input_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no index"):
+    with pytest.raises(UserError, match="is not an index"):
         invoke("retriever", tmp_path)
 
 

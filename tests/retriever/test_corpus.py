@@ -40,7 +40,7 @@ def test_reads_gzip(tmp_path: Path) -> None:
         ('["b"]', r"line 2: expected a JSON object, got list"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+def test_the_error_names_the_bad_line(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text('{"id": "a", "text": "one"}\n' + line + "\n")
     with pytest.raises(DataError, match=message) as error:
@@ -48,7 +48,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     assert str(path) in str(error.value)
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
+def test_missing_empty_and_damaged_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read the corpus .*none\.jsonl: No such file"):
         list(read_corpus(tmp_path / "none.jsonl"))
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -67,7 +67,7 @@ _TEXT = st.text(st.characters(codec="utf-8"), min_size=1)
 
 
 @given(texts=st.lists(st.tuples(_TEXT, _TEXT), min_size=1, max_size=8))
-def test_the_table_gives_back_what_was_written(
+def test_the_table_returns_the_written_passages(
     tmp_path_factory: pytest.TempPathFactory, texts: list[tuple[str, str]]
 ) -> None:
     folder = tmp_path_factory.mktemp("table")
@@ -80,7 +80,7 @@ def test_the_table_gives_back_what_was_written(
     table.close()
 
 
-def test_a_table_whose_files_disagree_is_refused(tmp_path: Path) -> None:
+def test_offsets_that_do_not_fit_the_passages_are_refused(tmp_path: Path) -> None:
     write_passages([Passage("a", "", "x")], tmp_path)
     with (tmp_path / "passages.jsonl").open("ab") as file:
         file.write(b"{}\n")

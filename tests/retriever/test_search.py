@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from retriever.collection import Collection
 from retriever.encoders.bow import BagOfWordsEncoder
-from retriever.index import load_index
-from retriever.search import Collection, Query, Searcher
+from retriever.index_folder import load_index
+from retriever.search import Query, Searcher
 
 
 class CountingEncoder(BagOfWordsEncoder):
@@ -19,8 +20,8 @@ class CountingEncoder(BagOfWordsEncoder):
 
 
 def searcher(folder: Path, *, cache_size: int) -> tuple[Searcher, CountingEncoder]:
-    encoder = CountingEncoder.load(folder)
-    assert isinstance(encoder, CountingEncoder)
+    encoder = CountingEncoder()
+    encoder.load_state(folder)
     return Searcher([Collection("fruit", load_index(folder), encoder)], cache_size=cache_size), encoder
 
 
@@ -32,11 +33,11 @@ def test_equal_queries_are_encoded_once(bow_index: Path) -> None:
     assert [len(passages) for passages in results] == [1, 2, 1]
 
 
-def test_the_cache_keeps_the_latest(bow_index: Path) -> None:
+def test_the_cache_evicts_the_least_recently_used_query(bow_index: Path) -> None:
     search, encoder = searcher(bow_index, cache_size=2)
     first = search.search([Query("apple", 1, ""), Query("pear", 1, "")])
     assert search.search([Query("apple", 1, "")]) == first[:1]
-    search.search([Query("tree", 1, "")])  # Pushes out `pear`, the one asked longest ago.
+    search.search([Query("tree", 1, "")])  # Evicts `pear`, the least recently used.
     search.search([Query("apple", 1, ""), Query("pear", 1, "")])
     assert encoder.encoded == ["apple", "pear", "tree", "pear"]
     assert search.num_cache_hits == 2

@@ -62,10 +62,10 @@ async def test_answers_in_order_best_first(serve: Serve, bow_index: Path) -> Non
         assert texts[1][0] == "red apple ."
         scores = [passage.score for passage in reply.results[0]]
         assert 1 > scores[0] > scores[1] > 0
-        assert [len(passages) for passages in (await ask(client, "unheard of", top_n=100)).results] == [3]
+        assert [len(passages) for passages in (await ask(client, "unknown word", top_n=100)).results] == [3]
 
 
-async def test_many_clients_get_their_own_answers_and_share_batches(
+async def test_many_clients_get_their_own_replies_and_share_batches(
     serve: Serve, toy_index: Path, facts: list[Fact]
 ) -> None:
     asked = facts[800:1184]  # Founders and marriages.
@@ -88,7 +88,9 @@ async def test_many_clients_get_their_own_answers_and_share_batches(
         assert "384 queries of 384 requests" in stats.summary()
 
 
-async def test_collections_go_by_name(serve: Serve, bow_index: Path, toy_index: Path, facts: list[Fact]) -> None:
+async def test_a_request_names_its_collection(
+    serve: Serve, bow_index: Path, toy_index: Path, facts: list[Fact]
+) -> None:
     async with (
         serve(f"fruit={bow_index}", f"toy={toy_index}") as running,
         RequestClient(running.transport.dealer(running.address)) as client,
@@ -101,7 +103,7 @@ async def test_collections_go_by_name(serve: Serve, bow_index: Path, toy_index: 
             await ask(client, "walnut", collection="nuts")
 
 
-async def test_what_is_malformed_is_refused_and_harms_nobody(serve: Serve, bow_index: Path) -> None:
+async def test_malformed_requests_are_refused_and_others_are_still_answered(serve: Serve, bow_index: Path) -> None:
     good: dict[str, object] = {
         "v": 2,
         "kind": "search",
@@ -135,7 +137,7 @@ async def test_what_is_malformed_is_refused_and_harms_nobody(serve: Serve, bow_i
         assert running.service.stats.num_refused == len(cases)
 
 
-async def test_a_full_queue_says_so(serve: Serve, bow_index: Path) -> None:
+async def test_requests_beyond_max_pending_are_refused(serve: Serve, bow_index: Path) -> None:
     limits = ServiceLimits(max_batch=1, max_pending=4)
     async with (
         serve(bow_index, limits=limits) as running,
@@ -146,28 +148,30 @@ async def test_a_full_queue_says_so(serve: Serve, bow_index: Path) -> None:
         refused = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         assert refused
         assert all(isinstance(error, RemoteError) for error in refused)
-        assert "the retriever is full: 4 queries wait and at most 4 may" in str(refused[0])
-        assert len((await ask(client, *["apple"] * 256)).results) == 256  # An idle service takes any request.
+        assert "the retriever's queue is full: 4 queries wait, max_pending is 4" in str(refused[0])
+        assert (
+            len((await ask(client, *["apple"] * 256)).results) == 256
+        )  # An idle service accepts a request of any size.
 
 
 async def test_a_reply_too_large_to_send_is_an_error(
-    serve: Serve, tmp_path: Path, write_corpus: Callable[[Path, list[str]], Path]
+    serve: Serve,
+    tmp_path: Path,
+    write_corpus: Callable[[Path, list[str]], Path],
+    build_bow_index: Callable[[Path, Path], Path],
 ) -> None:
-    from retriever.build import build_index
-    from retriever.encoders.bow import BagOfWordsEncoder
-
     corpus = write_corpus(tmp_path / "long.jsonl", ["word " * 8_000, "word " * 8_000])
-    build_index(corpus=corpus, out=tmp_path / "long", make_encoder=BagOfWordsEncoder.fit, hnsw=None)
+    build_bow_index(corpus, tmp_path / "long")
     async with (
         serve(tmp_path / "long") as running,
         RequestClient(running.transport.dealer(running.address)) as client,
     ):
-        with pytest.raises(RemoteError, match="ask for fewer queries or a smaller top_n"):
+        with pytest.raises(RemoteError, match="send fewer queries per request, or a smaller top_n"):
             await ask(client, *["word"] * 256)
         assert len((await ask(client, "word")).results[0]) == 2
 
 
-async def test_a_client_that_leaves_costs_only_its_reply(serve: Serve, bow_index: Path) -> None:
+async def test_a_client_that_disconnects_does_not_affect_others(serve: Serve, bow_index: Path) -> None:
     async with serve(bow_index) as running, RequestClient(running.transport.dealer(running.address)) as client:
         gone = running.transport.dealer(running.address)
         for number in range(1, 20):

@@ -1,9 +1,10 @@
-"""An index folder: vectors to search, and the passages that their rows stand for.
+"""An index folder: vectors to search, and the passages in the order of the vectors' rows.
 
-manifest.json     encoder, metric, count, parameters, checksums
-graph.hnsw        hnswlib's file, labels are rows; or vectors.npy where every vector is compared
+manifest.json     encoder, index structure, metric, count, checksums
+graph.hnsw        written by the structure `hnsw`, a graph whose labels are rows; `flat` writes vectors.npy; a user's
+                  own structure writes its own files
 passages.jsonl    the passages by row, with offsets.npy
-bow.json          the bag-of-words encoder's vocabulary, where it is used
+bow.json          the vocabulary of the encoder `bow`; a user's own encoder writes its own files, or none
 """
 
 from __future__ import annotations
@@ -13,12 +14,9 @@ from pathlib import Path
 
 from protocol.errors import DataError
 from retriever.corpus import PassageTable
-from retriever.hnsw import HnswIndex
+from retriever.extensions import reopen_structure
 from retriever.manifest import IndexManifest, check_files, read_manifest
-from retriever.nearest import FlatIndex, VectorIndex
-
-GRAPH_FILE = "graph.hnsw"
-VECTORS_FILE = "vectors.npy"
+from retriever.structures.base import VectorIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +32,18 @@ class LoadedIndex:
 def load_index(folder: Path, *, ef_search: int | None = None, num_threads: int = 1) -> LoadedIndex:
     """Opens an index folder; `ef_search` replaces the manifest's.
 
-    Raises: DataError where a file is missing, damaged, or has not the count or dimension that the manifest states.
+    Raises: DataError if a file is missing or damaged, or its count or dimension differs from the manifest's;
+    ConfigError if the user's own index structure cannot be imported.
     """
     manifest = read_manifest(folder)
     check_files(manifest, folder)
-    dimension = manifest.encoder.dimension
-    vectors: VectorIndex
-    if manifest.hnsw is None:
-        vectors = FlatIndex.read(folder / VECTORS_FILE, dimension=dimension)
-    else:
-        vectors = HnswIndex.read(
-            folder / GRAPH_FILE,
-            dimension=dimension,
-            ef_search=ef_search or manifest.hnsw.ef_search,
-            num_threads=num_threads,
-        )
+    vectors = reopen_structure(
+        manifest.structure,
+        index_folder=folder,
+        dimension=manifest.encoder.dimension,
+        ef_search=ef_search,
+        num_threads=num_threads,
+    )
     passages = PassageTable(folder)
     for name, found in (("vectors", len(vectors)), ("passages", len(passages))):
         if found != manifest.num_passages:

@@ -3,9 +3,8 @@ from __future__ import annotations
 import numpy as np
 
 from retriever.encoders.base import normalise
-from retriever.hnsw import HnswIndex
-from retriever.manifest import HnswSettings
-from retriever.nearest import FlatIndex, search_exact
+from retriever.structures.flat import FlatIndex, search_exact
+from retriever.structures.hnsw import HnswIndex, HnswOptions
 
 
 def unit_vectors(num_rows: int, dimension: int = 24, seed: int = 0) -> np.ndarray:
@@ -21,20 +20,22 @@ def test_exact_search_in_chunks_equals_sorting_everything() -> None:
     np.testing.assert_allclose(found.scores, np.take_along_axis(scores, expected, axis=1), atol=1e-6)
 
 
-def test_ties_go_to_the_lower_row_however_a_batch_is_composed() -> None:
+def test_ties_go_to_the_lower_row_in_any_batch() -> None:
     vectors = np.repeat(unit_vectors(10), 30, axis=0)
-    index = FlatIndex.create(dimension=24, capacity=300)
+    index = FlatIndex(dimension=24)
+    index.allocate(300)
     index.add(vectors)
     queries = unit_vectors(33, seed=2)
-    together = index.search(queries, 20)
+    in_batch = index.search(queries, 20)
     alone = np.vstack([index.search(query[None], 20).rows for query in queries])
-    np.testing.assert_array_equal(together.rows, alone)
-    np.testing.assert_array_equal(together.rows % 30, np.tile(np.arange(20), (33, 1)))
+    np.testing.assert_array_equal(in_batch.rows, alone)
+    np.testing.assert_array_equal(in_batch.rows % 30, np.tile(np.arange(20), (33, 1)))
 
 
-def test_hnsw_finds_nearly_what_exact_search_finds() -> None:
+def test_hnsw_agrees_with_exact_search_on_99_percent_of_rows() -> None:
     vectors, queries = unit_vectors(3000), unit_vectors(100, seed=3)
-    index = HnswIndex.create(dimension=24, capacity=3000, settings=HnswSettings())
+    index = HnswIndex(HnswOptions(), dimension=24)
+    index.allocate(3000)
     for start in range(0, 3000, 1000):
         index.add(vectors[start : start + 1000])
     expected = search_exact([vectors], queries, 10).rows
@@ -44,10 +45,11 @@ def test_hnsw_finds_nearly_what_exact_search_finds() -> None:
     assert (np.diff(found.scores, axis=1) <= 1e-5).all()
 
 
-def test_more_neighbours_than_passages_and_than_the_graph_reaches() -> None:
-    settings = HnswSettings(m=2, ef_construction=8, ef_search=1)
+def test_k_may_exceed_the_number_of_rows_and_of_nodes_that_the_graph_reaches() -> None:
+    options = HnswOptions(m=2, ef_construction=8, ef_search=1)
     vectors = np.repeat(unit_vectors(40), 20, axis=0)
-    index = HnswIndex.create(dimension=24, capacity=800, settings=settings)
+    index = HnswIndex(options, dimension=24)
+    index.allocate(800)
     index.add(vectors)
     found = index.search(unit_vectors(3, seed=4), 1000)
     assert found.rows.shape == (3, 800)
