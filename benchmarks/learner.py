@@ -1,20 +1,20 @@
-"""Forward and backward of sum(A log pi) over the same contexts, three ways: how much does no wasted token give?
+"""Times forward and backward of sum(A log pi) over the same contexts: padded, packed, and packed with shared prefixes.
 
     python benchmarks/learner.py [--quick] [--rounds 3] [--shapes memsearcher,react]
     python benchmarks/learner.py --device cuda --model 0.5b --dtype bfloat16 --groups 8
 
-padded   rows right-padded to the batch's longest, the same number a micro-batch, logits of every position: what a
-         GRPO learner usually does. Without an attention mask, which causal attention does not need: its fastest form.
-packed   contexts one after another in one row, logits where tokens are trained, in chunks; nothing shared
-ours     the same, and every common prefix once (learner/batch/packing.py chooses)
+padded   rows right-padded to the longest of the batch, the same number of rows per micro-batch, logits at every
+         position: the usual GRPO learner. In its fastest form: causal attention without a mask.
+packed   contexts concatenated in one row, logits only of trained tokens, in tiles; no shared prefixes
+ours     the same, with every common prefix computed once if that is cheaper (learner/batch/packing.py decides)
 
-One model (its weights are random), one dtype, one token budget; planning is timed too. CPU: one thread, fp32, a Qwen2
-of one layer of width 256 whose MLP and output embedding have the parts that they have in Qwen2.5-0.5B (the embedding
-28 % of the parameters; at 3B, 10 %, logits everywhere cost less). Rounds are interleaved, the median counts; on a
-CPU of processor time, as other processes' turns are none of ours. `max_rel_error` compares ours with padded: log-probs
-by their largest, gradients by a parameter's norm.
-A group has a question of its own, the system prompt is everybody's; token ids are random. tokens/s counts the tokens of
-all contexts, MFU only those that are computed and no padding. The CUDA options have not been run on a GPU.
+All use one model with random weights, one dtype and one token budget; planning is included in the time. On a CPU: one
+thread, fp32, a Qwen2 with one layer of width 256, in which MLP and output embedding have the same share of the
+parameters as in Qwen2.5-0.5B (embedding 28 %; at 3B it is 10 %, so logits at every position cost less). Rounds are
+interleaved and the median is reported; on a CPU of processor time, to exclude other processes. `max_rel_error` is the
+error of ours against padded: log-probs relative to the largest one, each gradient relative to its norm.
+All groups have the same system prompt, each group has its own question; token ids are random. tokens/s counts the
+tokens of all contexts, MFU only computed tokens without padding. The CUDA options have not been run on a GPU.
 The last line is one JSON object.
 """
 
@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is named as the package that it measures
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file has the same name as the package
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ from learner.model.scorer import Scorer
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of a Qwen2: vocabulary, width, width of the MLP, layers, heads, key-value heads."""
+    """The sizes of a Qwen2 model."""
 
     vocab_size: int
     hidden_size: int
@@ -64,8 +64,12 @@ MODELS = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pass:
-    """One forward and backward. logprobs float64 [N], all trained tokens by context and position; gradients by name;
-    num_computed: tokens that went through the model, padding excepted."""
+    """One forward and backward.
+
+    logprobs      float64 [N]  of all trained tokens, by context and position
+    gradients     by parameter name
+    num_computed  tokens that went through the model, without padding
+    """
 
     logprobs: NDArray[np.float64]
     gradients: dict[str, Tensor]
@@ -78,7 +82,7 @@ Method = Callable[[Scorer, list[Context], int], Computed]
 
 
 def padded(scorer: Scorer, contexts: list[Context], budget: int) -> Computed:
-    """(logprobs, number of tokens): rows as they come, equally many a micro-batch; the budget counts padded tokens."""
+    """(logprobs, number of tokens). Rows in the given order, equally many per micro-batch; `budget` counts padding."""
     device = scorer.model.device
     longest = max(len(each.token_ids) for each in contexts)
     num_rows = max(1, budget // longest)
@@ -149,7 +153,7 @@ def _wait(scorer: Scorer) -> None:
 
 
 def rel_error(found: Pass, wanted: Pass) -> float:
-    """The greatest of the log-probs' errors beside the greatest log-prob, and of each gradient's beside its norm."""
+    """The largest of: error of a log-prob / largest log-prob, norm of the error of a gradient / its norm."""
     of_logprobs = np.abs(found.logprobs - wanted.logprobs).max() / np.abs(wanted.logprobs).max()
     of_gradients = [
         float((found.gradients[name] - each).float().norm() / each.float().norm())
@@ -159,17 +163,17 @@ def rel_error(found: Pass, wanted: Pass) -> float:
 
 
 def flops_per_token(scorer: Scorer) -> float:
-    """Of forward and backward, without attention and output embedding."""
+    """FLOPs per token of forward and backward, without attention and output embedding."""
     embedding = sum(each.numel() for each in scorer.model.get_input_embeddings().parameters())
     return 6.0 * (sum(each.numel() for each in scorer.parameters()) - embedding)
 
 
 def benchmark(name: str, scorer: Scorer, contexts: list[Context], arguments: argparse.Namespace) -> dict[str, float]:
-    """Prints a line and returns the ratios of one shape."""
+    """Measures all methods on one shape; prints a line and returns its ratios."""
     passes: dict[str, list[Pass]] = {method: [] for method in METHODS}
     names = list(METHODS)
     for number in range(arguments.rounds):
-        for method in names[number % 3 :] + names[: number % 3]:  # each is first, second and third in its turn
+        for method in names[number % 3 :] + names[: number % 3]:  # rotates the order
             passes[method].append(measure(METHODS[method], scorer, contexts, arguments.budget))
     seconds = {method: statistics.median(each.seconds for each in found) for method, found in passes.items()}
     last = {method: found[-1] for method, found in passes.items()}
@@ -206,17 +210,17 @@ def build(arguments: argparse.Namespace) -> Scorer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="half of the lengths, one round")
+    parser.add_argument("--quick", action="store_true", help="half the lengths, one round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--groups", type=int, default=1)
-    parser.add_argument("--budget", type=int, default=16384, help="tokens of a micro-batch")
+    parser.add_argument("--budget", type=int, default=16384, help="tokens per micro-batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", choices=list(MODELS), default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
-    parser.add_argument("--peak-tflops", type=float, help="of the device, for MFU")
+    parser.add_argument("--peak-tflops", type=float, help="peak of the device, for MFU")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds = 1

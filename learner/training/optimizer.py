@@ -1,4 +1,4 @@
-"""AdamW, its learning rate by step, and the update that refuses what is not finite."""
+"""AdamW, its learning-rate schedule, and an update that skips non-finite gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from protocol.errors import DivergenceError
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters that train; weight decay on matrices only, not on norms and biases."""
+    """AdamW over all trained parameters; weight decay only on matrices, not on norms and biases."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -23,10 +23,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 def learning_rate(step: int, *, num_steps: int, config: OptimizerConfig) -> float:
-    """The rate of the update that leads from version `step` to `step + 1`; a pure function, so there is no state.
+    """The learning rate of the update from version `step` to `step + 1`. A pure function: the schedule has no state.
 
-    Linear warm-up that reaches the full rate at its last step; then constant, or down along a line or half a cosine
-    (Loshchilov & Hutter 2017, eq. 5, one period) to `final_fraction` of the full rate at `num_steps`, and no lower.
+    Linear warm-up that reaches the full rate at its last step; then constant, or linear or cosine decay (Loshchilov &
+    Hutter 2017, eq. 5, one period) to `final_fraction` of the full rate at `num_steps`, and constant after that.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
@@ -44,10 +44,11 @@ def learning_rate(step: int, *, num_steps: int, config: OptimizerConfig) -> floa
 def apply_update(
     model: nn.Module, optimizer: torch.optim.Optimizer, *, rate: float, clip_norm: float, loss_is_finite: bool = True
 ) -> float:
-    """Clips the accumulated gradient to `clip_norm`, steps with `rate`, clears it; returns the norm before clipping.
+    """Clips the accumulated gradient to `clip_norm`, updates with learning rate `rate`, and clears the gradient.
 
-    Where that norm is not finite nothing but the gradient changes, and the norm tells: the caller counts it. With a
-    loss that is not finite, on any rank, it is NaN. All ranks call this, say the same of the loss and get one norm.
+    Returns the norm before clipping. If it is not finite, only the gradient is cleared: the caller counts the skip.
+    With `loss_is_finite` false it is NaN. All ranks must call it, with the same `loss_is_finite`, and get the same
+    norm.
     """
     norm = clip_gradients(model.parameters(), clip_norm) if loss_is_finite else math.nan
     if math.isfinite(norm):
@@ -59,7 +60,7 @@ def apply_update(
 
 
 class SkipGuard:
-    """Counts updates that were skipped; both counts belong into checkpoints."""
+    """Counts skipped updates. Checkpoints hold both counts."""
 
     def __init__(self, *, max_consecutive: int, num_skipped: int = 0, num_consecutive: int = 0) -> None:
         self.max_consecutive = max_consecutive
@@ -67,7 +68,7 @@ class SkipGuard:
         self.num_consecutive = num_consecutive
 
     def record(self, norm: float) -> None:
-        """Takes the norm that `apply_update` gave. Raises: DivergenceError where `max_consecutive` in a row are bad."""
+        """Records a norm from `apply_update`. Raises: DivergenceError if `max_consecutive` in a row were non-finite."""
         if math.isfinite(norm):
             self.num_consecutive = 0
             return

@@ -1,10 +1,9 @@
-"""Teaching a two-layer model to copy, before it is shown any task.
+"""Initialises a two-layer model with induction heads and trains it to copy, before it sees any task.
 
-A search agent copies: names from the question into a query, facts from passages into its memory. The circuit that
-copies (an induction head: find where the current token stood before, write what came next) appears by gradient
-descent only after a long plateau, here 900 steps, and not on every seed. So it is wired at initialisation, as one
-guess that training then corrects, and the plateau is gone: 100 to 200 steps. Two tokens are matched
-rather than one, because a syllable alone stands in many names.
+A search agent copies names from the question into a query, and facts from passages into its memory. An induction head
+(find an earlier occurrence of the current token, output the token that followed it) does this. Gradient descent finds
+it only after a plateau of 900 steps here, and not for every seed. As an initialisation, which training then corrects,
+it needs 100 to 200 steps. Two tokens are matched, not one, because a single syllable occurs in many names.
 """
 
 from __future__ import annotations
@@ -22,18 +21,19 @@ from protocol.config import OptimizerConfig
 
 _EMBEDDING_STD = 0.1
 _POSITION_LOGIT = 36.0
-"""Attention logit of the wanted position times sqrt(head size), shared over the rotary frequencies."""
+"""Attention logit of the target position times sqrt(head size), split over the rotary frequencies."""
 _MATCH_GAIN = 3.0
 _DISTINCT_LOSS = 0.1
 
 
 @torch.no_grad()
 def wire_induction(model: Qwen2ForCausalLM, *, seed: int) -> None:
-    """Sets some heads of the first two layers to an induction circuit; the others stay as they were drawn.
+    """Sets heads of the first two layers to an induction circuit, in place; all other weights keep their random values.
 
-    Layer 0: biases alone make each of four heads attend one or two positions back (RoPE turns the query's back by so
-    much), and it writes that token's embedding into a random subspace. Layer 1: queries read the token and the one
-    before it, keys the two tokens before theirs, so that two heads find where both stood; values copy what is there.
+    Layer 0: biases alone make each of four heads attend one or two positions back (RoPE rotates the query back by that
+    many positions); the head writes that token's embedding into a random subspace. Layer 1: queries read the current
+    token and the one before it, keys the two tokens before theirs, so two heads find the place after an earlier
+    occurrence of both; values copy the token there.
     """
     hidden, heads = model.config.hidden_size, model.config.num_attention_heads
     size = hidden // heads
@@ -71,8 +71,8 @@ def induction_pretrain(
 ) -> float:
     """Trains copying on random sequences of `symbols`, in place; returns the mean loss of the last steps.
 
-    First sequences without repetition, until their loss is below 0.1 or `max_distinct_steps` are done; then
-    `repeated_steps` on few symbols that occur again and again, where one token of context is not enough.
+    First sequences of distinct symbols, until the loss is below 0.1 or for `max_distinct_steps`; then `repeated_steps`
+    on sequences of few symbols that repeat, where one token of context does not determine the next.
     """
     rng = np.random.default_rng([seed, 0x1D])
     fit = NextTokenFit(model, optimizer, num_steps=max_distinct_steps + repeated_steps)
@@ -92,7 +92,7 @@ def distinct_batch(
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """16–24 distinct symbols, a gap of 0–12 others, then a copy from a random offset to the end.
 
-    ids int64 [B, L], mask bool [B, L]: the copy, without its first symbol, which nothing foretells.
+    ids int64 [B, L]; mask bool [B, L]: the copy without its first symbol, which cannot be predicted.
     """
     num, gap = int(rng.integers(16, 25)), int(rng.integers(0, 13))
     rows: list[NDArray[np.int64]] = []
@@ -106,9 +106,9 @@ def distinct_batch(
 def repeated_batch(
     symbols: range, *, batch_size: int, rng: np.random.Generator, num_chunks: int = 4
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """12–23 draws from 6–16 symbols, then `num_chunks` stretches of 3–6 of them, copied from random offsets.
+    """12–23 draws from 6–16 symbols, then `num_chunks` chunks of 3–6 of them, copied from random offsets.
 
-    ids int64 [B, L], mask bool [B, L]: each stretch without its first symbol.
+    ids int64 [B, L]; mask bool [B, L]: each chunk without its first symbol.
     """
     num = int(rng.integers(12, 24))
     rows: list[NDArray[np.int64]] = []
@@ -149,6 +149,6 @@ def _offset_biases(frequencies: Tensor, offset: int) -> tuple[Tensor, Tensor]:
 
 
 def _set_values(model: nn.Module, attention: str, rows: slice, *, read: Tensor, written: Tensor, scale: float) -> None:
-    """The head of `rows` moves what it reads along `read` [size, hidden] to `written` [size, hidden], times `scale`."""
+    """Makes the head of `rows` map `read` [size, hidden] to `written` [size, hidden], times `scale`."""
     model.get_parameter(f"{attention}.v_proj.weight")[rows] = math.sqrt(scale) * read
     model.get_parameter(f"{attention}.o_proj.weight")[:, rows] = math.sqrt(scale) * written.T

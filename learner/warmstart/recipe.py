@@ -1,4 +1,4 @@
-"""The toy's policy before reinforcement learning: a tiny model that can copy, and imitates a noisy demonstrator."""
+"""The toy task's initial policy: a tiny model that can copy, fine-tuned on a noisy demonstrator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.98), weight_decay=
 def build_toy_model(
     *, vocab_size: int, eos_token_id: int, pad_token_id: int, hidden_size: int = 64, num_layers: int = 2, seed: int
 ) -> Qwen2ForCausalLM:
-    """A Qwen2 of 113,472 parameters (at 98 tokens), drawn from `seed`, float32."""
+    """A random float32 Qwen2 from `seed`; 113,472 parameters with a vocabulary of 98 and default sizes."""
     config = Qwen2Config(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -51,18 +51,17 @@ def warm_start(
     imitation_steps: int = IMITATION_STEPS,
     on_progress: OnProgress | None = None,
 ) -> None:
-    """Makes the toy's first policy and saves it, with its tokenizer, as a Hugging Face folder at `model_dir`.
+    """Trains the toy task's initial policy and saves it, with its tokenizer, as a Hugging Face folder `model_dir`.
 
-    Copying is taught on the demonstrations' `symbols`; imitation permutes their `permutable` ids in every context.
-
-    Raises: DataError where the demonstrations or the tokenizer cannot be used.
+    Copying is trained on the demonstrations' `symbols`; imitation permutes their `permutable` ids in every context.
+    Raises: DataError if the demonstrations or the tokenizer cannot be used.
     """
     tokenizer, end, pad = _load_tokenizer(tokenizer_dir)
     examples = Demonstrations.load(demonstrations)
     if examples.symbols is None or int(examples.token_ids.max()) >= len(tokenizer):
         raise DataError(
             f"demonstrations {demonstrations} must name their `symbols` and use ids below the {len(tokenizer)} of the "
-            f"tokenizer in {tokenizer_dir}; write both anew"
+            f"tokenizer in {tokenizer_dir}; write both again"
         )
     model = build_toy_model(vocab_size=len(tokenizer), eos_token_id=end, pad_token_id=pad, seed=seed)
     wire_induction(model, seed=seed)
@@ -89,7 +88,7 @@ def warm_start(
 
 
 def _load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, int, int]:
-    """The tokenizer with the ids of its end and padding tokens."""
+    """(tokenizer, id of its end token, id of its padding token)."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -1,9 +1,9 @@
-"""Supervised fine-tuning on recorded contexts: next-token loss on what a demonstrator wrote.
+"""Supervised fine-tuning on demonstrations: next-token loss on the tokens that a demonstrator wrote.
 
-A file of demonstrations is safetensors with three flat arrays, one context after another:
+A file of demonstrations is safetensors with three flat arrays, contexts concatenated:
 token_ids int32 [N], loss_mask bool [N], offsets int64 [C + 1] with context c at [offsets[c], offsets[c + 1]).
-Its metadata may name ranges of ids as `start:stop`: `symbols`, what texts are made of, and `permutable`, those of
-them that mean nothing outside a context.
+Its metadata may give ranges of ids as `start:stop`: `symbols`, the ids that texts consist of, and `permutable`, those
+of them whose meaning is defined only within a context.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from protocol.config import OptimizerConfig
 from protocol.errors import ConfigError, DataError
 
 OnProgress = Callable[[str, int, float], None]
-"""(phase, steps done, mean loss of the last steps); called after every step."""
+"""Called after every step with (phase, steps done, mean loss of the last steps)."""
 
 _WINDOW = 8
-"""Batches are cut from so many batches' worth of contexts, sorted by length: little padding, and still random."""
+"""Contexts of this many batches are sorted by length before they are cut into batches: random, with little padding."""
 _MEAN_STEPS = 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Demonstrations:
-    """C contexts. token_ids int32 [N], loss_mask bool [N], offsets int64 [C + 1]; ranges of ids where known."""
+    """C contexts. token_ids int32 [N], loss_mask bool [N], offsets int64 [C + 1]; ranges of ids, None if not given."""
 
     token_ids: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
@@ -53,7 +53,7 @@ class Demonstrations:
 
     @classmethod
     def load(cls, path: Path) -> Demonstrations:
-        """Raises: DataError where the file is not of the form above."""
+        """Reads a file of the format above. Raises: DataError if it has another format."""
         try:
             with safe_open(path, framework="np") as file:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -75,7 +75,7 @@ class Demonstrations:
 
 
 class NextTokenFit:
-    """Minimises next-token loss with AdamW, one batch a step."""
+    """Minimises the next-token loss with AdamW, one batch per step."""
 
     def __init__(self, model: PreTrainedModel, config: OptimizerConfig, *, num_steps: int) -> None:
         self._model = model
@@ -96,9 +96,9 @@ class NextTokenFit:
         return float(np.mean(self._losses[-_MEAN_STEPS:])) if self._losses else float("inf")
 
     def step(self, token_ids: NDArray[np.int64], loss_mask: NDArray[np.bool_]) -> None:
-        """token_ids and loss_mask [B, L]; a token is predicted where its own mask is true.
+        """token_ids, loss_mask [B, L]: the tokens with a true mask are predicted.
 
-        Rows are padded on the right, so that causal attention alone keeps padding from all that is trained.
+        Rows are padded on the right, so causal attention alone hides padding from every trained token.
         """
         ids, mask = torch.from_numpy(token_ids), torch.from_numpy(loss_mask)[:, 1:]
         ids, mask = ids.to(self._model.device), mask.to(self._model.device)
@@ -109,7 +109,7 @@ class NextTokenFit:
         self._losses.append(float(loss.detach()))
 
     def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """float [trained tokens, V]: the vocabulary is projected on only where it is needed."""
+        """float [trained tokens, V]: logits are computed only for trained tokens."""
         hidden = self._model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         return self._project(hidden[:, :-1][mask])
 
@@ -127,10 +127,9 @@ def supervised_finetune(
 ) -> float:
     """Trains `model` in place and returns the mean loss of the last steps.
 
-    permute: in every context of every batch, these ids are permuted at random, so that what they stand for can be
-             read from the context only, and nothing can be learned by heart
-
-    Raises: ConfigError for a `permute` beyond the vocabulary.
+    permute: in every context of every batch, these ids are permuted at random, so that their meaning can only be read
+             from the context and cannot be memorised
+    Raises: ConfigError if `permute` is not within the vocabulary.
     """
     vocabulary = int(model.config.vocab_size)
     if permute is not None and not 0 <= permute.start <= permute.stop <= vocabulary:
@@ -158,7 +157,7 @@ def padded(demonstrations: Demonstrations, contexts: NDArray[np.int64]) -> tuple
 
 
 def permuted(token_ids: NDArray[np.int64], permute: range, rng: np.random.Generator) -> NDArray[np.int64]:
-    """`token_ids` [B, L] with the ids of `permute` exchanged by a random permutation a row."""
+    """`token_ids` [B, L] with the ids in `permute` permuted at random, with another permutation per row."""
     size = max(permute.stop, int(token_ids.max()) + 1)
     mapping = np.tile(np.arange(size), (len(token_ids), 1))
     mapping[:, permute.start : permute.stop] = rng.permuted(mapping[:, permute.start : permute.stop], axis=1)
@@ -171,7 +170,7 @@ def _parse_range(text: str) -> range | None:
 
 
 def _batches(lengths: NDArray[np.int64], *, batch_size: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
-    """Indices of contexts, without end, each context once an epoch."""
+    """Endless batches of context indices; each context once per epoch."""
     window = _WINDOW * batch_size
     while True:
         order = rng.permutation(len(lengths))
