@@ -22,7 +22,7 @@ from protocol.transport import Transport
 
 
 class ScriptedEngine:
-    """SGLang's wire; what it 'samples' is queued with `reply`. It keeps every request that it gets."""
+    """Speaks SGLang's HTTP API. `reply` queues the tokens that it returns; it keeps every request that it gets."""
 
     def __init__(self) -> None:
         self.requests: list[dict] = []
@@ -42,7 +42,7 @@ class ScriptedEngine:
         has_spans: bool = True,
         **meta: object,
     ) -> None:
-        """By default: stopped at the last id, all of it sampled by `weight_version`, log-prob of token k = -k/8."""
+        """Queues tokens. By default they stop at the last id and are of `weight_version`; token k has log-prob -k/8."""
         spans = [(self.weight_version, 0, len(ids))] if spans is None else spans
         info = {
             "id": "x",
@@ -60,7 +60,7 @@ class ScriptedEngine:
         self._replies.append((200, {"text": "", "output_ids": ids, "meta_info": info}))
 
     def reply_as_queued_and_aborted(self) -> None:
-        """What SGLang 0.5.23 says of a request that was aborted before a token of it was computed."""
+        """Queues the answer of SGLang 0.5.23 to a request that was aborted before any of its tokens was computed."""
         info = {
             "id": "x",
             "finish_reason": {"type": "abort", "message": "Abort in waiting queue"},
@@ -128,7 +128,10 @@ async def engine(start_engine) -> ScriptedEngine:
 
 
 class ScriptedRetriever:
-    """For each query, `top_n` passages that name it; or an error, or silence."""
+    """Returns `top_n` passages that contain the query for each query; or an error, or no answer.
+
+    It answers requests in batches of `batch_size`: a batch is held back until it is complete.
+    """
 
     def __init__(self, transport: Transport) -> None:
         self.router = transport.router("tcp://127.0.0.1:0")
@@ -136,25 +139,34 @@ class ScriptedRetriever:
         self.error = ""
         self.silent = False
         self.text = "{query} kami ."
+        self.batch_size = 1
 
     async def serve(self) -> None:
+        waiting: list[tuple[bytes, SearchRequest]] = []
         while True:
             peer, frames = await self.router.recv()
             request = expect(decode(frames)[0], SearchRequest)
             self.requests.append(request)
             if self.silent:
                 continue
-            if self.error:
-                self.router.send(peer, [encode(ErrorReply(request_id=request.request_id, error=self.error))])
+            waiting.append((peer, request))
+            if len(waiting) < self.batch_size:
                 continue
-            results = [
-                [
-                    PassageFields(id=f"d{k}", title=f"T{k}", text=self.text.format(query=query), score=-float(k))
-                    for k in range(request.top_n)
-                ]
-                for query in request.queries
+            for sender, received in waiting:
+                self.router.send(sender, [encode(self._answer(received))])
+            waiting.clear()
+
+    def _answer(self, request: SearchRequest) -> ErrorReply | SearchReply:
+        if self.error:
+            return ErrorReply(request_id=request.request_id, error=self.error)
+        results = [
+            [
+                PassageFields(id=f"d{k}", title=f"T{k}", text=self.text.format(query=query), score=-float(k))
+                for k in range(request.top_n)
             ]
-            self.router.send(peer, [encode(SearchReply(request_id=request.request_id, results=results))])
+            for query in request.queries
+        ]
+        return SearchReply(request_id=request.request_id, results=results)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""An evaluation's files: checked before the work, written after it."""
+"""`palimpsest eval`: its files are checked before the work and written after it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def config(tmp_path: Path, retriever) -> Config:
     (tmp_path / "config.json").write_text('{"vocab_size": 98}')
     return Config(
         model=ModelConfig(path=tmp_path),
-        task=TaskConfig(kind="toy", worlds=(1,), eval_worlds=(1,)),
-        workflow=WorkflowConfig(rendering="toy", context_tokens=100, action_tokens=8, memory_tokens=8),
+        task=TaskConfig.model_validate({"use": "toy", "worlds": [1], "eval_worlds": [1]}),
+        workflow=WorkflowConfig.model_validate(
+            {"rendering": "toy", "context_tokens": 100, "action_tokens": 8, "memory_tokens": 8}
+        ),
         network=NetworkConfig(),
         retriever=RetrieverConfig(port=int(retriever.router.address.rpartition(":")[2])),
     )
@@ -45,7 +47,7 @@ async def test_summary_and_trajectories_are_written(config: Config, engine, toy_
 
 @pytest.mark.parametrize("name", ["out", "trajectories"])
 @pytest.mark.parametrize("place", ["missing/file", "."])
-async def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+async def test_an_unwritable_file_is_refused_before_any_request(
     config: Config, engine, tmp_path: Path, name: str, place: str
 ) -> None:
     with pytest.raises(DataError, match="cannot be written"):
@@ -54,7 +56,7 @@ async def test_a_place_that_cannot_be_written_is_refused_before_the_work(
 
 
 @pytest.mark.parametrize("option", ["--questions", "--concurrency"])
-def test_nothing_is_not_evaluated(option: str) -> None:
+def test_a_count_of_zero_is_refused(option: str) -> None:
     result = CliRunner().invoke(evaluate, ["run.toml", option, "0"])
     assert result.exit_code == 2
     assert option in result.output

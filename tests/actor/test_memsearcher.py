@@ -1,72 +1,138 @@
-"""The workflow, driven by a scripted policy over real HTTP and a scripted retriever over a real socket."""
+"""The workflow MemSearcher with a scripted policy over real HTTP and a scripted retriever over a real socket."""
+
+from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any, Literal
 
 import pytest
 
-from actor.chat.chatml import ChatRendering
 from actor.chat.fit_observation import longest_that_fits
-from actor.chat.rendering import Fidelity
+from actor.chat.rendering import Fidelity, Rendering
+from actor.chat.tokenizer import Tokenizer
 from actor.chat.toy import ToyRendering
 from actor.engines.pool import EngineInfo, EnginePool
 from actor.engines.sampling import SamplingParams
 from actor.engines.sglang_client import Retry
+from actor.episode import Episode
 from actor.rewards.format import check_chat
-from actor.session import Session
-from actor.workflows.memsearcher import MAX_SEARCHES, MAX_TOP_N, MemSearcher, frame_tokens
-from protocol.config import WorkflowConfig
-from protocol.types import Edge, Question, Status
+from actor.rewards.reward import ExactMatchReward
+from actor.rollout import Episodes
+from actor.tools.tool import Searcher
+from actor.workflows.memsearcher import MAX_CALLS, MemSearcher, MemSearcherOptions, frame_tokens
+from protocol.config_base import Options
+from protocol.errors import ConfigError
+from protocol.types import Context, Edge, Question, Status
+from tests.actor.conftest import ScriptedEngine, ScriptedRetriever
+from tests.actor.search_tool import FUNCTION, chat_rendering, search_tool
 
 QUESTION = Question("q0", "what is zuka founder birthplace ?", ("peru",))
 CONTEXT_TOKENS = 6_000
+MAX_TOP_N = 20
 
 
 @pytest.fixture
-async def pool(engine) -> AsyncIterator[EnginePool]:
+async def pool(engine: ScriptedEngine) -> AsyncIterator[EnginePool]:
     async with EnginePool(run_id="run", retry=Retry(num_attempts=2, base_s=0.001)) as p:
         p.set_engines([EngineInfo(engine.url, 0)])
         yield p
 
 
 class Stage:
-    """One rendering with its tokenizer, a workflow on it, and a policy whose texts are queued."""
+    """One rendering with its tokenizer, the workflow with it, and a policy whose texts are queued."""
 
-    def __init__(self, engine, pool, search, rendering, tokenizer) -> None:
+    def __init__(
+        self,
+        *,
+        engine: ScriptedEngine,
+        pool: EnginePool,
+        search: Searcher,
+        kind: Literal["chat", "toy"],
+        rendering: Rendering,
+        tokenizer: Tokenizer,
+    ) -> None:
         self.engine, self.pool, self.search = engine, pool, search
-        self.rendering, self.tokenizer = rendering, tokenizer
+        self.kind, self.rendering, self.tokenizer = kind, rendering, tokenizer
+        self.failures: dict[str, int] = {}
 
     def say(self, *texts: str) -> None:
+        """Queues texts of the policy. A text without the end token is cut off at its token limit."""
         for text in texts:
             ids = self.tokenizer.encode(text)
             ended = text.endswith(self.rendering.end_token)
             self.engine.reply(ids, finish=None if ended else {"type": "length"})
 
-    async def play(self, question: Question = QUESTION, context_tokens: int = CONTEXT_TOKENS, **config):
-        workflow = MemSearcher(config=WorkflowConfig(**config), rendering=self.rendering, search=self.search)
-        session = Session(
+    async def play(
+        self,
+        question: Question = QUESTION,
+        *,
+        context_tokens: int = CONTEXT_TOKENS,
+        top_n: int = 5,
+        **options: object,
+    ) -> tuple[Episode, tuple[Context, ...]]:
+        """One episode. `options` are those of the workflow; `failures` then has the counts of failures by kind."""
+        episodes = Episodes(
+            workflow=MemSearcher(
+                MemSearcherOptions.model_validate({"rendering": self.kind, **options}),
+                tools={"search": search_tool(self.search, top_n=top_n)},
+                context_tokens=context_tokens,
+            ),
+            reward=ExactMatchReward(Options()),
             pool=self.pool,
             tokenizer=self.tokenizer,
             sampling=SamplingParams(),
             run_id="run",
             max_context_tokens=context_tokens,
+            max_trajectories=1,
         )
-        return await workflow.run(question, session), session.contexts
+        trajectory, episode = await episodes.run(question)
+        self.failures = dict(episodes.failures)
+        assert trajectory.status == episode.status
+        return episode, trajectory.contexts
 
-    def sampled(self, context) -> str:
+    def sampled(self, context: Context) -> str:
         return self.tokenizer.decode(context.token_ids[context.loss_mask].tolist())
 
 
 @pytest.fixture
-def toy(engine, pool, search, toy_tokenizer) -> Stage:
-    return Stage(engine, pool, search, ToyRendering(), toy_tokenizer)
+def toy(engine: ScriptedEngine, pool: EnginePool, search: Searcher, toy_tokenizer: Tokenizer) -> Stage:
+    rendering = ToyRendering(tool_name=FUNCTION)
+    return Stage(engine=engine, pool=pool, search=search, kind="toy", rendering=rendering, tokenizer=toy_tokenizer)
 
 
 @pytest.fixture
-def chat(engine, pool, search, chat_tokenizer) -> Stage:
-    return Stage(engine, pool, search, ChatRendering(), chat_tokenizer)
+def chat(engine: ScriptedEngine, pool: EnginePool, search: Searcher, chat_tokenizer: Tokenizer) -> Stage:
+    rendering = chat_rendering()
+    return Stage(engine=engine, pool=pool, search=search, kind="chat", rendering=rendering, tokenizer=chat_tokenizer)
 
 
-async def test_a_toy_episode_of_three_contexts(toy: Stage, retriever) -> None:
+@pytest.mark.parametrize("kind", ["toy", "chat"])
+def test_the_workflow_uses_the_rendering_that_its_options_name(kind: str) -> None:
+    workflow = MemSearcher(
+        MemSearcherOptions.model_validate({"rendering": kind}),
+        tools={"search": search_tool()},
+        context_tokens=CONTEXT_TOKENS,
+    )
+    expected = {"toy": ToyRendering(tool_name=FUNCTION), "chat": chat_rendering()}[kind]
+    assert workflow.rendering.end_token == expected.end_token
+    assert workflow.rendering.prompt("who?", "") == expected.prompt("who?", "")
+    call = expected.write_action_search("t", ["zuka"])
+    assert workflow.rendering.parse_action(call) == expected.parse_action(call)
+
+
+def test_limits_that_do_not_fit_into_a_context_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"must be < workflow.context_tokens = 1536, got 512 \+ 1024") as caught:
+        MemSearcher(MemSearcherOptions(), tools={"search": search_tool()}, context_tokens=1536)
+    assert "workflow.action_tokens + workflow.memory_tokens" in str(caught.value)
+    MemSearcher(MemSearcherOptions(), tools={"search": search_tool()}, context_tokens=1537)
+
+
+def test_a_workflow_without_tools_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"workflow\.tools must name at least one tool"):
+        MemSearcher(MemSearcherOptions(), tools={}, context_tokens=CONTEXT_TOKENS)
+
+
+async def test_a_toy_episode_of_three_contexts(toy: Stage, retriever: ScriptedRetriever) -> None:
     toy.say("zuka founder <search> zuka founder <end>", "zuka founder kami <end>")
     toy.say("founder birthplace <search> kami birthplace <end>", "kami birthplace pelu <end>")
     toy.say("birthplace ? <answer> pelu <end>")
@@ -111,11 +177,12 @@ async def test_a_chat_episode_is_token_exact(chat: Stage) -> None:
     assert all(int(c.token_ids[-1]) == end and c.loss_mask[-1] for c in contexts)
 
 
-async def test_several_calls_are_one_request(chat: Stage, retriever) -> None:
+async def test_several_calls_of_a_turn_are_sent_concurrently(chat: Stage, retriever: ScriptedRetriever) -> None:
+    retriever.batch_size = 3  # no call is answered before all three have arrived
     chat.say(chat.rendering.write_action_search("hm", ["a", "b", "a"]), chat.rendering.write_memory("m"))
     chat.say(chat.rendering.write_answer("t", "x"))
     episode, _ = await chat.play(top_n=2)
-    assert [list(r.queries) for r in retriever.requests] == [["a", "b", "a"]]
+    assert sorted(list(r.queries) for r in retriever.requests) == [["a"], ["a"], ["b"]]
     assert episode.transcripts[0].count("<tool_response>") == 3
     assert episode.stats["num_searches"] == 3
 
@@ -124,7 +191,9 @@ def call(arguments: str) -> str:
     return f'<tool_call>{{"name": "wikipedia_search", "arguments": {arguments}}}</tool_call>'
 
 
-async def test_a_bad_call_is_an_observation_and_the_trajectory_goes_on(chat: Stage, retriever) -> None:
+async def test_a_bad_call_is_answered_with_an_error_and_the_trajectory_continues(
+    chat: Stage, retriever: ScriptedRetriever
+) -> None:
     chat.say("t</think><tool_call>{</tool_call>" + call('{"query": "ok"}') + "<|im_end|>")
     chat.say(chat.rendering.write_memory("m"), chat.rendering.write_answer("t", "x"))
     episode, _ = await chat.play()
@@ -143,10 +212,9 @@ async def test_a_bad_call_is_an_observation_and_the_trajectory_goes_on(chat: Sta
         (None, r"t</think></tool_call> a <tool_call> \boxed{x}"),
     ],
 )
-async def test_the_paper_does_not_see_what_the_mended_rules_see(
+async def test_rules_that_mended_checks_and_paper_does_not(
     chat: Stage, fidelity: Fidelity, first: str | None, last: str
 ) -> None:
-    chat.rendering = ChatRendering(fidelity=fidelity)
     if first:
         chat.say(f"{first}<|im_end|>", chat.rendering.write_memory("m"))
     chat.say(f"{last}<|im_end|>")
@@ -156,14 +224,13 @@ async def test_the_paper_does_not_see_what_the_mended_rules_see(
 
 
 @pytest.mark.parametrize("fidelity", ["paper", "mended"])
-async def test_both_see_a_thought_that_does_not_end(chat: Stage, fidelity: Fidelity) -> None:
-    chat.rendering = ChatRendering(fidelity=fidelity)
+async def test_paper_and_mended_refuse_a_thought_that_does_not_end(chat: Stage, fidelity: Fidelity) -> None:
     chat.say(r"t \boxed{x}<|im_end|>")
     episode, _ = await chat.play(fidelity=fidelity)
     assert (episode.status, episode.answer) == (Status.FORMAT_ERROR, "x")
 
 
-async def test_a_top_n_above_what_a_policy_may_ask_for_is_kept(chat: Stage, retriever) -> None:
+async def test_a_configured_top_n_above_the_policys_maximum_is_kept(chat: Stage, retriever: ScriptedRetriever) -> None:
     asked = call('{"query": "a", "top_n": 999}')
     chat.say(f"t</think>{asked}<|im_end|>", chat.rendering.write_memory("m"))
     chat.say(chat.rendering.write_answer("t", "x"))
@@ -171,7 +238,7 @@ async def test_a_top_n_above_what_a_policy_may_ask_for_is_kept(chat: Stage, retr
     assert retriever.requests[0].top_n == 30
 
 
-async def test_no_search_is_sent_where_all_calls_are_bad(chat: Stage, retriever) -> None:
+async def test_no_search_is_sent_if_all_calls_are_bad(chat: Stage, retriever: ScriptedRetriever) -> None:
     chat.say(f"t</think>{call('{}')}<|im_end|>", chat.rendering.write_memory("m"))
     chat.say(chat.rendering.write_answer("t", "x"))
     assert (await chat.play())[0].status == Status.COMPLETED
@@ -179,18 +246,21 @@ async def test_no_search_is_sent_where_all_calls_are_bad(chat: Stage, retriever)
 
 
 @pytest.mark.parametrize(("fidelity", "default"), [("mended", 4), ("paper", 10)])
-async def test_top_n_left_out_asked_for_and_capped(chat: Stage, retriever, fidelity: str, default: int) -> None:
+async def test_top_n_has_a_default_and_a_maximum(
+    chat: Stage, retriever: ScriptedRetriever, fidelity: str, default: int
+) -> None:
     calls = call('{"query": "a"}') + call('{"query": "b", "top_n": 3}') + call('{"query": "c", "top_n": 999}')
     chat.say(f"t</think>{calls}<|im_end|>", chat.rendering.write_memory("m"), chat.rendering.write_answer("t", "x"))
     await chat.play(top_n=4, fidelity=fidelity)
     assert {tuple(r.queries): r.top_n for r in retriever.requests} == {("a",): default, ("b",): 3, ("c",): MAX_TOP_N}
 
 
-async def test_the_retriever_cannot_be_flooded(chat: Stage, retriever) -> None:
-    chat.say(chat.rendering.write_action_search("t", [f"q{k}" for k in range(MAX_SEARCHES + 2)]))
+async def test_calls_above_the_limit_of_a_turn_are_not_sent(chat: Stage, retriever: ScriptedRetriever) -> None:
+    chat.say(chat.rendering.write_action_search("t", [f"q{k}" for k in range(MAX_CALLS + 2)]))
     chat.say(chat.rendering.write_memory("m"), chat.rendering.write_answer("t", "x"))
     episode, _ = await chat.play(top_n=1)
-    assert len(retriever.requests[0].queries) == MAX_SEARCHES
+    assert sorted(query for r in retriever.requests for query in r.queries) == [f"q{k}" for k in range(MAX_CALLS)]
+    assert all(len(r.queries) == 1 for r in retriever.requests)
     assert episode.stats["num_bad_calls"] == 2
 
 
@@ -202,7 +272,7 @@ async def test_the_retriever_cannot_be_flooded(chat: Stage, retriever) -> None:
         ("cut off in the mid", Status.OVER_BUDGET),
     ],
 )
-async def test_actions_that_end_it(chat: Stage, text: str, status: Status) -> None:
+async def test_actions_that_end_the_trajectory(chat: Stage, text: str, status: Status) -> None:
     chat.say(text)
     episode, contexts = await chat.play()
     assert (episode.status, episode.answer) == (status, None)
@@ -210,12 +280,12 @@ async def test_actions_that_end_it(chat: Stage, text: str, status: Status) -> No
     assert contexts[0].num_trained_tokens == len(chat.tokenizer.encode(text))
 
 
-async def test_a_foreign_stop_ends_it(toy: Stage) -> None:
+async def test_a_stop_at_a_foreign_token_is_a_format_error(toy: Stage) -> None:
     toy.engine.reply(toy.tokenizer.encode("zuka <search> zuka <pad>"))
     assert (await toy.play())[0].status == Status.FORMAT_ERROR
 
 
-async def test_the_last_turns_search_is_not_run(toy: Stage, retriever) -> None:
+async def test_a_search_in_the_last_turn_is_not_sent(toy: Stage, retriever: ScriptedRetriever) -> None:
     toy.say("zuka founder <search> zuka founder <end>", "zuka founder kami <end>")
     toy.say("zuka founder <search> zuka founder <end>")
     episode, contexts = await toy.play(max_turns=2)
@@ -225,12 +295,12 @@ async def test_the_last_turns_search_is_not_run(toy: Stage, retriever) -> None:
 
 
 @pytest.mark.parametrize("text", ["<end>", "<search> zuka <end>"])
-async def test_an_empty_or_malformed_memory_ends_it(toy: Stage, text: str) -> None:
+async def test_an_empty_or_malformed_memory_is_a_format_error(toy: Stage, text: str) -> None:
     toy.say("zuka founder <search> zuka founder <end>", text)
     assert (await toy.play())[0].status == Status.FORMAT_ERROR
 
 
-async def test_the_memory_limit_can_be_reached(chat: Stage) -> None:
+async def test_a_memory_of_exactly_the_limit_is_kept(chat: Stage) -> None:
     memory = "the question and the answer"
     exact = len(chat.tokenizer.encode(memory))
     chat.say(chat.rendering.write_action_search("t", ["a"]), chat.rendering.write_memory(memory))
@@ -242,13 +312,13 @@ async def test_the_memory_limit_can_be_reached(chat: Stage) -> None:
 
 
 @pytest.mark.parametrize("memory", ["m", "the question", "é 漢 .", "the memory of the question and the answer\n- and"])
-async def test_a_frame_never_counts_less_than_it_takes(chat_tokenizer, memory: str) -> None:
-    rendering = ChatRendering()
+async def test_frame_tokens_is_not_less_than_what_the_frame_takes(chat_tokenizer: Tokenizer, memory: str) -> None:
+    rendering = chat_rendering()
     limit = len(chat_tokenizer.encode(memory)) + frame_tokens(rendering, chat_tokenizer)
     assert len(chat_tokenizer.encode(rendering.write_memory(memory))) <= limit
 
 
-async def test_a_memory_that_overflows_is_truncated(chat: Stage) -> None:
+async def test_a_memory_above_the_limit_is_truncated(chat: Stage) -> None:
     chat.say(chat.rendering.write_action_search("t", ["a"]), "<memory>\nthe question and the answer and")
     chat.say(chat.rendering.write_answer("t", "x"))
     episode, _ = await chat.play(memory_tokens=3)
@@ -259,15 +329,17 @@ async def test_a_memory_that_overflows_is_truncated(chat: Stage) -> None:
     assert episode.stats["num_truncated_memories"] == 1
 
 
-@pytest.mark.parametrize("config", [{"memory_overflow": "fail"}, {"fidelity": "paper"}])
+@pytest.mark.parametrize("options", [{"memory_overflow": "fail"}, {"fidelity": "paper"}])
 @pytest.mark.parametrize("text", ["<memory>\nthe question and", "<memory>\nthe question and\n</memory><|im_end|>"])
-async def test_or_it_ends_the_trajectory(chat: Stage, config: dict, text: str) -> None:
+async def test_a_memory_above_the_limit_ends_the_trajectory_if_it_is_not_truncated(
+    chat: Stage, options: dict[str, Any], text: str
+) -> None:
     chat.say(chat.rendering.write_action_search("t", ["a"]), text)
-    episode, _ = await chat.play(memory_tokens=2, **config)
+    episode, _ = await chat.play(memory_tokens=2, **options)
     assert episode.status == Status.OVER_BUDGET
 
 
-async def test_passages_are_shortened_so_that_the_memory_fits(chat: Stage, retriever) -> None:
+async def test_passages_are_shortened_so_that_the_memory_fits(chat: Stage, retriever: ScriptedRetriever) -> None:
     retriever.text = "{query} " + "the answer and the question " * 100
     chat.say(chat.rendering.write_action_search("t", ["a"]), chat.rendering.write_memory("m"))
     chat.say(chat.rendering.write_answer("t", "x"))
@@ -282,7 +354,9 @@ async def test_passages_are_shortened_so_that_the_memory_fits(chat: Stage, retri
 
 
 @pytest.mark.parametrize(("fidelity", "room"), [("paper", 400), ("mended", 80)])
-async def test_an_observation_that_cannot_fit_ends_it(chat: Stage, retriever, fidelity: str, room: int) -> None:
+async def test_an_observation_that_cannot_fit_ends_the_trajectory(
+    chat: Stage, retriever: ScriptedRetriever, fidelity: str, room: int
+) -> None:
     retriever.text = "{query} " + "the answer and the question " * 100
     chat.say(chat.rendering.write_action_search("t", ["a"]))
     prompt = len(chat.tokenizer.encode(chat.rendering.prompt(QUESTION.text, "")))
@@ -291,36 +365,45 @@ async def test_an_observation_that_cannot_fit_ends_it(chat: Stage, retriever, fi
     assert "does not fit" in episode.reason
 
 
-async def test_a_prompt_that_fills_the_context_ends_it(toy: Stage) -> None:
-    episode, contexts = await toy.play(context_tokens=8)
+async def test_a_prompt_that_fills_the_context_ends_the_trajectory(toy: Stage) -> None:
+    episode, contexts = await toy.play(context_tokens=8, action_tokens=4, memory_tokens=3)
     assert episode.status == Status.OVER_BUDGET
     assert contexts[0].num_trained_tokens == 0
 
 
-async def test_the_environments_failures_fail_the_trajectory(toy: Stage, retriever) -> None:
+async def test_a_retriever_error_fails_the_trajectory(toy: Stage, retriever: ScriptedRetriever) -> None:
     retriever.error = "index is gone"
     toy.say("zuka founder <search> zuka founder <end>")
     episode, _ = await toy.play()
-    assert episode.status == Status.FAILED
+    assert (episode.status, toy.failures) == (Status.FAILED, {"SearchFailed": 1})
     assert "index is gone" in episode.reason
     assert "gone" not in episode.transcripts[0]
 
-    retriever.error = ""
+
+async def test_a_retriever_that_does_not_answer_fails_the_trajectory(toy: Stage, retriever: ScriptedRetriever) -> None:
     retriever.silent = True
     toy.say("zuka founder <search> zuka founder <end>")
-    assert (await toy.play())[0].status == Status.FAILED
+    episode, _ = await toy.play()
+    assert (episode.status, toy.failures) == (Status.FAILED, {"SearchFailed": 1})
 
-    toy.engine.fail(500, "boom")
-    toy.engine.fail(500, "boom")
+
+@pytest.mark.parametrize(
+    ("status", "num_attempts", "message", "kind"),
+    [(500, 2, "boom", "EngineUnavailable"), (400, 1, "prompt too long", "EngineRefused")],
+)
+async def test_an_engine_error_fails_the_trajectory(
+    toy: Stage, status: int, num_attempts: int, message: str, kind: str
+) -> None:
+    for _ in range(num_attempts):
+        toy.engine.fail(status, message)
     episode, contexts = await toy.play()
-    assert episode.status == Status.FAILED
-    assert contexts[0].num_trained_tokens == 0
+    assert (episode.status, toy.failures) == (Status.FAILED, {kind: 1})
+    assert message in episode.reason
+    assert len(toy.engine.requests) == num_attempts
+    assert sum(context.num_trained_tokens for context in contexts) == 0
 
-    toy.engine.fail(400, "prompt too long")
-    assert (await toy.play())[0].status == Status.FAILED
 
-
-async def test_a_question_names_its_collection(toy: Stage, retriever) -> None:
+async def test_the_collection_of_a_question_is_searched(toy: Stage, retriever: ScriptedRetriever) -> None:
     toy.say("zuka founder <search> zuka founder <end>", "zuka founder kami <end>", "? <answer> pelu <end>")
     await toy.play(Question("q", QUESTION.text, ("x",), {"collection": "world-7"}))
     assert retriever.requests[0].collection == "world-7"
@@ -330,5 +413,5 @@ async def test_a_question_names_its_collection(toy: Stage, retriever) -> None:
     ("lengths", "available", "expected"),
     [([5, 5], 10, 5), ([5, 5], 9, 4), ([1, 9], 6, 5), ([1, 2, 9, 9], 11, 4), ([], 3, 0), ([4], 0, 0)],
 )
-def test_the_longest_are_cut_first(lengths: list[int], available: int, expected: int) -> None:
+def test_the_longest_passages_are_cut_first(lengths: list[int], available: int, expected: int) -> None:
     assert longest_that_fits(lengths, available) == expected

@@ -1,4 +1,4 @@
-"""What would fail every episode is refused at start-up."""
+"""A config, tokenizer or model that would fail every episode is refused at start-up."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from actor.build import open_parts
-from actor.chat.chatml import ChatRendering
+from actor.build import check_extensions, open_parts
 from actor.chat.check_model import ModelLimits, check_model, read_limits
 from actor.chat.tokenizer import Tokenizer
-from actor.chat.toy import ToyRendering
 from actor.engines.sampling import SamplingParams
-from actor.tasks.build import training_task
 from actor.tasks.toy.tokenizer import write_tokenizer
-from protocol.config import Config, ModelConfig, TaskConfig, WorkflowConfig
+from actor.workflows.memsearcher import MemSearcher, MemSearcherOptions
+from protocol.config import Config
 from protocol.errors import ConfigError, DataError
+from tests.actor.search_tool import search_tool
 
 
 def write_model(folder: Path, **fields: object) -> Path:
@@ -34,46 +33,90 @@ def write_model(folder: Path, **fields: object) -> Path:
         ({}, ModelLimits(None, None)),
     ],
 )
-def test_limits_are_read(tmp_path: Path, fields: dict, limits: ModelLimits) -> None:
+def test_read_limits_reads_both_fields_or_the_text_config(tmp_path: Path, fields: dict, limits: ModelLimits) -> None:
     assert read_limits(write_model(tmp_path, **fields)) == limits
-    check_model(tmp_path, tokenizer=Tokenizer.load(tmp_path), rendering=ToyRendering(), context_tokens=512)
+    check_model(tmp_path, tokenizer=Tokenizer.load(tmp_path), context_tokens=512)
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"vocab_size": "many"}'])
-def test_a_config_that_cannot_be_read(tmp_path: Path, text: str | None) -> None:
+def test_a_model_config_that_cannot_be_read_is_refused(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(DataError, match=r"config\.json cannot be read"):
         read_limits(tmp_path)
 
 
-def test_a_vocabulary_that_is_too_small(tmp_path: Path) -> None:
+def test_a_vocabulary_smaller_than_the_tokenizers_ids_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path, vocab_size=97)
     with pytest.raises(DataError, match=r"vocab_size = 97.*the highest is 97"):
-        check_model(tmp_path, tokenizer=Tokenizer.load(tmp_path), rendering=ToyRendering(), context_tokens=8)
+        check_model(tmp_path, tokenizer=Tokenizer.load(tmp_path), context_tokens=8)
 
 
-def test_ids_with_gaps_are_counted_by_the_highest(toy_tokenizer: Tokenizer) -> None:
+def test_num_ids_is_the_highest_id_plus_one(toy_tokenizer: Tokenizer) -> None:
     assert toy_tokenizer.num_ids == 98
 
 
-def test_an_end_token_that_the_tokenizer_lacks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rendering", ["toy", "chat"])
+def test_the_end_token_of_the_rendering_must_be_in_the_tokenizer(tmp_path: Path, rendering: str) -> None:
     write_model(tmp_path, vocab_size=98)
-    with pytest.raises(DataError, match=r"no token '<\|im_end\|>'"):
-        check_model(tmp_path, tokenizer=Tokenizer.load(tmp_path), rendering=ChatRendering(), context_tokens=8)
+    options = MemSearcherOptions.model_validate({"rendering": rendering})
+    workflow = MemSearcher(options, tools={"search": search_tool()}, context_tokens=6_000)
+    tokenizer = Tokenizer.load(tmp_path)  # of the toy: it has <end> and no chat tokens
+    if rendering == "toy":
+        workflow.check(tokenizer)
+    else:
+        with pytest.raises(DataError, match=r"no token '<\|im_end\|>'"):
+            workflow.check(tokenizer)
 
 
-async def test_an_actor_starts_with_these_checks(tmp_path: Path) -> None:
-    write_model(tmp_path, vocab_size=98, max_position_embeddings=64)
-    workflow = WorkflowConfig(rendering="toy", context_tokens=65, action_tokens=8, memory_tokens=8)
-    config = Config(model=ModelConfig(path=tmp_path), task=TaskConfig(kind="toy", worlds=(1,)), workflow=workflow)
+def make_config(model: Path, *, retriever: dict[str, object], **workflow: object) -> Config:
+    """A run of the toy on `model`, with small budgets."""
+    budgets = {"rendering": "toy", "context_tokens": 64, "action_tokens": 8, "memory_tokens": 8}
+    return Config.model_validate(
+        {
+            "model": {"path": str(model)},
+            "task": {"use": "toy", "worlds": [1]},
+            "workflow": {**budgets, **workflow},
+            "retriever": retriever,
+        }
+    )
+
+
+async def open_for_training(config: Config) -> None:
+    """Opens what an actor opens before its first lease, and closes it."""
     async with AsyncExitStack() as stack:
-        with pytest.raises(ConfigError, match=r"max_position_embeddings = 64 .*, got 65"):
-            await open_parts(
-                config,
-                training_task(config.task, seed=0),
-                stack,
-                sampling=SamplingParams(),
-                run_id="run",
-                max_trajectories=1,
-            )
+        await open_parts(config, stack, split="train", sampling=SamplingParams(), run_id="run", max_trajectories=1)
+
+
+async def test_an_actor_refuses_contexts_longer_than_the_models_positions(tmp_path: Path) -> None:
+    write_model(tmp_path, vocab_size=98, max_position_embeddings=64)
+    config = make_config(tmp_path, retriever={"port": 1}, context_tokens=65)
+    with pytest.raises(ConfigError, match=r"max_position_embeddings = 64 .*, got 65"):
+        await open_for_training(config)
+    with pytest.raises(ConfigError, match=r"max_position_embeddings = 64 .*, got 65"):
+        check_extensions(config)
+
+
+async def test_an_actor_refuses_a_tokenizer_without_the_end_token(tmp_path: Path) -> None:
+    write_model(tmp_path, vocab_size=98)
+    config = make_config(tmp_path, retriever={"port": 1}, rendering="chat")
+    with pytest.raises(DataError, match=r"no token '<\|im_end\|>'"):
+        await open_for_training(config)
+    with pytest.raises(DataError, match=r"no token '<\|im_end\|>'"):
+        check_extensions(config)
+
+
+async def test_an_actor_whose_tools_search_needs_a_retriever(tmp_path: Path) -> None:
+    write_model(tmp_path, vocab_size=98)
+    config = make_config(tmp_path, retriever={})
+    with pytest.raises(ConfigError, match=r"the tool search needs a retriever"):
+        await open_for_training(config)
+    with pytest.raises(ConfigError, match=r"the tool search needs a retriever"):
+        check_extensions(config)
+
+
+async def test_a_config_without_faults_is_accepted(tmp_path: Path) -> None:
+    write_model(tmp_path, vocab_size=98, max_position_embeddings=64)
+    config = make_config(tmp_path, retriever={"port": 1})
+    check_extensions(config)
+    await open_for_training(config)

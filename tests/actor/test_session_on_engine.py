@@ -1,9 +1,9 @@
-"""The session on the embedded engine: what was recorded, fed again as one sequence, is reproduced."""
+"""The session on the embedded engine: a forward pass over a recorded context gives the recorded log-probs."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
@@ -13,16 +13,15 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from actor.chat.tokenizer import Tokenizer
-from actor.chat.toy import ToyRendering
 from actor.engine.server import EngineServer
 from actor.engines.pool import EngineInfo, EnginePool
 from actor.engines.sampling import SamplingParams
 from actor.engines.sglang_client import SGLangClient
 from actor.session import Session
 from actor.tasks.toy.tokenizer import write_tokenizer
-from actor.workflows.memsearcher import MemSearcher
-from protocol.config import WorkflowConfig
-from protocol.types import Context, Passage, Question, Status
+from actor.workflows.memsearcher import MemSearcher, MemSearcherOptions
+from protocol.types import Context, Question, Status
+from tests.actor.search_tool import search_tool
 
 END = 1
 
@@ -137,29 +136,23 @@ def save_chain(folder: Path, chain: str) -> Path:
     return folder
 
 
-class NoSearch:
-    async def search(self, queries: Sequence[str], *, top_n: int, collection: str = "") -> list[list[Passage]]:
-        return [[] for _ in queries]
-
-
 @pytest.mark.parametrize(
     ("missing", "reason"), [((0, 0), "no answer"), ((1, 0), "an action of 3"), ((0, 1), "a memory")]
 )
-async def test_a_piece_of_exactly_its_limit_is_finished(tmp_path: Path, missing: tuple[int, int], reason: str) -> None:
+async def test_a_piece_of_exactly_its_limit_is_complete(tmp_path: Path, missing: tuple[int, int], reason: str) -> None:
     folder = save_chain(tmp_path, "<think> <search> zu ka <end> <memory> pe lu")
-    config = WorkflowConfig(
+    options = MemSearcherOptions(
         rendering="toy",
         max_turns=2,
         action_tokens=4 - missing[0],
         memory_tokens=2 - missing[1],
-        context_tokens=200,
         memory_overflow="fail",
     )
     server = EngineServer(model_path=folder, seed=3)
     await server.start()
     async with EnginePool(run_id=None) as pool:
         pool.set_engines([EngineInfo(server.url, 0)])
-        workflow = MemSearcher(config=config, rendering=ToyRendering(), search=NoSearch())
+        workflow = MemSearcher(options, tools={"search": search_tool()}, context_tokens=200)
         episode = await workflow.run(
             Question("q", "what is zuka founder ?", ("x",)),
             session(pool, folder, run_id=None, sampling=SamplingParams(temperature=0, allow_truncation=True)),
@@ -177,7 +170,7 @@ async def until_running(url: str) -> None:
                     return
 
 
-async def test_an_update_in_the_middle_splits_the_span_where_the_weights_changed(models, server, client, pool) -> None:
+async def test_a_weight_update_during_generation_splits_the_version_span(models, server, client, pool) -> None:
     await client.update_weights_from_disk(str(models[0]), weight_version="run:0:0")
     s = session(pool, models[0], max_context_tokens=500)
     s.open_context([7, 8, 9])
