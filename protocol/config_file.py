@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     for key in _PATH_KEYS:
         _resolve(tree, key, Path.cwd())
     config = parse_config(tree, source=str(path))
-    run = {"dir": config.run.dir.absolute(), "base_dir": config.run.base_dir or folder}
+    run = {"dir": Path(os.path.abspath(config.run.dir)), "base_dir": config.run.base_dir or folder}
     return config.model_copy(update={"run": config.run.model_copy(update=run)})
 
 

@@ -17,7 +17,7 @@ _COMMANDS = {
     "up": ("learner.launch.up:up", "Start and supervise all roles of a run; the same command resumes it."),
     "learner": ("learner.command:learner", "One role: lease questions, train, publish weights."),
     "actor": ("actor.command:actor", "One role: roll out trajectories."),
-    "engine": ("actor.engine.command:engine", "One role: serve the policy (or attach to an SGLang server)."),
+    "engine": ("actor.engine_command:engine", "One role: serve the policy (or attach to an SGLang server)."),
     "retriever": ("retriever.command:retriever", "One role: serve indexes."),
     "index": ("retriever.command:index", "Build an index folder from a corpus."),
     "eval": ("actor.command:evaluate", "Measure accuracy and token cost of the policy that an engine serves."),
@@ -29,6 +29,7 @@ _COMMANDS = {
         "learner.launch.chaos:chaos",
         "Kill, stop, slow down and disconnect processes of a running run; then audit it.",
     ),
+    "init": ("learner.launch.init:init", "Write a run file and the skeleton of an agent of your own."),
     "keys": ("learner.launch.keys:keys", "Make CURVE keys, which addresses beyond loopback need."),
 }
 

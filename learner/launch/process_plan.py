@@ -67,6 +67,14 @@ def plan(config: Config, *, config_path: Path) -> list[ProcessSpec]:
     return processes
 
 
+def extension_check(config_path: Path) -> ProcessSpec:
+    """A process that imports workflow, task, reward and tools of the run, and ends with status 2 if one is wrong.
+
+    The launcher imports no role, so it asks an actor before the other roles start.
+    """
+    return ProcessSpec("check", "step", _command("actor", str(config_path), "--check"))
+
+
 def _retriever(config: Config) -> ProcessSpec:
     indexes = [f"{name}={folder}" for name, folder in config.retriever.indexes.items()]
     address = tcp_address(host=config.network.host, port=config.retriever.port)

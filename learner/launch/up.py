@@ -105,8 +105,12 @@ def check(config: Config) -> None:
 async def run_all(config: Config, processes: list[ProcessSpec], *, quiet: bool) -> None:
     """Runs the processes until the learner ends. Raises: UserError, TrainingStopped, RunFailed."""
     from learner.launch.live_view import show_while, view_of
+    from learner.launch.process_plan import extension_check
     from learner.launch.supervisor import Supervisor
+    from learner.store.run_folder import RunFolder
 
     async with Supervisor(config.run.dir) as supervisor:
+        if config.actor.count:
+            await supervisor.run(extension_check(RunFolder(config.run.dir).config))
         await supervisor.start(processes)
         await show_while(view_of(config, supervisor.states, quiet=quiet), supervisor.wait("learner"))

@@ -1,0 +1,64 @@
+"""An agent of your own: replace each class by what you need. docs/extending.md explains them."""
+
+from __future__ import annotations
+
+import random
+
+from pydantic import Field
+
+from palimpsest import Episode, Observation, Options, Question, Reward, Score, Session, Task, Tool, Workflow
+
+WORDS = ("red", "green", "blue", "black", "white", "gold")
+
+
+class MyTask(Task):
+    """Which question has which answer: here a word, and a random dictionary that maps it to another."""
+
+    def question(self, cursor: int) -> Question:
+        rng = random.Random(f"{self.seed}/{self.split}/{cursor}")
+        dictionary = dict(zip(WORDS, rng.sample(WORDS, len(WORDS)), strict=True))
+        word = rng.choice(WORDS)
+        return Question(id=f"{self.split}-{cursor}", text=word, answers=(dictionary[word],), metadata=dictionary)
+
+
+class MyTool(Tool):
+    """What the agent can call: here one look-up in the question's dictionary."""
+
+    schema = {"name": "translate", "description": "Translates one word.", "parameters": {"type": "object"}}
+
+    async def call(self, arguments, context) -> Observation:
+        word = arguments["word"]
+        if word not in context.question.metadata:
+            return Observation(error="unknown")
+        return Observation(text=context.question.metadata[word])
+
+
+class MyWorkflow(Workflow):
+    """How an episode runs: each context begins with a new prompt; only the memory crosses from one to the next."""
+
+    class Options(Options):
+        action_tokens: int = Field(default=1, ge=1, description="Most tokens of one generation.")
+
+    tool_names = ("dictionary",)
+
+    async def run(self, question: Question, session: Session) -> Episode:
+        session.open_context(f"look up : {question.text}")
+        word = (await session.generate(self.options.action_tokens)).text
+        found = await session.call(self.tools["dictionary"], {"word": word})
+        session.close_context()
+        memory = found.text or found.error
+        session.open_context(f"answer : {memory}")
+        answer = (await session.generate(self.options.action_tokens)).text
+        return Episode(answer=answer, memories=(memory,))
+
+
+class MyReward(Reward):
+    """What a trajectory is worth: here 1 for the right answer, and a part of it for the right memory."""
+
+    class Options(Options):
+        memory_bonus: float = Field(default=0.3, description="Reward of a right memory with a wrong answer.")
+
+    async def score(self, question: Question, episode: Episode, trajectory) -> Score:
+        right = float(episode.answer in question.answers)
+        remembered = float(episode.memories[-1] in question.answers)
+        return Score(max(right, self.options.memory_bonus * remembered), {"right": right, "remembered": remembered})
