@@ -1,4 +1,4 @@
-"""Flat trained tokens made from seeds: for the loss and the corrections, and for their slow reference alike."""
+"""Flat trained tokens made from seeds, for the loss, the corrections and their slow reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.learner.tiny import context as tiny_context
 
 @dataclass(frozen=True)
 class Flat:
-    """N tokens of a few trajectories of a few contexts; log-probs float64 [N], near each other."""
+    """N tokens of a few trajectories with a few contexts; the log-probs, float64 [N], are close to each other."""
 
     tokens: list[Token]
     logprobs: np.ndarray

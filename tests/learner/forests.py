@@ -1,4 +1,4 @@
-"""Random forests of contexts, and what a plain forward of each context by itself says of them."""
+"""Random forests of contexts, and the log-probs of a plain forward of each context."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def model_of(
 
 @pytest.fixture
 def norm_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers computes RMSNorm in fp32 whatever comes in."""
+    """Computes RMSNorm in the dtype of its input; transformers always computes it in fp32."""
 
     def forward(self: Qwen2RMSNorm, hidden: Tensor) -> Tensor:
         return self.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.variance_epsilon)
@@ -61,7 +61,7 @@ def norm_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within, the model attends as transformers does."""
+    """Inside, the model uses the attention of transformers (sdpa)."""
     before = str(model.config._attn_implementation)
     model.set_attn_implementation("sdpa")
     yield
@@ -69,7 +69,7 @@ def plain_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def plain_logprobs(model: PreTrainedModel, context: Ids, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(logprob [L - 1], entropy [L - 1]) of all but the first token of a context, in a forward of its own."""
+    """(logprob [L - 1], entropy [L - 1]) of all but the first token of a context, in a separate forward."""
     ids = torch.from_numpy(context)
     logits = model(input_ids=ids[None, :-1]).logits[0] / temperature
     all_logprobs = logits.log_softmax(dim=-1)
@@ -86,7 +86,7 @@ def every_token(contexts: Sequence[Ids]) -> tuple[Ids, Ids, Ids]:
 def grown(
     rng: np.random.Generator, *, num_contexts: int, stretches: Sequence[int], vocab_size: int = VOCAB_SIZE
 ) -> list[Ids]:
-    """Contexts that each begin as an earlier one does, cut anywhere, and go on by themselves for one of `stretches`."""
+    """Contexts that each start with a random prefix of an earlier one, plus random ids; lengths from `stretches`."""
     contexts = [rng.integers(0, vocab_size, size=max(stretches))]
     while len(contexts) < num_contexts:
         parent = contexts[int(rng.integers(len(contexts)))]

@@ -1,4 +1,4 @@
-"""A small learner that runs alone, or as a rank of torchrun: `torchrun rank.py OUT` writes what the ranks found."""
+"""A small learner that runs in one process or as a rank: `torchrun rank.py OUT` writes each rank's results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.learner.flat import flat_tokens
 from tests.learner.tiny import VOCAB_SIZE, group, tiny_model
 
 CONFIG = OptimizerConfig(eps=1e-3)
-"""With a large epsilon, so that a gradient that is nothing but rounding stays nothing."""
+"""A large epsilon, so that AdamW does not amplify gradients that are only rounding errors."""
 
 
 _TRAINED = {"num_steps": 3, "tokens_per_micro_batch": 64, "optimizer": OptimizerConfig(learning_rate=0.01, eps=1e-3)}
@@ -53,7 +53,7 @@ def watched_by(rank: int) -> Diagnostics:
 
 
 def train_groups(config: LearnerConfig, world: World) -> tuple[Trainer, list[StepMetrics]]:
-    """Three whole steps of the real trainer on groups of uneven contexts."""
+    """Three steps of the real trainer on groups with contexts of different lengths."""
     policy = Policy(model=tiny_model(), tokenizer_files=())
     reference = Policy(model=tiny_model(seed=1), tokenizer_files=()) if config.loss.kl_coefficient else None
     trainer = Trainer(policy=policy, config=config, reference=reference, world=world)
@@ -62,7 +62,7 @@ def train_groups(config: LearnerConfig, world: World) -> tuple[Trainer, list[Ste
 
 
 class Learner:
-    """Tied embeddings, a value head; trains contexts that are the same on every rank, its own part of them."""
+    """Tied embeddings and a value head. All ranks have the same contexts; each trains its part of them."""
 
     def __init__(
         self,
@@ -110,12 +110,12 @@ class Learner:
             apply_update(self.scorer, self.optimizer, rate=0.01, clip_norm=1.0)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Whole, by name, tied ones once; a collective."""
+        """Unsharded, by name, tied ones once. All ranks must call it."""
         named = self.scorer.named_parameters()
         return {name: full(each.grad).clone() for name, each in named if each.grad is not None}
 
     def published(self) -> dict[str, Tensor]:
-        """Rank 0 gets copies of the weights, the others nothing."""
+        """Rank 0 gets copies of the weights, the others an empty dict."""
         weights = published_weights(self.policy.model, world=self.world, dtype=self.dtype)
         return {name: each.clone() for name, each in weights.items()}
 
@@ -144,19 +144,19 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     with join("cpu") as world:
         found: dict[str, object] = {}
-        found |= _talk(world)
+        found |= _use_collectives(world)
         for name, recompute in (("plain", False), ("recomputed", True)):
             found |= _differentiate(world, out, name=name, recompute=recompute)
-        found |= _meet_a_nan(world)
+        found |= _skip_a_nan(world)
         found |= _checkpoint(world, out)
-        _train_on(world, out)
+        _resume(world, out)
         found |= _mix_precisions(world)
         for name, config in TRAINERS.items():
             found[name] = _train_groups(world, out, name=name, config=config)
         (out / f"rank-{world.rank}.json").write_text(json.dumps(found))
 
 
-def _talk(world: World) -> dict[str, object]:
+def _use_collectives(world: World) -> dict[str, object]:
     lead = world.rank == 0
     large = bytes(range(256)) * 5000
     total = world.reduce(watched_by(world.rank))
@@ -180,7 +180,7 @@ def _differentiate(world: World, out: Path, *, name: str, recompute: bool) -> di
     return {f"{name} norm": norm}
 
 
-def _meet_a_nan(world: World) -> dict[str, object]:
+def _skip_a_nan(world: World) -> dict[str, object]:
     learner = Learner(world)
     before = learner.published()
     learner.accumulate(0)
@@ -193,7 +193,7 @@ def _meet_a_nan(world: World) -> dict[str, object]:
 
 
 def _checkpoint(world: World, out: Path) -> dict[str, object]:
-    """Two steps, saved; two more, and the same two from the checkpoint."""
+    """Two steps and a checkpoint; then two more steps, and the same two resumed from the checkpoint."""
     learner = Learner(world)
     learner.train(0, 2)
     torch.manual_seed(100 + world.rank)
@@ -213,8 +213,8 @@ def _checkpoint(world: World, out: Path) -> dict[str, object]:
     }
 
 
-def _train_on(world: World, out: Path) -> None:
-    """From the checkpoint of one process; and with adapters from the start."""
+def _resume(world: World, out: Path) -> None:
+    """Resumes the checkpoint of one process; and trains adapters from the start."""
     learner = Learner(world)
     learner.restore(out / "of-one-rank" / "step-00000002")
     learner.train(2, 4)

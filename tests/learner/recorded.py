@@ -1,4 +1,4 @@
-"""A run's folder with recorded batches, as a learner would have left it, made without any server."""
+"""A run folder with recorded batches, as a learner leaves it, made without servers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.leases.groups import arrived
 
 
 def groups_of(step: int, *, num: int = 2) -> list[TrajectoryGroup]:
-    """Groups of the last two versions; their contexts begin alike in no particular way."""
+    """Groups of the last two versions; their contexts have no common prefix on purpose."""
     versions = tuple(range(max(0, step - 1), step + 1))
     return [group(100 * step + i, versions=versions, cursor=num * step + i) for i in range(num)]
 
@@ -42,7 +42,7 @@ def record_run(folder: Path, *, num_steps: int) -> Path:
 
 
 def replay_config(folder: Path, *overrides: str) -> tuple[Path, Config]:
-    """A config file in `folder`, with a tiny model beside it, and what is read from it."""
+    """Writes a config file and a tiny model to `folder`; returns the file and the config read from it."""
     model = save_tiny_model(folder / "model")
     path = folder / "run.toml"
     path.write_text(

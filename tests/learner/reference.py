@@ -1,4 +1,4 @@
-"""DESIGN.md's "Multi-context GRPO, exactly", token by token in slow NumPy: the judge of the fast path."""
+"""DESIGN.md's "Multi-context GRPO, exactly", token by token in slow NumPy; the learner is compared with it."""
 
 from __future__ import annotations
 
@@ -96,12 +96,12 @@ def reference_objective(
     corrections: Sequence[float],
     config: LossConfig,
 ) -> tuple[float, list[float]]:
-    """(loss, d loss / d log-prob of each token), slopes by central differences with what is under sg() held fixed."""
+    """(loss, d loss / d log-prob of each token), by central differences with everything under sg() fixed."""
     options = loss_options(config)
     loss, slopes = 0.0, []
     for n, token in enumerate(trained):
-        fellows = [m for m, other in enumerate(trained) if other.context == token.context]
-        mean = sum(logps[m] - proxs[m] for m in fellows) / len(fellows)
+        peers = [m for m, other in enumerate(trained) if other.context == token.context]
+        mean = sum(logps[m] - proxs[m] for m in peers) / len(peers)
 
         def term(x: float, *, n: int = n, mean: float = mean, a: float = token.advantage) -> float:
             now = {"ppo": x - proxs[n], "gspo": mean + x - logps[n], "cispo": logps[n] - proxs[n]}[config.use]
@@ -152,12 +152,12 @@ def correction_of(n: int, trained: Sequence[Token], proxs: Sequence[float], conf
             largest = squares[-1]
             squares = [square for square in squares if square != largest]
         return float(bool(squares) and (proxs[n] - token.behavior) ** 2 <= squares[-1])
-    fellows = {
+    peers = {
         "token": [n],
         "context": [m for m, t in enumerate(trained) if t.context == token.context],
         "trajectory": [m for m, t in enumerate(trained) if t.trajectory == token.trajectory],
     }[correction.scope]
-    ratios = [float(np.exp(proxs[m] - trained[m].behavior)) for m in fellows]
+    ratios = [float(np.exp(proxs[m] - trained[m].behavior)) for m in peers]
     if kind == "reject_negative":
         distance = -sum(np.log(ratio) for ratio in ratios) / len(ratios)
         return float(not (token.advantage < 0 and distance > correction.threshold))
@@ -189,7 +189,7 @@ def accumulate_reference(model: PreTrainedModel, reference: Reference, *, temper
 
 
 def frozen(model: PreTrainedModel, *, temperature: float, contexts: Sequence[Context] = ()) -> LogprobsOf:
-    """The log-probs of the model, remembered: those of `contexts` as it is now, others when first asked for."""
+    """Cached log-probs of the model: of `contexts` computed now, of others at the first call."""
     known: dict[int, NDArray[np.float64]] = {}
 
     @torch.no_grad()
@@ -247,8 +247,8 @@ def reference_token_advantages(
             for i, reward in enumerate(credit.reward)
         ]
         for i, k, _ in tokens:
-            fellows = [j for j in range(len(scores)) if credit.group[j] == credit.group[i]]
-            advantage = reference_estimate(scores[i], [scores[j] for j in fellows], config)
+            peers = [j for j in range(len(scores)) if credit.group[j] == credit.group[i]]
+            advantage = reference_estimate(scores[i], [scores[j] for j in peers], config)
             if with_contexts:
                 assert credit.context_reward is not None
                 like = [c for c in range(len(credit.owner)) if anchor_of(credit, c) == anchor_of(credit, k)]
@@ -265,7 +265,7 @@ def anchor_of(credit: Credit, context: int) -> tuple[int, int, int]:
 
 
 def reference_estimate(reward: float, rewards: Sequence[float], config: AdvantageConfig) -> float:
-    """A of one reward among those of its group, itself among them."""
+    """The advantage of `reward` in its group `rewards`, which includes it."""
     if len(rewards) < 2 or len(set(rewards)) == 1:
         return 0.0
     options = advantage_options(config)

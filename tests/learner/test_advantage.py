@@ -101,7 +101,7 @@ def test_token_advantages_equal_the_reference(
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("rewards", [[0.1] * 7, [1.0], [0.0], []])
 def test_equal_rewards_give_advantage_exactly_zero(estimator: str, rewards: list[float]) -> None:
-    """A token each: equal rewards, a group of one, nothing at all. Along tokens a batch of one is not whitened."""
+    """One token each: equal rewards, a group of one, no trajectory. A batch of one token is not whitened."""
     num = len(rewards)
     index = np.arange(num)
     nothing = np.zeros(num, dtype=np.int64)

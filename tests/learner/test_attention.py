@@ -29,7 +29,7 @@ def heads(row: Pack, *, num_query: int = 4, num_key: int = 2, dtype: torch.dtype
 
 
 def by_ancestors(row: Pack, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-    """Pure autograd with the dense mask: key j is visible to query i iff j <= i < subtree_end[j]."""
+    """Autograd with the dense mask: key j is visible to query i iff j <= i < subtree_end[j]."""
     number = torch.arange(row.num_unique_tokens)
     visible = (number[None, :] <= number[:, None]) & (number[:, None] < torch.from_numpy(row.subtree_end)[None, :])
     groups = query.shape[1] // key.shape[1]
@@ -107,7 +107,7 @@ def test_hundreds_of_small_nodes_need_few_kernel_calls() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
 def test_one_compiled_graph_serves_every_size() -> None:
-    """What would be compiled, run as it is: 4 heads and 4 blocks first, then other numbers of blocks."""
+    """With the eager backend. Starts with 4 blocks and 4 heads: equal sizes must not be treated as one."""
     torch.compiler.reset()
     counter = CompileCounterWithBackend("eager")
     attend = compiled(0.3, True, backend=counter)

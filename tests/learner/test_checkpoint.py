@@ -138,13 +138,13 @@ def test_multiples_of_keep_every_steps_are_never_deleted(trainer: Trainer, tmp_p
 
 
 class Killed(BaseException):
-    """What a process that is killed would not live to see."""
+    """Stands for a kill: no `except Exception` catches it."""
 
 
 def test_a_kill_before_any_file_operation_leaves_a_complete_checkpoint(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dies at the first, second ... operation of a save, until one is not reached; what is found then can be used."""
+    """Kills a save at its first, second ... file operation until it completes; the newest checkpoint can be resumed."""
     trainer.train_step(groups_of(0), step=0)
     whole = save(trainer, tmp_path / "whole", 0).parent
     torn = shutil.copytree(whole / "step-00000000", whole / "step-00000001")
@@ -170,7 +170,7 @@ def test_a_kill_before_any_file_operation_leaves_a_complete_checkpoint(
 
 
 def die_at(number: int, patched: pytest.MonkeyPatch) -> None:
-    """The process dies before the file operation of that number, counted from now: those of this module and torch."""
+    """Raises Killed before file operation `number`, counted from now, of the checkpoint modules and torch."""
     left = number
 
     def before(operation: Callable[..., object]) -> Callable[..., object]:

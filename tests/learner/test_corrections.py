@@ -67,7 +67,7 @@ def test_weights_equal_the_reference(corrections: tuple[CorrectionConfig, ...], 
 def test_weights_without_prepass_are_the_same_for_each_context_alone(
     corrections: tuple[CorrectionConfig, ...],
 ) -> None:
-    """And `needs_prepass` says when they are not: some seed shows it."""
+    """`needs_prepass` is true exactly if they differ for some seed."""
     same = True
     for seed in range(30):
         flat = flat_tokens(seed)

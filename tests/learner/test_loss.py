@@ -1,4 +1,4 @@
-"""Losses and what is watched, against the slow reference and by hand."""
+"""Losses and their metrics against the slow reference and hand-computed values."""
 
 from __future__ import annotations
 

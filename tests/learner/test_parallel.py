@@ -1,4 +1,4 @@
-"""Two gloo processes of one torchrun (rank.py) against one process here."""
+"""Two gloo processes of a torchrun (rank.py) compared with one process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks wrote, and the checkpoint of one that they went on from."""
+    """The results of two ranks, and the checkpoint of one process that they resumed from."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("ranks")
     learner = Learner(World())

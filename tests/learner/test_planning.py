@@ -1,4 +1,4 @@
-"""Every trained token lands in exactly one micro-batch, with its own past and its own weight."""
+"""Every trained token is in exactly one micro-batch, with its own prefix and weight."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def plan_of(batch: Batch, **options: object) -> StepPlan:
 
 
 def read_back(batch: Batch, part: MicroBatch) -> dict[tuple[int, int], tuple[int, ...]]:
-    """(context, position) -> the ids that the token's log-prob is conditioned on, and its own."""
+    """(context, position) -> the ids that the token's log-prob is conditioned on, and its own id."""
     found = {}
     for token, pair in zip(part.tokens, part.placement.gather, strict=True):
         source = int(part.placement.source[pair])
@@ -41,7 +41,7 @@ def read_back(batch: Batch, part: MicroBatch) -> dict[tuple[int, int], tuple[int
 
 
 def with_common_prefix(one: TrajectoryGroup, length: int = 12) -> TrajectoryGroup:
-    """All contexts begin with the same unsampled tokens, whatever they were."""
+    """Puts the same unsampled tokens before every context."""
     prompt = np.arange(length, dtype=np.int32)
 
     def extended(context):

@@ -1,4 +1,4 @@
-"""Recorded batches, trained again: bit for bit after a kill, the same with two ranks, and refused where they differ."""
+"""Replays of recorded batches: bit-exact after a kill, equal on two ranks, refused for another source or config."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_replay_folder_of_another_source_or_config_is_refused(tmp_path: Path) 
 
 
 def test_check_drift_changes_no_weight_and_reports_the_mismatch(tmp_path: Path) -> None:
-    """These log-probs are no policy's: the mismatch is large, and need not be flat over random contexts."""
+    """The recorded log-probs are random: the mismatch is large and may differ between ages and contexts."""
     source = record_run(tmp_path / "source", num_steps=2)
     _, config = replay_config(tmp_path, "learner.num_steps=2", "learner.check_drift=true")
     with suppress(DriftError):
@@ -170,7 +170,7 @@ def test_updates_that_stay_non_finite_end_the_run_and_save_the_batch(tmp_path: P
 
 
 def test_all_ranks_end_with_the_exit_status_of_the_first_that_fails(tmp_path: Path) -> None:
-    """3: starting again would not help."""
+    """Status 3 means that a restart would not help."""
     source = record_run(tmp_path / "source", num_steps=1)
     path, _ = replay_config(tmp_path)
     optimizer = ("learning_rate=1e30", "schedule=constant", "warmup_steps=0", "max_consecutive_skips=1")

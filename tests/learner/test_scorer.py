@@ -28,7 +28,7 @@ __all__ = ["norm_in_fp64"]
 
 
 class Case:
-    """Contexts, which of their tokens are trained, and with what weight."""
+    """Contexts, their trained tokens, and the weights of these."""
 
     def __init__(self, seed: int, *, num_contexts: int = 12) -> None:
         rng = np.random.default_rng(seed)
@@ -36,7 +36,7 @@ class Case:
         contexts = [np.append(each, number % 3) for number, each in enumerate(contexts)]
         self.contexts = [*contexts, contexts[0], contexts[0][:10]]
         context, position, token_id = every_token(self.contexts)
-        trained = rng.random(len(context)) < 0.5  # so that a shared token is trained here and not there
+        trained = rng.random(len(context)) < 0.5  # so a shared token is trained in some contexts only
         trained |= position == np.array([len(each) - 1 for each in self.contexts])[context]
         self.context, self.position, self.token_id = context[trained], position[trained], token_id[trained]
         self.weight = torch.from_numpy(rng.normal(size=len(self.context)))
@@ -46,7 +46,7 @@ class Case:
         return (logprob * self.weight[at] + entropy * self.entropy_weight[at]).sum()
 
     def packed(self, scorer: Scorer, chosen: Ids, *, share: bool) -> tuple[Tensor, Ids]:
-        """(logprobs of the trained tokens of the chosen contexts, which they are); gradients are added up."""
+        """(logprobs of the chosen contexts' trained tokens, their indices); accumulates gradients."""
         row = pack([self.contexts[c][:-1] for c in chosen], share=share)
         at = np.flatnonzero(np.isin(self.context, chosen))
         local = np.argsort(chosen)[np.searchsorted(np.sort(chosen), self.context[at])]
@@ -57,7 +57,7 @@ class Case:
         return scores.logprob[gather].detach(), at
 
     def separately(self, model: PreTrainedModel) -> Tensor:
-        """logprobs of the trained tokens, each context by itself; gradients are added up."""
+        """logprobs of the trained tokens, one forward per context; accumulates gradients."""
         with plain_attention(model):
             scores = [plain_logprobs(model, each, temperature=0.7) for each in self.contexts]
         first = np.cumsum([0] + [len(each) - 1 for each in self.contexts])
@@ -140,7 +140,7 @@ def test_an_empty_pack_gives_every_parameter_a_zero_gradient() -> None:
 
 
 class PeakActivations(TorchDispatchMode):
-    """The most bytes that were alive at once of tensors made within, those of a parameter's size (gradients) aside."""
+    """Peak bytes of the tensors created inside, without those of a parameter's size (gradients)."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class PeakActivations(TorchDispatchMode):
 
 
 def peak_bytes(*, vocab_size: int = 1000, length: int = 500, num_tokens: int = 4000) -> int:
-    """Of a forward and backward of `num_tokens` unique tokens, a quarter of them scored, in contexts of `length`."""
+    """Peak of forward and backward of `num_tokens` unique tokens, a quarter scored, in contexts of `length`."""
     model = model_of(vocab_size=vocab_size)
     scorer = Scorer(model)
     rng = np.random.default_rng(0)

@@ -101,7 +101,7 @@ def test_tile_shapes_respect_the_limit_and_are_about_square(
 
 
 def test_extreme_logits_give_finite_exact_scores() -> None:
-    """Logits of +-300 in another order than the tiles are: the largest comes last, or first."""
+    """Logits of +-300; the largest is in the last tile, or in the first."""
     logits = torch.tensor([[-300.0, 0.0, 300.0, 299.0], [300.0, 299.0, 0.0, -300.0]], dtype=torch.float64)
     hidden, weight = torch.eye(2, dtype=torch.float64), logits.T.contiguous()
     found = token_scores(hidden, weight, torch.tensor([3, 3]), tile_elements=2)

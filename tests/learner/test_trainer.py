@@ -1,4 +1,4 @@
-"""The fast path against the slow reference: loss, gradient, and what must not change them."""
+"""The trainer against the slow reference: loss, gradient, and what they must not depend on."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def trainer_of(model: PreTrainedModel, settings: LearnerConfig) -> Trainer:
 
 
 def uneven_groups() -> list[TrajectoryGroup]:
-    """Versions 2..5 at step 5 and bound 2: some tokens are too old; one trajectory failed; one group has one left."""
+    """Versions 2..5: at step 5, bound 2, some are over age. One trajectory is FAILED; one group has one trajectory."""
     failed = (Status.COMPLETED, Status.FAILED, Status.FORMAT_ERROR, Status.COMPLETED)
     return [
         group(0, versions=(2, 3, 4), cursor=0),
@@ -155,7 +155,7 @@ def test_several_minibatches_equal_a_reference_loop_with_a_fixed_proximal_policy
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 3e-6)], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("scope", ["token", "context", "trajectory"])
 def test_gradient_does_not_depend_on_the_split_into_micro_batches(scope: str, dtype: torch.dtype, bound: float) -> None:
-    """To rounding: fp32 itself is 1e-6 from fp64 here."""
+    """Up to rounding: fp32 differs from fp64 by 1e-6 here."""
     truncate = correction("truncate", scope=scope, high=1.5)
     model = tiny_model(dtype=dtype)
     wanted, _ = fast_gradient(model, config(correction=truncate, budget=100_000), uneven_groups())
@@ -230,7 +230,7 @@ def test_a_trajectory_has_the_same_weight_for_any_number_of_contexts() -> None:
 
 
 def test_masked_tokens_do_not_change_the_weight_of_the_others() -> None:
-    """Ageing some tokens out leaves the weight of the others, and their gradient, what it was."""
+    """Over-age tokens do not change the weights of the others."""
     batch = flatten([group(0, versions=(2, 5))])
     for aggregation in AGGREGATIONS:
         trainer = trainer_of(tiny_model(), config(aggregation=aggregation))

@@ -1,4 +1,4 @@
-"""Losses, corrections, KL and PPO through the whole trainer, against loops over tokens and plain forwards."""
+"""Losses, corrections, KL and PPO of the trainer against loops over tokens and plain forwards."""
 
 from __future__ import annotations
 

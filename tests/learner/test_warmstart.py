@@ -1,4 +1,4 @@
-"""Fine-tuning on recorded contexts, the wired copying circuit, and the toy's first policy."""
+"""Fine-tuning on demonstrations, the induction initialisation, and the toy task's initial policy."""
 
 from dataclasses import replace
 from itertools import pairwise

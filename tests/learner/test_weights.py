@@ -1,4 +1,4 @@
-"""The canary is what a plain forward of the published weights says, and leaves a sharded learner as it was."""
+"""The canary equals a plain forward of the published weights and does not change a sharded learner."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.learner.tiny import VOCAB_SIZE, tiny_model
 
 
 def plain(prompts: list[list[int]], weights: dict[str, torch.Tensor] | None = None) -> list[float]:
-    """The greatest log-prob after each prompt, one forward each."""
+    """The largest log-prob after each prompt, in separate forwards."""
     model = tiny_model()
     if weights is not None:
         model.load_state_dict(weights, strict=False)
@@ -28,7 +28,7 @@ def plain(prompts: list[list[int]], weights: dict[str, torch.Tensor] | None = No
 
 def test_canary_log_probs_equal_a_plain_forward() -> None:
     found = canary(Scorer(tiny_model()), device=torch.device("cpu"))
-    assert len(found.prompts) == len({prompt[0] for prompt in found.prompts}) == 4, "no prefix in common"
+    assert len(found.prompts) == len({prompt[0] for prompt in found.prompts}) == 4, "no common prefix"
     assert all(0 <= token < VOCAB_SIZE for prompt in found.prompts for token in prompt)
     assert found.logprobs == pytest.approx(plain(found.prompts), abs=1e-5)
     assert CanaryFields.model_validate(found.model_dump()) == found
