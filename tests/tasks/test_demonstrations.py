@@ -1,4 +1,4 @@
-"""Scripted episodes, judged by the workflow that judges the policy."""
+"""Scripted episodes of the toy, played by the workflow that the policy is trained with."""
 
 import asyncio
 from pathlib import Path
@@ -10,14 +10,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from actor.chat.tokenizer import Tokenizer
-from actor.chat.toy import ToyRendering
 from actor.tasks.toy.command import main
 from actor.tasks.toy.demonstrations import Demonstration, Noise, demonstrate, write_demonstrations
 from actor.tasks.toy.tokenizer import syllable_ids, write_tokenizer
-from actor.tasks.toy.world import make_world
 from protocol.types import Context, Status
 
-RENDERING = ToyRendering()
 SILENT = Noise(answer_early=0, wrong_relation=0, wrong_entity=0, stale_memory=0)
 
 
@@ -30,8 +27,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 async def play(tokenizer: Tokenizer, *worlds: int, num: int, noise: Noise | None = None) -> list[Demonstration]:
     played = demonstrate(
-        [make_world(world) for world in worlds],
-        rendering=RENDERING,
+        worlds,
         tokenizer=tokenizer,
         num_episodes=num,
         seed=0,
@@ -69,7 +65,7 @@ async def test_the_last_context_is_an_answer_or_a_search_and_all_others_end_in_a
         assert all("<search>" in action for action, _ in pieces[:-1])
 
 
-async def test_thoughts_and_memories_are_read_from_the_context(tokenizer: Tokenizer):
+async def test_thoughts_and_memories_copy_words_of_the_context(tokenizer: Tokenizer):
     for played in await play(tokenizer, 1, num=100):
         for context in played.contexts:
             text, pieces = tokenizer.decode(context.token_ids.tolist()), written(tokenizer, context)
@@ -80,15 +76,13 @@ async def test_thoughts_and_memories_are_read_from_the_context(tokenizer: Tokeni
                 assert f" {memory} " in rest.split("<information>")[1].split("<memory>")[0] or f" {memory} " in prompt
 
 
-async def test_the_file_holds_what_was_played(tmp_path: Path, tokenizer: Tokenizer):
+async def test_the_file_has_the_contexts_that_were_played(tmp_path: Path, tokenizer: Tokenizer):
     played = await play(tokenizer, 1, num=20)
     contexts = [context for each in played for context in each.contexts]
     path = tmp_path / "file.safetensors"
 
     def write() -> float:
-        return write_demonstrations(
-            path, [make_world(1)], rendering=RENDERING, tokenizer=tokenizer, num_episodes=20, seed=0
-        )
+        return write_demonstrations(path, [1], tokenizer=tokenizer, num_episodes=20, seed=0)
 
     share = await asyncio.to_thread(write)
     assert share == np.mean([each.episode.answer == each.walk.answer for each in played])

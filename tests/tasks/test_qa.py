@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from actor.rewards.reward import ExactMatchReward
-from actor.tasks.build import evaluation_task, training_task
-from actor.tasks.qa import QuestionAnswering, read_questions
+from actor.extensions import TASKS
+from actor.tasks.qa import QuestionAnswering, QuestionAnsweringOptions, read_questions
+from actor.tasks.task import Split, Task
 from protocol.config import TaskConfig
 from protocol.errors import ConfigError, DataError
 from protocol.types import Question
@@ -44,43 +44,73 @@ def test_a_bad_row_is_named_by_file_line_and_field(tmp_path: Path, row: object, 
         read_questions([path])
 
 
-def test_missing_files_doubled_ids_and_empty_tasks_are_refused(tmp_path: Path):
+def make_task(split: Split = "train", seed: int = 0, **section: object) -> Task:
+    """The task of a `[task]` section."""
+    return TASKS.create(TaskConfig.model_validate(section), base_dir=None, split=split, seed=seed)
+
+
+def test_missing_files_repeated_ids_and_empty_tasks_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r"absent\.jsonl"):
         read_questions([tmp_path / "absent.jsonl"])
     path = written(tmp_path / "q.jsonl", GOOD)
     with pytest.raises(DataError, match="'a' occurs twice"):
-        QuestionAnswering(read_questions([path, path]), reward=ExactMatchReward(), seed=0)
-    with pytest.raises(DataError, match="at least one question"):
-        QuestionAnswering([], reward=ExactMatchReward(), seed=0)
+        make_task(questions=[path, path])
+    with pytest.raises(DataError, match=r"task\.questions must hold at least one question"):
+        make_task(questions=[written(tmp_path / "empty.jsonl")])
 
 
-def test_every_epoch_has_each_question_once_in_an_order_of_its_own():
-    questions = [Question(id=str(k), text="?", answers=("x",)) for k in range(20)]
-    task = QuestionAnswering(questions, reward=ExactMatchReward(), seed=1)
+def test_every_epoch_has_each_question_once_in_its_own_order(tmp_path: Path):
+    path = written(tmp_path / "q.jsonl", *({**GOOD, "id": str(k)} for k in range(20)))
+    task = QuestionAnswering(QuestionAnsweringOptions(questions=(path,)), split="train", seed=1)
     epochs = [[task.question(cursor).id for cursor in range(20 * e, 20 * e + 20)] for e in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(q.id for q in questions)
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(str(k) for k in range(20))
     assert epochs[0] != epochs[1]
     assert [task.question(cursor).id for cursor in range(20)] == epochs[0]
 
 
-def test_a_config_builds_its_tasks(tmp_path: Path):
+def test_the_order_depends_on_the_seed_and_not_on_what_was_asked_before(tmp_path: Path):
+    path = written(tmp_path / "q.jsonl", *({**GOOD, "id": str(k)} for k in range(20)))
+
+    def order(seed: int, cursors: range) -> list[str]:
+        task = make_task(seed=seed, questions=[path])
+        return [task.question(cursor).id for cursor in cursors]
+
+    assert order(1, range(60)) == order(1, range(59, -1, -1))[::-1]
+    assert order(1, range(60)) != order(2, range(60))
+
+
+def test_a_section_makes_the_task_of_each_split(tmp_path: Path):
     rows = [{**GOOD, "id": str(k)} for k in range(5)]
     path = written(tmp_path / "q.jsonl", *rows)
-    config = TaskConfig(kind="qa", questions=(path,), eval_questions=(path,), reward="f1")
-    assert training_task(config, seed=0).num_questions == 5
-    assert [evaluation_task(config, seed=0).question(k).id for k in range(5)] == list("01234")
-    with pytest.raises(ConfigError, match="eval_questions"):
-        evaluation_task(TaskConfig(kind="qa", questions=(path,)), seed=0)
-    toy = TaskConfig(kind="toy", worlds=(1, 2), eval_worlds=(3,))
-    assert training_task(toy, seed=0).question(1).metadata["collection"] == "world-2"
-    assert evaluation_task(toy, seed=0).question(1).metadata["collection"] == "world-3"
-    with pytest.raises(ConfigError, match="eval_worlds"):
-        evaluation_task(TaskConfig(kind="toy", worlds=(1,)), seed=0)
+    assert make_task(use="qa", questions=[path], eval_questions=[path]).num_questions == 5
+    evaluation = make_task("eval", use="qa", questions=[path], eval_questions=[path])
+    assert [evaluation.question(k).id for k in range(5)] == list("01234")
+    with pytest.raises(ConfigError, match=r"task\.eval_questions must name at least one JSONL file"):
+        make_task("eval", use="qa", questions=[path])
+    with pytest.raises(ConfigError, match=r"task\.questions must name at least one JSONL file"):
+        make_task("train", use="qa", eval_questions=[path])
+    toy = {"use": "toy", "worlds": [1, 2], "eval_worlds": [3]}
+    assert make_task("train", **toy).question(1).metadata["collection"] == "world-2"
+    assert make_task("eval", **toy).question(1).metadata["collection"] == "world-3"
+    with pytest.raises(ConfigError, match=r"task\.eval_worlds must name at least one seed"):
+        make_task("eval", use="toy", worlds=[1])
 
 
-@pytest.mark.parametrize(("name", "count"), [("questions_train.jsonl", 700), ("questions_dev.jsonl", 2855)])
-def test_the_real_question_files_can_be_read(name: str, count: int):
+def test_the_default_task_is_qa():
+    assert TASKS.load(TaskConfig().use) is QuestionAnswering
+
+
+def test_relative_question_files_are_taken_from_base_dir(tmp_path: Path):
+    written(tmp_path / "q.jsonl", GOOD)
+    section = TaskConfig.model_validate({"questions": ["q.jsonl"]})
+    task = TASKS.create(section, base_dir=tmp_path, split="train", seed=0)
+    assert task.question(0).id == "a"
+
+
+@pytest.mark.parametrize("name", ["questions_train.jsonl", "questions_dev.jsonl"])
+def test_the_real_question_files_can_be_read(name: str):
     path = DATA / "wiki_pool" / name
     if not path.exists():
         pytest.skip(f"no {path}; set PALIMPSEST_DATA to the data folder")
-    assert len(read_questions([path])) == count
+    num_rows = sum(bool(line.strip()) for line in path.read_bytes().splitlines())
+    assert len(read_questions([path])) == num_rows > 0

@@ -4,9 +4,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from actor.rewards.reward import ExactMatchReward
 from actor.tasks.toy.search import ExactSearch
-from actor.tasks.toy.task import ToyQuestions, documents, write_corpus
+from actor.tasks.toy.task import ToyOptions, ToyTask, documents, write_corpus
 from actor.tasks.toy.world import AVOIDED_NAMES, KIND_SIZES, RELATIONS, SYLLABLES, make_world, relations_of
 
 
@@ -30,20 +29,21 @@ def test_names_are_two_distinct_syllables_and_spell_no_word():
         assert name not in AVOIDED_NAMES | {"none", "done"}
 
 
-def test_a_seed_makes_a_world_and_another_seed_another():
+def test_equal_seeds_give_equal_worlds_and_other_seeds_other_worlds():
     assert make_world(1).facts == make_world(1).facts
     assert make_world(1).facts != make_world(2).facts
 
 
-def test_every_kind_can_be_walked_on_from():
+def test_every_kind_of_entity_has_at_least_two_relations():
     assert all(len(relations_of(kind)) >= 2 for kind in KIND_SIZES)
 
 
 def test_questions_are_walks_that_depend_on_seed_and_cursor_only():
-    worlds = [make_world(seed) for seed in (1, 2, 3)]
-    task = ToyQuestions(worlds, reward=ExactMatchReward(), seed=5)
-    again = ToyQuestions(worlds, reward=ExactMatchReward(), seed=5)
-    other = ToyQuestions(worlds, reward=ExactMatchReward(), seed=6)
+    options = ToyOptions(worlds=(1, 2, 3))
+    task = ToyTask(options, split="train", seed=5)
+    again = ToyTask(options, split="train", seed=5)
+    other = ToyTask(options, split="train", seed=6)
+    assert [world.seed for world in task.worlds] == [1, 2, 3]
     cursors = range(600)
     assert [task.question(c) for c in cursors] == [again.question(c) for c in reversed(cursors)][::-1]
     assert [task.question(c).text for c in cursors] != [other.question(c).text for c in cursors]
@@ -51,7 +51,7 @@ def test_questions_are_walks_that_depend_on_seed_and_cursor_only():
     assert all(150 < hops[str(h)] < 250 for h in (1, 2, 3))
     for cursor in range(60):
         question, (world, walk) = task.question(cursor), task.walk(cursor)
-        assert world is worlds[cursor % 3]
+        assert world is task.worlds[cursor % 3]
         assert question.metadata["collection"] == world.collection
         assert question.answers == (walk.answer,)
         assert question.text == f"what is {walk.start} {' '.join(walk.relations)} ?"
@@ -62,7 +62,7 @@ def test_questions_are_walks_that_depend_on_seed_and_cursor_only():
         assert entity == walk.answer
 
 
-def test_a_corpus_is_one_document_a_fact(tmp_path: Path):
+def test_a_corpus_has_one_document_per_fact(tmp_path: Path):
     world = make_world(4)
     assert write_corpus(tmp_path / "deep" / "w.jsonl", world) == 2120
     rows = [json.loads(line) for line in (tmp_path / "deep" / "w.jsonl").read_text().splitlines()]
@@ -81,5 +81,5 @@ def test_exact_search_finds_every_fact_by_subject_and_relation():
         assert f"{fact.subject} {fact.relation} {fact.object} ." in {passage.text for passage in found}
 
 
-def test_exact_search_with_unknown_words_still_answers():
+def test_exact_search_returns_top_n_documents_for_unknown_words():
     assert len(ExactSearch(documents(make_world(5))).search("nothing known", top_n=3)) == 3
