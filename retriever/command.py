@@ -74,6 +74,7 @@ def index(
     """Indexes CORPUS: a .jsonl or .jsonl.gz file with `id`, `text` and optionally `title` per line."""
     from retriever.build_index import build_index
     from retriever.encoders.base import Compute
+    from retriever.extensions import ENCODERS, STRUCTURES, with_all_options
 
     text_flags: _Flags = {
         "query_prefix": query_prefix,
@@ -82,14 +83,16 @@ def index(
         "max_tokens": max_tokens,
     }
     graph_flags: _Flags = {"m": m, "ef_construction": ef_construction, "ef_search": ef_search}
-    chosen_encoder = _encoder(encoder, encoder_option, preset=preset, flags=text_flags, has_vectors=vectors is not None)
+    chosen = _encoder(encoder, encoder_option, preset=preset, flags=text_flags, has_vectors=vectors is not None)
+    chosen_structure = _structure(structure, structure_option, encoder=chosen.use, flags=graph_flags)
+    chosen, chosen_structure = with_all_options(ENCODERS, chosen), with_all_options(STRUCTURES, chosen_structure)
     with _progress_bar() as bar:
         task = bar.add_task(f"indexing {corpus.name}", total=None)
         manifest = build_index(
             corpus=corpus,
             out=out,
-            encoder=chosen_encoder,
-            structure=_structure(structure, structure_option, encoder=chosen_encoder.use, flags=graph_flags),
+            encoder=chosen,
+            structure=chosen_structure,
             vectors=vectors,
             compute=Compute(device=device, dtype=dtype, num_threads=threads, batch_size=batch_size),
             force=force,
