@@ -1,4 +1,4 @@
-"""A launcher as a process of its own, and what its run's folder says meanwhile."""
+"""Starts a launcher as a separate process and reads its run's folder while it runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RUN_TIMEOUT_S = 420.0
 def launched(
     *arguments: str | Path, log: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """The launcher as a process of its own session; SIGINT reaches it alone."""
+    """Runs `palimpsest ARGUMENTS` in a new session, so that a signal reaches only the launcher."""
     with (
         log.open("ab") as output,
         subprocess.Popen(
@@ -36,7 +36,7 @@ def launched(
 
 
 def until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until something in the run's folder makes `condition` true, while the launcher lives."""
+    """Polls `condition`, which reads the run's folder. Fails if the launcher ends or RUN_TIMEOUT_S passes before."""
     deadline = time.monotonic() + RUN_TIMEOUT_S
     while not condition():
         assert process.poll() is None, log.read_text()[-4000:]
@@ -45,12 +45,13 @@ def until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: 
 
 
 def steps(run_dir: Path) -> int:
-    """How many steps the metrics speak of."""
+    """The number of different steps in metrics.jsonl."""
     path = run_dir / "metrics.jsonl"
     return len({json.loads(line)["step"] for line in path.read_text().splitlines()}) if path.is_file() else 0
 
 
 def pids(run_dir: Path) -> dict[str, int]:
+    """Process name → pid of the processes that the launcher runs."""
     try:
         return json.loads((run_dir / "processes.json").read_text())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The command as a user runs it: instant help, and bad input ends with one sentence and exit status 2."""
+"""The command line: help imports nothing heavy; bad input prints one sentence and exits with status 2."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ HEAVY = ("torch", "transformers", "zmq", "pydantic", "numpy", "asyncio", "rich",
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class Output:
     status: int
     out: str
     err: str
 
 
-def palimpsest(*arguments: str | Path, cwd: Path | None = None) -> Said:
+def palimpsest(*arguments: str | Path, cwd: Path | None = None) -> Output:
     done = subprocess.run(
         [sys.executable, "-m", "learner.launch", *map(str, arguments)],
         capture_output=True,
@@ -36,16 +36,16 @@ def palimpsest(*arguments: str | Path, cwd: Path | None = None) -> Said:
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    return Said(done.returncode, done.stdout, done.stderr)
+    return Output(done.returncode, done.stdout, done.stderr)
 
 
 def refused(*arguments: str | Path, cwd: Path | None = None) -> str:
-    """The sentence on stderr; nothing else may be there but the role's log lines."""
-    said = palimpsest(*arguments, cwd=cwd)
-    assert said.status == 2, said
-    *log, last = said.err.strip().splitlines()
-    assert last.startswith("error: "), said.err
-    assert not any("Traceback" in line or line.startswith("error:") for line in log), said.err
+    """Asserts exit status 2 and returns the message on stderr, which may only have log lines before it."""
+    output = palimpsest(*arguments, cwd=cwd)
+    assert output.status == 2, output
+    *log, last = output.err.strip().splitlines()
+    assert last.startswith("error: "), output.err
+    assert not any("Traceback" in line or line.startswith("error:") for line in log), output.err
     return last.removeprefix("error: ")
 
 
@@ -62,7 +62,7 @@ def taken_port() -> Iterator[int]:
 
 
 def help_of(*arguments: str) -> str:
-    """What `palimpsest ARGUMENTS --help` prints, and which heavy modules it has imported."""
+    """The output of `palimpsest ARGUMENTS --help`, then the list of heavy modules that it imported."""
     code = (
         "import sys\n"
         "from learner.launch.cli import main\n"
@@ -77,67 +77,67 @@ def help_of(*arguments: str) -> str:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    said = help_of()
-    assert "HEAVY []" in said
+    output = help_of()
+    assert "HEAVY []" in output
     for name in ("demo", "up", "learner", "actor", "engine", "retriever", "index", "eval", "audit", "chaos", "keys"):
-        assert f"\n  {name} " in said
+        assert f"\n  {name} " in output
 
 
 @pytest.mark.parametrize("name", ["demo", "up", "learner", "actor", "engine", "retriever", "index", "eval", "audit"])
 def test_every_command_has_help(name: str) -> None:
-    said = help_of(name)
-    assert f"Usage: palimpsest {name} " in said
-    assert "HEAVY []" in said
+    output = help_of(name)
+    assert f"Usage: palimpsest {name} " in output
+    assert "HEAVY []" in output
 
 
 def test_unknown_commands_and_options() -> None:
-    said = palimpsest("trian")
-    assert (said.status, "No such command 'trian'" in said.err) == (2, True)
-    said = palimpsest("up", "run.toml", "--fast")
-    assert (said.status, "No such option" in said.err) == (2, True)
+    output = palimpsest("trian")
+    assert (output.status, "No such command 'trian'" in output.err) == (2, True)
+    output = palimpsest("up", "run.toml", "--fast")
+    assert (output.status, "No such option" in output.err) == (2, True)
 
 
 @pytest.mark.parametrize("role", ["up", "learner", "actor", "engine", "eval"])
 def test_an_unknown_config_key(run: TinyRun, tmp_path: Path, role: str) -> None:
     path = tmp_path / "run.toml"
-    path.write_text('[model]\npath = "m"\n[task]\nkind = "toy"\nworlds = [1]\n[learner]\nclip = 1\n')
-    said = refused(role, path)
-    assert said.startswith(f"{path}: learner.clip: unknown key; known here: num_steps, groups_per_batch, ")
+    path.write_text('[model]\npath = "m"\n[task]\nuse = "toy"\nworlds = [1]\n[learner]\nclip = 1\n')
+    message = refused(role, path)
+    assert message.startswith(f"{path}: learner.clip: unknown key; known here: num_steps, groups_per_batch, ")
 
 
 def test_a_bad_value(run: TinyRun) -> None:
-    said = refused("learner", run.config, "--set", "learner.staleness_bound=-1")
-    assert "learner.staleness_bound: Input should be greater than or equal to 0, got -1" in said
+    message = refused("learner", run.config, "--set", "learner.staleness_bound=-1")
+    assert "learner.staleness_bound: must be >= 0, got -1" in message
 
 
 @pytest.mark.parametrize("role", ["up", "learner"])
-def test_a_config_that_is_not_there(tmp_path: Path, role: str) -> None:
+def test_a_missing_config(tmp_path: Path, role: str) -> None:
     assert refused(role, tmp_path / "no.toml") == f"config {tmp_path}/no.toml cannot be read: No such file or directory"
 
 
 def test_a_corpus_line_without_text(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text('{"id": "a", "text": "red"}\n{"id": "b"}\n')
-    said = refused("index", corpus, "--out", tmp_path / "index", "--encoder", "bow")
-    assert f"{corpus}" in said
-    assert "2" in said
-    assert "text" in said
+    message = refused("index", corpus, "--out", tmp_path / "index", "--encoder", "bow")
+    assert f"{corpus}" in message
+    assert "2" in message
+    assert "text" in message
     assert not (tmp_path / "index").exists()
 
 
 def test_an_index_made_with_another_encoder(run: TinyRun) -> None:
-    said = refused("retriever", run.index, "--encoder", run.model, "--address", "tcp://127.0.0.1:0")
-    assert "another encoder" in said
-    assert str(run.index) in said
+    message = refused("retriever", run.index, "--encoder", run.model, "--address", "tcp://127.0.0.1:0")
+    assert "another encoder" in message
+    assert str(run.index) in message
 
 
 def test_an_unreachable_engine(run: TinyRun) -> None:
-    said = refused("engine", run.config, "--attach", "http://127.0.0.1:1")
-    assert "http://127.0.0.1:1" in said
-    assert "start it" in said
-    said = refused("eval", run.config, "--engine", "http://127.0.0.1:1", "--questions", "1")
-    assert "engine http://127.0.0.1:1 does not answer" in said
-    assert "start it, or correct --engine" in said
+    message = refused("engine", run.config, "--attach", "http://127.0.0.1:1")
+    assert "http://127.0.0.1:1" in message
+    assert "start it" in message
+    message = refused("eval", run.config, "--engine", "http://127.0.0.1:1", "--questions", "1")
+    assert "engine http://127.0.0.1:1 does not answer" in message
+    assert "start it, or correct --engine" in message
 
 
 def test_a_port_in_use(run: TinyRun, taken_port: int) -> None:
@@ -146,8 +146,8 @@ def test_a_port_in_use(run: TinyRun, taken_port: int) -> None:
     assert "network.control_port and network.weights_port" in refused("learner", run.config)
     ports = {"control_port": taken_port, "weights_port": 1, "announce_port": 1}
     sets = [argument for key, port in ports.items() for argument in ("--set", f"network.{key}={port}")]
-    said = refused("learner", run.config, *sets)
-    assert f"cannot listen on {address}: Address already in use" in said
+    message = refused("learner", run.config, *sets)
+    assert f"cannot listen on {address}: Address already in use" in message
     assert str(taken_port) in refused("engine", run.config, "--port", str(taken_port))
 
 
@@ -157,25 +157,27 @@ def test_a_model_folder_without_tokenizer(run: TinyRun, tmp_path: Path, role: st
     shutil.copytree(run.model, model)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).unlink()
-    said = refused(role, run.config, "--set", f"model.path={model}", "--set", f"run.dir={tmp_path / 'run'}")
-    assert str(model) in said
-    assert "tokenizer" in said
+    values = (f"model.path={model}", f"run.dir={tmp_path / 'run'}", "network.control_port=1", "retriever.port=1")
+    message = refused(role, run.config, *(argument for value in values for argument in ("--set", value)))
+    assert str(model) in message
+    assert "tokenizer" in message
     assert not (tmp_path / "run" / "store.sqlite").exists()
 
 
 def test_beyond_loopback_keys_are_needed(run: TinyRun, tmp_path: Path) -> None:
+    ports = ("network.control_port", "network.weights_port", "network.announce_port", "retriever.port")
     for role in ("up", "learner", "actor"):
-        network = ["network.host=0.0.0.0", *(f"network.{key}_port=1" for key in ("control", "weights", "announce"))]
+        network = ["network.host=0.0.0.0", *(f"{key}=1" for key in ports)]
         sets = [argument for value in (*network, f"run.dir={tmp_path}") for argument in ("--set", value)]
-        said = refused(role, run.config, *sets)
-        assert "beyond loopback and needs CURVE keys" in said, role
+        message = refused(role, run.config, *sets)
+        assert "beyond loopback and needs CURVE keys" in message, role
     assert "palimpsest keys" in refused("retriever", run.index, "--address", "tcp://0.0.0.0:0")
 
 
 def test_keys_are_made_once(tmp_path: Path) -> None:
-    said = palimpsest("keys", tmp_path / "keys")
-    assert said.status == 0
-    assert f'keys = "{tmp_path}/keys"' in said.out
+    output = palimpsest("keys", tmp_path / "keys")
+    assert output.status == 0
+    assert f'keys = "{tmp_path}/keys"' in output.out
     assert (tmp_path / "keys" / "server.key_secret").stat().st_mode & 0o077 == 0
     assert "already holds" in refused("keys", tmp_path / "keys")
     assert palimpsest("keys", tmp_path / "keys", "--client", "node-7").status == 0
@@ -183,11 +185,11 @@ def test_keys_are_made_once(tmp_path: Path) -> None:
     assert "already has a client node-7" in refused("keys", tmp_path / "keys", "--client", "node-7")
 
 
-def test_chaos_needs_a_run_that_goes_on(tmp_path: Path) -> None:
+def test_chaos_needs_a_running_launcher(tmp_path: Path) -> None:
     assert "no launcher runs in" in refused("chaos", tmp_path)
 
 
-def test_audit(tmp_path: Path) -> None:
+def test_audit_exits_with_1_if_it_finds_a_problem(tmp_path: Path) -> None:
     from learner.leases.decisions import Trained
     from learner.store.run_folder import RunFolder
     from learner.store.store import Store
@@ -200,15 +202,15 @@ def test_audit(tmp_path: Path) -> None:
     store.commit([Trained(0, (7,))])
     store.close()
     broken = palimpsest("audit", tmp_path, "--json")
-    assert broken.status == 1, "a broken promise must be seen in the exit status"
+    assert broken.status == 1, "a problem must show in the exit status"
     assert json.loads(broken.out)["problems"] == [
         "1 groups were trained that are not in the store",
     ]
 
 
 def test_dry_run_starts_nothing(run: TinyRun, tmp_path: Path) -> None:
-    said = palimpsest("up", run.config, "--dry-run", "--set", "run.dir=here", cwd=tmp_path)
-    assert said.status == 0, said.err
-    names = [line.partition(":")[0] for line in said.out.splitlines()]
+    output = palimpsest("up", run.config, "--dry-run", "--set", "run.dir=here", cwd=tmp_path)
+    assert output.status == 0, output.err
+    names = [line.partition(":")[0] for line in output.out.splitlines()]
     assert names == ["learner", "retriever", "engine-0", "actor-0"]
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Whole runs of real processes: a tiny one to its end, and demos whose processes are killed or interrupted."""
+"""Whole runs of real processes: a tiny run, and a demo that is interrupted and whose processes are killed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def assert_nothing_left(run_dir: Path, processes: dict[str, int]) -> None:
 
 
 def assert_metrics_are_declared(run_dir: Path) -> None:
-    """Those of all processes, in the last line of metrics.jsonl; all that the processes of a run always have."""
+    """The last line of metrics.jsonl has every declared metric that a run always reports, and no undeclared one."""
     row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     tags = row.keys() - {"time", "step", "tokens_by_age", "tokens_by_context"}
     assert undeclared(tags) == set()
@@ -58,7 +58,7 @@ def assert_metrics_are_declared(run_dir: Path) -> None:
 
 
 def test_a_tiny_run_through_everything(tmp_path: Path) -> None:
-    """Two steps of an untrained model: retriever, engine, actor and learner as processes on real sockets."""
+    """Two steps of an untrained model; retriever, engine, actor and learner are processes on real sockets."""
     run = make_tiny_run(tmp_path)
     log = tmp_path / "up.log"
     with launched("up", run.config, log=log) as process:
@@ -66,7 +66,7 @@ def test_a_tiny_run_through_everything(tmp_path: Path) -> None:
         processes = pids(run.run_dir)
         assert process.wait(timeout=RUN_TIMEOUT_S) == 0, log.read_text()
     assert_nothing_left(run.run_dir, processes)
-    assert "up: tiny is at its last step, 2" in log.read_text()
+    assert "up: tiny has completed its last step, 2" in log.read_text()
     audit = audit_run(run.run_dir)
     assert audit.problems == ()
     assert (audit.num_steps, audit.num_trained, audit.num_trajectories_trained) == (2, 4, 8)
@@ -78,8 +78,8 @@ def test_a_tiny_run_through_everything(tmp_path: Path) -> None:
     assert [path.name for path in (run.run_dir / "checkpoints").iterdir()] == ["step-00000002"]
 
 
-def test_two_ranks_at_rate_0_agree_with_the_engine(tmp_path: Path) -> None:
-    """A learner of two processes publishes what it trains: were it not so, the mismatch would not be flat."""
+def test_two_ranks_with_learning_rate_0_agree_with_the_engine(tmp_path: Path) -> None:
+    """If a learner of two ranks published other weights than it trains, the mismatch would not be flat."""
     run = make_tiny_run(tmp_path)
     log = tmp_path / "up.log"
     with launched("up", run.config, "--check-drift", "--set", "learner.ranks=2", log=log) as process:
@@ -100,8 +100,8 @@ def demo(run_dir: Path) -> tuple[str | Path, ...]:
 
 
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A demo that was interrupted after two steps; checked to leave nothing behind."""
+def interrupted_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a demo that was interrupted after two steps; no process, port or temporary file remains."""
     run_dir = tmp_path_factory.mktemp("demo") / "run"
     log = run_dir.parent / "demo.log"
     before = set(Path("/tmp").glob("palimpsest-*"))
@@ -118,9 +118,9 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_demo_survives_an_interrupt_and_kills(warm: Path) -> None:
-    """Ctrl-C after two steps, then run again: an actor, the engine and the learner are killed, and it still ends."""
-    run_dir, log = warm, warm.parent / "demo.log"
+def test_an_interrupted_demo_completes_although_processes_are_killed(interrupted_demo: Path) -> None:
+    """Resumed after Ctrl-C, the demo completes although an actor, the engine and the learner are killed."""
+    run_dir, log = interrupted_demo, interrupted_demo.parent / "demo.log"
     audit = audit_run(run_dir)
     assert audit.problems == ()
     already = steps(run_dir)

@@ -1,4 +1,4 @@
-"""Tiny runs of real processes in which one process dies at each named fault point: nothing is lost, and they end."""
+"""Tiny runs of real processes in which one process dies at a fault point: the run completes and loses no group."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.launch.tiny_run import make_tiny_run
 
 NUM_STEPS = 4
 BATCH_SIZE = 2
-# What happens once in a run, or not before its last steps.
+# These fault points are reached once in a run, or only in its last steps.
 ONCE = ("store.claim", "store.end", "store.retention", "run.finished")
 QUICK = {"store.group.durable"}
 
@@ -28,7 +28,7 @@ def slow_but(quick: set[str]) -> list[object]:
 
 
 @pytest.mark.parametrize("name", slow_but(QUICK))
-def test_a_process_dies_here_and_nothing_is_lost(tmp_path: Path, name: str) -> None:
+def test_a_run_completes_without_losses_when_a_process_dies(tmp_path: Path, name: str) -> None:
     run = make_tiny_run(tmp_path)
     log = tmp_path / "up.log"
     count = 1 if name.startswith(ONCE) else 2
@@ -47,29 +47,29 @@ def test_a_process_dies_here_and_nothing_is_lost(tmp_path: Path, name: str) -> N
     assert [path.name for path in (run.run_dir / "checkpoints").iterdir()] == [f"step-{NUM_STEPS:08d}"]
 
 
-def dies(fault: str, *points: str) -> tuple[int, str]:
-    """(status, stderr) of a process that comes to `points`, one after another."""
+def reach(fault: str, *points: str) -> tuple[int, str]:
+    """(exit status, stderr) of a process that reaches the fault points `points` in order."""
     code = f"from protocol.fault_injection import fault_point\nfor name in {points!r}: fault_point(name)"
     environment = {**os.environ, faults.VARIABLE: fault}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     return done.returncode, done.stderr
 
 
-def test_a_process_dies_where_and_when_it_is_told() -> None:
-    assert dies("actor.sent:2", "actor.sent", "actor.finished")[0] == 0
-    assert dies("actor.sent:2", "actor.sent", "actor.finished", "actor.sent")[0] == -signal.SIGKILL
-    assert dies("", "actor.sent")[0] == 0
+def test_a_process_is_killed_at_the_nth_pass_of_its_fault_point() -> None:
+    assert reach("actor.sent:2", "actor.sent", "actor.finished")[0] == 0
+    assert reach("actor.sent:2", "actor.sent", "actor.finished", "actor.sent")[0] == -signal.SIGKILL
+    assert reach("", "actor.sent")[0] == 0
 
 
 @pytest.mark.parametrize("fault", ["actor.sent", "actor.sent:0", "actor.sent:-1", "actor.sent:x", "nowhere:1"])
-def test_a_fault_that_does_not_exist_is_refused(fault: str) -> None:
-    status, stderr = dies(fault, "actor.sent")
+def test_an_invalid_fault_is_refused(fault: str) -> None:
+    status, stderr = reach(fault, "actor.sent")
     assert status == 1
     assert f"PALIMPSEST_FAULT must be name:count with a count >= 1, got '{fault}'" in stderr
 
 
 def test_every_fault_point_is_in_the_code_once() -> None:
-    """A transaction has one before its commit and one after."""
+    """A transaction has a fault point before its commit and one after."""
     root = Path(faults.__file__).parents[1]
     code = "".join(path.read_text() for folder in ("actor", "learner") for path in (root / folder).rglob("*.py"))
     named = re.findall(r'fault_point\("([a-z.]+)"\)', code)
