@@ -8,19 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from actor.chat.tokenizer import Tokenizer
-from actor.engines.completion import Completion
-from actor.engines.sampling import SamplingParams
 from actor.episode import Episode
-from actor.rewards.reward import ExactMatchReward
-from actor.rollout import Episodes, GroupRollout
 from actor.session import Session
-from actor.tasks.task import Task
-from actor.tasks.toy.tokenizer import write_tokenizer
 from actor.workflows.workflow import Workflow
 from protocol.config_base import Options
-from protocol.messages import Lease
+from protocol.messages import MAX_ANSWER_CHARS
 from protocol.types import Question, Status
+from tests.actor.rollout_parts import END, Scripted, answer, decoded, lease, make_rollout, sent_and_received
 
 WAIT_S = 20.0
 
@@ -48,43 +42,11 @@ class GatedWorkflow(Workflow):
         return Episode(answer=answer, status=status, reason="", stats={"turns": 1.0})
 
 
-class ThreeQuestions(Task):
-    """Questions q0, q1, q2 in turn, all with the answer "zuka"."""
-
-    def question(self, cursor: int) -> Question:
-        return Question(f"q{cursor % 3}", "who?", ("zuka",))
-
-
-class NoEngine:
-    async def generate(self, *_: object, **__: object) -> Completion:
-        raise AssertionError("these tests sample no tokens")
-
-
-def make(workflow: GatedWorkflow, folder: Path, *, max_trajectories: int) -> tuple[GroupRollout, Episodes]:
-    write_tokenizer(folder)
-    episodes = Episodes(
-        workflow=workflow,
-        reward=ExactMatchReward(Options()),
-        pool=NoEngine(),
-        tokenizer=Tokenizer.load(folder),
-        sampling=SamplingParams(),
-        run_id="run",
-        max_context_tokens=64,
-        max_trajectories=max_trajectories,
-    )
-    task = ThreeQuestions(Options(), split="train", seed=0)
-    return GroupRollout(task=task, episodes=episodes), episodes
-
-
-def lease(*, cursor: int = 4, group_size: int = 4) -> Lease:
-    return Lease(lease_id=1, run_id="run", cursor=cursor, attempt=2, group_size=group_size, min_version=0)
-
-
 async def test_a_lease_becomes_a_group(tmp_path: Path) -> None:
     outcomes = [("zuka", Status.COMPLETED), ("bela", Status.COMPLETED), ("", Status.FORMAT_ERROR), ("", Status.FAILED)]
     workflow = GatedWorkflow(outcomes)
     workflow.go.set()
-    rollout, episodes = make(workflow, tmp_path, max_trajectories=8)
+    rollout, episodes = make_rollout(workflow, tmp_path, max_trajectories=8)
     group = await rollout(lease())
     assert (group.run_id, group.cursor, group.attempt, group.question.id) == ("run", 4, 2, "q1")
     assert [trajectory.reward for trajectory in group.trajectories] == [1.0, 0.0, 0.0, 0.0]
@@ -94,7 +56,7 @@ async def test_a_lease_becomes_a_group(tmp_path: Path) -> None:
 
 async def test_concurrent_episodes_are_bounded_by_max_trajectories(tmp_path: Path) -> None:
     workflow = GatedWorkflow([("zuka", Status.COMPLETED)])
-    rollout, episodes = make(workflow, tmp_path, max_trajectories=3)
+    rollout, episodes = make_rollout(workflow, tmp_path, max_trajectories=3)
     groups = [asyncio.ensure_future(rollout(lease(cursor=i))) for i in range(3)]
     async with asyncio.timeout(WAIT_S):
         while workflow.num_running < 3:  # noqa: ASYNC110
@@ -107,7 +69,7 @@ async def test_concurrent_episodes_are_bounded_by_max_trajectories(tmp_path: Pat
 
 async def test_a_cancelled_rollout_frees_its_slots(tmp_path: Path) -> None:
     workflow = GatedWorkflow([("zuka", Status.COMPLETED)])
-    rollout, episodes = make(workflow, tmp_path, max_trajectories=2)
+    rollout, episodes = make_rollout(workflow, tmp_path, max_trajectories=2)
     rolling = asyncio.ensure_future(rollout(lease()))
     async with asyncio.timeout(WAIT_S):
         while workflow.num_running < 2:  # noqa: ASYNC110
@@ -118,3 +80,32 @@ async def test_a_cancelled_rollout_frees_its_slots(tmp_path: Path) -> None:
         assert (episodes.num_running, workflow.num_running) == (0, 0)
         workflow.go.set()
         await rollout(lease(group_size=2))
+
+
+async def test_context_rewards_are_those_of_the_contexts(tmp_path: Path) -> None:
+    async def play(index: int, session: Session) -> Episode:
+        await answer(session)
+        await answer(session)
+        return Episode(answer="zuka", context_rewards=(0.5, -0.25))
+
+    rollout, episodes = make_rollout(Scripted(play), tmp_path)
+    group = await rollout(lease(group_size=2))
+    assert [[c.reward for c in t.contexts] for t in sent_and_received(group).trajectories] == [[0.5, -0.25]] * 2
+    assert not episodes.failures
+
+
+async def test_an_open_context_is_closed_and_stats_of_session_and_workflow_are_merged(tmp_path: Path) -> None:
+    async def play(index: int, session: Session) -> Episode:
+        session.open_context([7])
+        await session.generate(1)
+        return Episode(answer="x" * (MAX_ANSWER_CHARS + 1), stats={"num_notes": 3.0, "num_turns": 9.0})
+
+    _, episodes = make_rollout(Scripted(play), tmp_path)
+    trajectory, episode = await episodes.run(Question("q", "who?", ()))
+    assert [context.token_ids.tolist() for context in trajectory.contexts] == [[7, END]]
+    assert trajectory.stats == episode.stats
+    assert trajectory.stats["num_notes"] == 3.0
+    assert trajectory.stats["num_turns"] == 9.0, "the workflow's own count has precedence"
+    assert trajectory.stats["num_generated_tokens"] == 1.0
+    assert episode.transcripts == (decoded(tmp_path, [7, END]),)
+    assert len(trajectory.answer) == MAX_ANSWER_CHARS
