@@ -1,4 +1,4 @@
-"""One TOML a run: what is wrong in it is named by its path, its bound and its value."""
+"""The run file: paths, overrides, and errors that name the key, the bound and the value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from protocol.config_file import load_config, save_config
 from protocol.errors import ConfigError, DataError
 
-GOOD = '[model]\npath = "m"\n[task]\nkind = "toy"\nworlds = [1]\n'
+GOOD = '[model]\npath = "m"\n[task]\nuse = "toy"\nworlds = [1]\n'
 
 
 def write(folder: Path, text: str, name: str = "run.toml") -> Path:
@@ -20,7 +20,7 @@ def write(folder: Path, text: str, name: str = "run.toml") -> Path:
     return path
 
 
-def test_relative_paths_are_of_the_file(tmp_path: Path) -> None:
+def test_relative_paths_are_taken_from_the_files_folder(tmp_path: Path) -> None:
     text = (
         '[run]\ndir = "out"\n[model]\npath = "../m"\n[task]\nquestions = ["q.jsonl", "/abs/q.jsonl"]\n'
         '[network]\nkeys = "k"\n[retriever.indexes]\na = "i"\n'
@@ -28,24 +28,26 @@ def test_relative_paths_are_of_the_file(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, text))
     assert config.run.dir == tmp_path / "out"
     assert config.model.path == tmp_path / "../m"
-    assert config.task.questions == (tmp_path / "q.jsonl", Path("/abs/q.jsonl"))
+    assert config.task.options == {"questions": [str(tmp_path / "q.jsonl"), "/abs/q.jsonl"]}
     assert config.network.keys == tmp_path / "k"
     assert config.retriever.indexes == {"a": tmp_path / "i"}
 
 
-def test_relative_paths_in_overrides_are_of_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_in_overrides_are_taken_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
     path = write(tmp_path, GOOD)
     config = load_config(path, ["run.dir=out", 'task.eval_questions=["q"]', "network.keys=k"])
     assert config.run.dir == here / "out"
-    assert config.task.eval_questions == (here / "q",)
+    assert config.task.options["eval_questions"] == [str(here / "q")]
     assert config.network.keys == here / "k"
 
 
 @pytest.mark.parametrize("overrides", [[], ["run.dir=out"], ["model.path=other"]])
-def test_what_is_saved_reads_the_same_from_anywhere(
+def test_a_saved_config_is_the_same_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
 ) -> None:
     """Roles read RUN/config.json, which lies in another folder than the file and the shell that it came from."""
@@ -66,46 +68,50 @@ def test_what_is_saved_reads_the_same_from_anywhere(
         ("learner.loss={clip_low = 0.3}", 0.3),
     ],
 )
-def test_overrides(tmp_path: Path, override: str, expected: float) -> None:
-    assert load_config(write(tmp_path, GOOD), [override]).learner.loss.clip_low == expected
+def test_an_override_sets_a_value(tmp_path: Path, override: str, expected: float) -> None:
+    assert load_config(write(tmp_path, GOOD), [override]).learner.loss.options == {"clip_low": expected}
 
 
 def test_a_bare_word_is_a_string(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, GOOD), ["run.name=tuesday", 'learner.device="cuda:0"', "task.reward=f1"])
-    assert (config.run.name, config.learner.device, config.task.reward) == ("tuesday", "cuda:0", "f1")
-    assert load_config(write(tmp_path, GOOD), ["task.worlds=[4,5]"]).task.worlds == (4, 5)
+    config = load_config(write(tmp_path, GOOD), ["run.name=tuesday", 'learner.device="cuda:0"', "reward.use=f1"])
+    assert (config.run.name, config.learner.device, config.reward.use) == ("tuesday", "cuda:0", "f1")
+    assert load_config(write(tmp_path, GOOD), ["task.worlds=[4,5]"]).task.options["worlds"] == [4, 5]
 
 
 @pytest.mark.parametrize("override", ["learner", "=3", "learner.=3", ".x=1", ""])
-def test_overrides_of_no_form(tmp_path: Path, override: str) -> None:
+def test_an_override_without_key_or_value_is_refused(tmp_path: Path, override: str) -> None:
     with pytest.raises(ConfigError, match=r"--set must be section.key=value, got"):
         load_config(write(tmp_path, GOOD), [override])
 
 
-def test_overrides_into_a_value(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="kind is a value, not a section"):
-        load_config(write(tmp_path, GOOD), ["task.kind.x=1"])
+def test_an_override_into_a_value_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="use is a value, not a section"):
+        load_config(write(tmp_path, GOOD), ["task.use.x=1"])
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("[learner]\nclip = 1\n", "learner.clip: unknown key; known here: num_steps, groups_per_batch"),
-        ("[learner.loss]\nclip = 1\n", "learner.loss.clip: unknown key; known here: policy_loss, clip_low"),
-        ("[lerner]\n", "lerner: unknown key; known here: run, network, model"),
-        ("[learner]\nstaleness_bound = -1\n", "learner.staleness_bound: .*greater than or equal to 0, got -1"),
-        ("[learner]\nnum_steps = 0\n", "learner.num_steps: .*greater than or equal to 1, got 0"),
-        ("[learner]\nlease_timeout_s = nan\n", "learner.lease_timeout_s: .*greater than 0, got nan"),
-        ('[learner]\ndtype = "fp8"\n', "learner.dtype: Input should be 'float32' or 'bfloat16', got 'fp8'"),
+        (
+            "[learner.loss]\nclip = 1\n",
+            "learner.loss.clip: unknown key; .*known here: clip_low, clip_high, dual_clip, use, corrections",
+        ),
+        ("[lerner]\n", "lerner: unknown key; did you mean 'learner'; known here: run, network, model"),
+        ("[learner]\nnum_step = 1\n", "learner.num_step: unknown key; did you mean 'num_steps'; known here: "),
+        ("[learner]\nstaleness_bound = -1\n", "learner.staleness_bound: must be >= 0, got -1"),
+        ("[learner]\nnum_steps = 0\n", "learner.num_steps: must be >= 1, got 0"),
+        ("[learner]\nlease_timeout_s = nan\n", "learner.lease_timeout_s: must be > 0, got nan"),
+        ('[learner]\ndtype = "fp8"\n', "learner.dtype: must be one of 'float32' or 'bfloat16', got 'fp8'"),
         ("[learner.loss]\nminibatches = 1000\n", "minibatches must be <= groups_per_batch .* 128, got 1000"),
         ('[run]\nname = "a b"\n', "run.name: .*pattern.*, got 'a b'"),
-        ("[network]\ncontrol_port = 70000\n", "network.control_port: .*65535, got 70000"),
-        ("[sampling]\ntop_p = 0.9\n", "sampling: top_p is refused: a truncating sampler's log-probs"),
+        ("[network]\ncontrol_port = 70000\n", "network.control_port: must be <= 65535, got 70000"),
+        ("[sampling]\ntop_p = 0.9\n", "sampling: top_p is refused: engines record log-probs of the whole distribution"),
         ("[sampling]\ntop_n = 9\n", "sampling.top_n: unknown key"),
         ("run = 3\n", "run: .*got 3"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, text: str, says: str) -> None:
+def test_an_error_names_the_key_the_bound_and_the_value(tmp_path: Path, text: str, says: str) -> None:
     path = write(tmp_path, text + GOOD)
     with pytest.raises(ConfigError, match=says) as refused:
         load_config(path)
@@ -113,18 +119,97 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, says: str) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_what_must_be_set_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="model: must be set; task: must be set"):
+def test_only_the_model_must_be_set(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.toml: model: must be set$"):
         load_config(write(tmp_path, ""))
-    with pytest.raises(ConfigError, match=r"task.questions must name at least one JSONL file"):
-        load_config(write(tmp_path, '[model]\npath = "m"\n[task]\nkind = "qa"\n'))
+    with pytest.raises(ConfigError, match=r"model\.path: must be set"):
+        load_config(write(tmp_path, "[model]\n"))
+    config = load_config(write(tmp_path, '[model]\npath = "m"\n'))
+    assert (config.task.use, config.reward.use, config.workflow.use, config.tool) == ("qa", "em", "memsearcher", ())
+    assert (config.learner.advantage.use, config.learner.loss.use) == ("grpo", "ppo")
+    assert [correction.use for correction in config.learner.loss.corrections] == ["truncate"]
+
+
+def test_base_dir_is_the_files_folder_unless_it_is_set(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, GOOD)).run.base_dir == tmp_path
+    assert load_config(write(tmp_path, '[run]\nbase_dir = "sub"\n' + GOOD)).run.base_dir == tmp_path / "sub"
+
+
+def test_keys_of_an_extension_are_kept_as_its_options(tmp_path: Path) -> None:
+    text = (
+        '[model]\npath = "m"\n'
+        '[task]\nuse = "my.agent:Films"\nfile = "films.jsonl"\nnum = 3\n'
+        '[workflow]\nuse = "my.agent:Notes"\ncontext_tokens = 100\ntools = ["search", "add"]\nmax_turns = 4\n'
+        '[[tool]]\nuse = "search"\ntop_n = 2\n'
+        '[[tool]]\nuse = "my.tools:Add"\nname = "add"\nbase = 10\n'
+        '[learner.advantage]\nuse = "my.algorithm:Mine"\nalpha = 0.5\n'
+        '[learner.loss]\nuse = "cispo"\nclip_high = 4.0\n'
+        'corrections = [{use = "mask", high = 4.0}, {use = "my.algorithm:Cut", k = 3}]\n'
+    )
+    config = load_config(write(tmp_path, text))
+    assert config.task.options == {"file": "films.jsonl", "num": 3}, "as written: the task resolves its paths"
+    assert (config.workflow.context_tokens, config.workflow.tools) == (100, ("search", "add"))
+    assert config.workflow.options == {"max_turns": 4}
+    assert [(tool.lookup_name, tool.options) for tool in config.tool] == [
+        ("search", {"top_n": 2}),
+        ("add", {"base": 10}),
+    ]
+    assert config.learner.advantage.options == {"alpha": 0.5}
+    assert config.learner.loss.options == {"clip_high": 4.0}
+    assert [correction.options for correction in config.learner.loss.corrections] == [{"high": 4.0}, {"k": 3}]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[[tool]]\nuse = "search"\n[[tool]]\nuse = "search"\n', "tool: two tools have the name 'search'; give one"),
+        (
+            '[[tool]]\nuse = "my.tools:Add"\n',
+            r"tool\.0: name must be set for a tool .* an import path \(my\.tools:Add\)",
+        ),
+        ('[[tool]]\nuse = "search"\nname = "a b"\n', r"tool\.0\.name: .*, got 'a b'"),
+        ("[[tool]]\ntop_n = 3\n", r"tool\.0\.use: must be set"),
+        (
+            '[reward]\nuse = "my agent"\n',
+            r"reward\.use: must be a built-in name or an import path package\.module:Name",
+        ),
+        ('[reward]\nuse = "a:b:c"\n', r"reward\.use: must be a built-in name or an import path package\.module:Name"),
+        ("[workflow]\ncontext_tokens = 1\n", r"workflow\.context_tokens: must be >= 2, got 1"),
+    ],
+)
+def test_a_section_of_an_extension_is_checked_without_loading_it(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_config(write(tmp_path, GOOD + text))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            '[learner.advantage]\nuse = "grop"\n',
+            "learner.advantage.use: there is no built-in 'grop'; did you mean 'grpo'",
+        ),
+        ('[learner.loss]\nuse = "cisp"\n', "learner.loss.use: there is no built-in 'cisp'; did you mean 'cispo'"),
+        (
+            "[learner.advantage]\nep = 1.0\n",
+            "learner.advantage.ep: unknown key; did you mean 'eps'; known here: normalize_",
+        ),
+        ("[learner.advantage]\neps = 0.0\n", "learner.advantage.eps: must be > 0, got 0.0"),
+        ("[learner.loss]\nclip_low = 1.5\n", "learner.loss.clip_low: must be <= 1, got 1.5"),
+    ],
+)
+def test_options_of_built_in_algorithms_are_checked(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as refused:
+        load_config(write(tmp_path, GOOD + text))
+    assert str(refused.value).startswith(f"{tmp_path / 'run.toml'}: ")
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [("run.toml", b"[run"), ("run.toml", b"\xff\xfe"), ("run.json", b"{"), ("run.json", b"\xff\xfe")],
 )
-def test_files_that_are_not_of_their_kind(tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_file_that_is_not_toml_or_json_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError, match=f"config {path} is not valid"):
@@ -132,7 +217,7 @@ def test_files_that_are_not_of_their_kind(tmp_path: Path, name: str, content: by
 
 
 @pytest.mark.parametrize("tree", [[], 3, "text", None])
-def test_json_that_is_no_table(tmp_path: Path, tree: object) -> None:
+def test_json_that_is_not_an_object_is_refused(tmp_path: Path, tree: object) -> None:
     for overrides in ([], ["run.name=x"]):
         with pytest.raises((ConfigError, DataError), match=r"run.json"):
             load_config(write(tmp_path, json.dumps(tree), "run.json"), overrides)
@@ -141,23 +226,35 @@ def test_json_that_is_no_table(tmp_path: Path, tree: object) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("workflow.top_n=101", ["workflow.top_n", "100"]),
-        ("workflow.context_tokens=1536", ["workflow.context_tokens = 1536", "512 + 1024"]),
-        ("learner.loss.corrections=[{kind='mask', low=6.0}]", ["corrections.0.mask: low must be <= high = 5.0", "6.0"]),
-        ("learner.loss.corrections=[{kind='truncate', low=1}]", ["corrections.0.truncate.low: unknown key"]),
-        ("learner.loss.corrections=[{kind='clamp'}]", ["learner.loss.corrections.0", "'truncate'", "'clamp'"]),
-        ("learner.loss.corrections=[{kind='truncate', high=inf}]", ["corrections.0.truncate.high", "finite", "inf"]),
-        ("learner.loss={policy_loss='cispo', dual_clip=3.0}", ["dual_clip must not be set", "'cispo', got 3.0"]),
-        ("learner.loss.dual_clip=1.0", ["learner.loss.dual_clip", "greater than 1"]),
-        ("learner={advantage={estimator='maxrl'}, loss={kl_in='reward', kl_coefficient=0.1}}", ["learner.loss.kl_in"]),
         (
-            "learner={advantage={estimator='gae'}, skip_zero_variance=true}",
-            ["skip_zero_variance must be false"],
+            "learner.loss.corrections=[{use='mask', low=6.0}]",
+            ["learner.loss.corrections[0]: low must be <= high = 5.0, got 6.0"],
         ),
-        ("learner.optimizer.betas=[0.9,1.0]", ["learner.optimizer.betas", "less than 1"]),
+        (
+            "learner.loss.corrections=[{use='truncate', low=1}]",
+            ["learner.loss.corrections[0].low: unknown key", "known here: scope, ratio, high, use"],
+        ),
+        (
+            "learner.loss.corrections=[{use='mask'}, {use='clamp'}]",
+            ["learner.loss.corrections[1].use", "'clamp'", "built-in: truncate, mask, reject"],
+        ),
+        ("learner.loss.corrections=[{high=1.0}]", ["learner.loss.corrections.0.use: must be set"]),
+        (
+            "learner.loss.corrections=[{use='truncate', high=inf}]",
+            ["learner.loss.corrections[0].high", "finite", "inf"],
+        ),
+        ("learner.loss={use='cispo', dual_clip=3.0}", ["learner.loss.dual_clip: unknown key"]),
+        ("learner.loss.dual_clip=1.0", ["learner.loss.dual_clip: must be > 1, got 1.0"]),
+        ("learner={advantage={use='maxrl'}, loss={kl_in='reward', kl_coefficient=0.1}}", ["learner.loss.kl_in"]),
+        ("learner={advantage={use='gae'}, skip_zero_variance=true}", ["skip_zero_variance must be false", "got true"]),
+        (
+            "learner={advantage={use='my.algorithm:Mine'}, skip_zero_variance=true}",
+            ["skip_zero_variance must be false", "got true"],
+        ),
+        ("learner.optimizer.betas=[0.9,1.0]", ["learner.optimizer.betas.1: must be < 1, got 1.0"]),
     ],
 )
-def test_budgets_that_cannot_hold_are_refused(tmp_path: Path, override: str, words: list[str]) -> None:
+def test_values_that_do_not_fit_together_are_refused(tmp_path: Path, override: str, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, GOOD), [override])
     assert all(word in str(caught.value) for word in words), caught.value
