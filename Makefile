@@ -60,8 +60,8 @@ format: setup  ## Format and apply automatic lint fixes
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-docs: setup  ## Write the generated documents: docs/metrics.md
-	@$(BIN)/python -m learner.metrics.document docs/metrics.md
+docs: setup  ## Write the generated documents: docs/config.md, docs/api.md, docs/metrics.md
+	@$(BIN)/python docs/generate.py
 
 bench: setup  ## Run every benchmark with --quick; each prints a JSON object as its last line
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python -P $$file --quick || exit 1; done

@@ -128,6 +128,24 @@ ACTOR_METRICS = (
         absent_if=_NO_ACTOR,
     ),
     Metric(
+        name="actor/trajectories_failed",
+        reduction=_OVER_ACTORS,
+        unit="trajectories",
+        explanation="trajectories with status FAILED since the start of their actor: an engine, a tool, the workflow or "
+        "the reward raised an error",
+        healthy="0; the reasons are in the actors' logs",
+        absent_if=_NO_ACTOR,
+    ),
+    Metric(
+        name="actor/failed_{kind}",
+        reduction=_OVER_ACTORS,
+        unit="trajectories",
+        explanation="FAILED trajectories of one kind, such as `SearchFailed` or `workflow_TypeError`; the 16 most "
+        "frequent kinds of each actor",
+        healthy="absent",
+        absent_if="no trajectory failed in this way",
+    ),
+    Metric(
         name="actor/engine_requests",
         reduction=_OVER_ACTORS,
         unit="requests",
