@@ -1,4 +1,4 @@
-"""`palimpsest engine`: an embedded engine, or the weight agent of an SGLang server that runs elsewhere."""
+"""`palimpsest engine`: starts an embedded engine with its weight agent, or the weight agent of an SGLang server."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 @click.argument("config", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--name", help="Unique among the run's engines.  [default: engine-HOSTNAME-PID]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where the HTTP server listens.")
-@click.option("--port", default=0, show_default=True, help="0 takes a free one.")
-@click.option("--attach", metavar="URL", help="Start no server: bring the SGLang server at URL to each version.")
-@click.option("--advertise", metavar="URL", help="Where actors find the engine.  [default: the server's own URL]")
+@click.option("--port", default=0, show_default=True, help="0: a free port.")
+@click.option("--attach", metavar="URL", help="Start no server: keep the weights of the SGLang server at URL current.")
+@click.option("--advertise", metavar="URL", help="The engine's address for actors.  [default: the server's own URL]")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the config.")
 def engine(
     config: Path,
@@ -35,7 +35,7 @@ def engine(
 ) -> None:
     """Serve the policy over SGLang's HTTP API and keep its weights current.
 
-    CONFIG is the run's TOML or saved config.json. The engine serves leases once it has committed a first publication.
+    CONFIG is the run's TOML or saved config.json. The engine serves leases after it has committed a first publication.
     Weight files are written under the run's folder; with --attach, the server must be able to read them there.
     """
     from protocol.config_file import load_config
@@ -46,12 +46,13 @@ def engine(
     start_role(name)
     loaded = load_config(config, overrides)
     if attach is not None:
-        run_async(_keep_current(loaded, name=name, url=attach, advertise=advertise, pause_mode=None))
+        run_async(run_weight_agent(loaded, name=name, url=attach, advertise=advertise, pause_mode=None))
     else:
-        run_async(_serve(loaded, name=name, host=host, port=port, advertise=advertise))
+        run_async(serve_engine(loaded, name=name, host=host, port=port, advertise=advertise))
 
 
-async def _serve(config: Config, *, name: str, host: str, port: int, advertise: str | None) -> None:
+async def serve_engine(config: Config, *, name: str, host: str, port: int, advertise: str | None) -> None:
+    """Runs an embedded engine and its weight agent until one of them ends or fails, or until cancelled."""
     from actor.engine.server import EngineServer
 
     server = EngineServer(
@@ -68,9 +69,9 @@ async def _serve(config: Config, *, name: str, host: str, port: int, advertise: 
     await server.start()
     try:
         click.echo(f"engine: ready at {server.url} ({name})")
-        await _first_to_end(
+        await _run_until_first_ends(
             server.wait(),
-            _keep_current(config, name=name, url=server.url, advertise=advertise, pause_mode="retract"),
+            run_weight_agent(config, name=name, url=server.url, advertise=advertise, pause_mode="retract"),
         )
     finally:
         await server.stop()
@@ -86,13 +87,14 @@ def random_engine_seed(run_seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
-async def _keep_current(
+async def run_weight_agent(
     config: Config, *, name: str, url: str, advertise: str | None, pause_mode: UpdateMode | None
 ) -> None:
-    """The weight agent, until cancelled; its weight files are in the run's folder. `pause_mode` None: as the server's
-    release allows.
+    """Runs the weight agent of the engine at `url` until cancelled. Its weight files are in the run's folder.
 
-    Raises: UserError where there is no engine at `url`, or actors may not or cannot use its address.
+    `pause_mode` None: chosen by `update_mode` from the server's release.
+
+    Raises: UserError (no engine at `url`; or actors may not, or cannot, use its address).
     """
     import shutil
 
@@ -139,8 +141,8 @@ async def _keep_current(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-async def _first_to_end(*coroutines: Coroutine[object, object, None]) -> None:
-    """Runs them until one ends; its error is raised, the others are cancelled."""
+async def _run_until_first_ends(*coroutines: Coroutine[object, object, None]) -> None:
+    """Runs coroutines until one ends, then cancels the others. Raises the error of the one that ended."""
     import asyncio
 
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]

@@ -1,19 +1,27 @@
-"""An engine's one weight agent: brings it to the newest publication, all or nothing, and says what it serves.
+"""The weight agent of one engine: installs the newest publication, all or nothing, and reports the engine's state.
 
-    Announcement or 1 s ─► report, learn the newest              (a task of its own: never silent while weights move)
+    Announcement or 1 s ─► report ─► reply: the newest publication           (a separate task: also during updates)
                                   │
                                   ▼
     fetch, verify: a folder ─► pause ─► update, flush ─► continue ─► canary ─► committed, report
-                                  └────────── anything fails ──────────┘
+                                  └──────────── any failure ───────────┘
                                                     ▼
-                       quarantined: paused, what is in flight aborted; brought again 2 s later
+                       quarantined: paused, requests in flight aborted; installed again 2 s later
 
-Until the engine has committed a first publication it serves no lease (`joining`). It goes on serving what it has while
-the next one is fetched (`serving`) and put in place (`updating`: requests wait in the engine). The canary, prompts of
-which the learner has published log-probs, leaves before the engine continues, to be answered among the first: it shows
-that the engine computes with the published weights and has no prefix of old ones in its cache. An engine that fails is
-`quarantined` and reported, and gives no tokens until it has been brought again from the start. One that was restarted
-states another version than was committed, and joins anew.
+    task       consumes                    produces                        waits for             unblocked by
+    listen     announcements               a report now                    an announcement       the publisher
+    reports    the engine's state          EngineReport; newest version    the reply, then 1 s   a change of state
+    updates    the newest publication      a committed version             a reply to a report   the reports task
+
+The states are those of EngineReport. `joining`: no publication is committed yet, and the engine serves no lease.
+`serving`: it serves the committed publication, also while the next one is fetched. `updating`: requests wait in the
+engine while new weights are installed. `quarantined`: an installation failed; the engine returns no tokens until an
+installation succeeds as a whole.
+
+The canary is a set of prompts with the log-probs that the learner computed. It is sent before the engine continues, so
+that it is among the first requests to be answered. It checks that the engine computes with the published weights, and
+that its prefix cache holds no KV of old weights. An engine that was restarted serves another version than the committed
+one; its state is `joining` again.
 """
 
 from __future__ import annotations
@@ -21,11 +29,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from actor.engines.sampling import SamplingParams
 from actor.engines.sglang_client import SGLangClient, UpdateMode
-from actor.weights.fetch import Prepared, WeightFetcher
+from actor.weights.canary import measure_canary_error
+from actor.weights.fetch import PreparedWeights, WeightFetcher
 from protocol.errors import EngineError, ProtocolError, RemoteError, WeightsError
 from protocol.fault_injection import fault_point
 from protocol.messages import EngineFields, EngineReply, EngineReport
@@ -35,20 +44,39 @@ from protocol.types import PolicyTag
 
 log = logging.getLogger(__name__)
 
-_REPORT_EVERY_S = 1.0
-_REQUEST_TIMEOUT_S = 10.0
-_RETRY_S = 2.0
-_CANARY_TIMEOUT_S = 60.0
-_CANARY_SAMPLING = SamplingParams(temperature=0.0, max_new_tokens=1, allow_truncation=True)
+_MAX_ERROR_CHARS = 1_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentTimeouts:
+    """Time-outs and intervals of a weight agent.
+
+    report_every_s  longest time between two reports
+    report_s        for the reply to a report
+    retry_s         wait after a failure, before the engine is checked again
+    canary_s        for the engine's responses to the canary
+    manifest_s      for a manifest
+    chunk_s         for a chunk
+    """
+
+    report_every_s: float = 1.0
+    report_s: float = 10.0
+    retry_s: float = 2.0
+    canary_s: float = 60.0
+    manifest_s: float = 10.0
+    chunk_s: float = 30.0
 
 
 class WeightAgent:
-    """Runs until cancelled. `folder` is its own, for the weight files that the engine reads; `url` is where actors
-    find the engine.
+    """Keeps the weights of one engine current. `run` returns only if it is cancelled.
 
-    `pause_mode` says what an update does to requests in flight. `retract` queues them up without their KV, and they go
-    on under the new weights: nothing sampled is lost. Where that is not safe (`update_mode` knows), they are aborted,
-    and the actors' pools sample them again. The canary waits its turn behind what is queued in the engine.
+    folder        for the weight files that the engine reads; no other process may use it
+    url           the engine's address for actors
+    pause_mode    what an update does to requests in flight. `retract` drops their KV and queues them again; they
+                  continue with the new weights, and no sampled token is lost. If that is not safe (see `update_mode`),
+                  `abort` ends them, and the actors' pools sample them again
+
+    The canary is queued in the engine behind the requests that wait there.
     """
 
     def __init__(
@@ -63,6 +91,7 @@ class WeightAgent:
         url: str,
         pause_mode: UpdateMode,
         canary_tolerance: float,
+        timeouts: AgentTimeouts | None = None,
     ) -> None:
         self._name = name
         self._url = url
@@ -70,20 +99,32 @@ class WeightAgent:
         self._engine = engine
         self._requests = requests
         self._announcements = announcements
-        self._fetcher = WeightFetcher(requests=requests, base_model=base_model, folder=folder)
+        self._timeouts = timeouts or AgentTimeouts()
+        self._fetcher = WeightFetcher(
+            requests=requests,
+            base_model=base_model,
+            folder=folder,
+            manifest_timeout_s=self._timeouts.manifest_s,
+            chunk_timeout_s=self._timeouts.chunk_s,
+        )
         self._canary_tolerance = canary_tolerance
         self._committed: PolicyTag | None = None
         self._newest: PolicyTag | None = None
         self._updating = False
         self._error = ""
-        self._news = asyncio.Event()
-        self._learned = asyncio.Event()
+        self._report_now = asyncio.Event()
+        self._report_replied = asyncio.Event()
         self.num_updates = 0
         self.num_failures = 0
         self.paused_s = 0.0
         self.canary_error = 0.0
 
+    @property
+    def num_fetched_bytes(self) -> int:
+        return self._fetcher.num_fetched_bytes
+
     async def run(self) -> None:
+        """Runs until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._listen())
             tasks.create_task(self._reports())
@@ -92,34 +133,34 @@ class WeightAgent:
     async def _listen(self) -> None:
         while True:
             await self._announcements.recv()
-            self._news.set()
+            self._report_now.set()
 
     async def _reports(self) -> None:
-        """A report each second and on each change; what it learns wakes `_updates`."""
+        """Reports every `report_every_s` and on each change. Each reply wakes `_updates`."""
         while True:
-            self._news.clear()
+            self._report_now.clear()
             try:
                 self._newest = await self._report()
-                self._learned.set()
+                self._report_replied.set()
             except (RemoteError, ProtocolError, TimeoutError) as error:
                 self.num_failures += 1
                 log.warning("engine %s: %s", self._name, error)
             try:
-                async with asyncio.timeout(_REPORT_EVERY_S):
-                    await self._news.wait()
+                async with asyncio.timeout(self._timeouts.report_every_s):
+                    await self._report_now.wait()
             except TimeoutError:
                 pass
 
     async def _updates(self) -> None:
-        """After each report: look at the engine, and bring it to the newest publication if there is a newer one."""
+        """After each reply: checks the engine's version, and installs the newest publication if it is not committed."""
         while True:
-            await self._learned.wait()
-            self._learned.clear()
+            await self._report_replied.wait()
+            self._report_replied.clear()
             before = self._committed, self._error
             try:
-                await self._check_engine()
+                await self._check_version()
                 if self._newest is not None and self._newest != self._committed:
-                    await self._bring(self._newest)
+                    await self._install(self._newest)
                     self.num_updates += 1
                 self._error = ""
             except (EngineError, RemoteError, WeightsError, ProtocolError, TimeoutError) as error:
@@ -127,16 +168,21 @@ class WeightAgent:
                 if str(error) != self._error:
                     log.warning("engine %s: %s", self._name, error)
                 self._error = str(error) or type(error).__name__
-                self._news.set()
-                await asyncio.sleep(_RETRY_S)
+                self._report_now.set()
+                await asyncio.sleep(self._timeouts.retry_s)
             if before != (self._committed, self._error):
-                self._news.set()
+                self._report_now.set()
 
-    async def _check_engine(self) -> None:
-        """An engine that states another version than was committed has been restarted: it joins anew."""
+    async def _check_version(self) -> None:
+        """Forgets the committed publication if the engine serves another version: it was restarted."""
         info = await self._engine.model_info()
         if self._committed is not None and info.weight_version != str(self._committed):
-            log.warning("engine %s serves %s, not %s: it joins anew", self._name, info.weight_version, self._committed)
+            log.warning(
+                "engine %s serves %s instead of %s: it was restarted and gets its weights again",
+                self._name,
+                info.weight_version,
+                self._committed,
+            )
             self._committed = None
 
     def _state(self) -> str:
@@ -147,7 +193,7 @@ class WeightAgent:
         return "updating" if self._updating else "serving"
 
     async def _report(self) -> PolicyTag | None:
-        """The newest publication, None while there is none."""
+        """Sends a report; returns the newest publication, None if there is none. Raises as `RequestClient.request`."""
         tag = self._committed
         fields = EngineFields(
             name=self._name,
@@ -160,29 +206,32 @@ class WeightAgent:
                 "request_id": self._requests.next_id(),
                 "engine": fields,
                 "state": self._state(),
-                "error": self._error[:1000],
+                "error": self._error[:_MAX_ERROR_CHARS],
                 "counters": {
                     "updates": float(self.num_updates),
                     "failures": float(self.num_failures),
                     "paused_s": self.paused_s,
-                    "fetched_bytes": float(self._fetcher.num_bytes),
+                    "fetched_bytes": float(self.num_fetched_bytes),
                     "repeated_chunks": float(self._fetcher.num_repeated_chunks),
                 },
             }
         )
-        reply, _ = await self._requests.request(report, EngineReply, timeout_s=_REQUEST_TIMEOUT_S)
+        reply, _ = await self._requests.request(report, EngineReply, timeout_s=self._timeouts.report_s)
         if reply.publication < 0:
             return None
         return PolicyTag(reply.run_id, reply.publication, reply.version)
 
-    async def _bring(self, tag: PolicyTag) -> None:
-        """The engine serves `tag` when this returns. Where fetching fails it serves what it did; where anything after
-        that fails, nothing is committed and the engine stands still."""
+    async def _install(self, tag: PolicyTag) -> None:
+        """Fetches `tag` and installs it in the engine.
+
+        If fetching fails, the engine serves as before. If a later step fails, no publication is committed and the
+        engine is paused.
+        """
         prepared = await self._fetcher.fetch(tag)
         fault_point("agent.prepared")
         previous = self._committed
         self._updating = True
-        self._news.set()
+        self._report_now.set()
         try:
             await self._update(prepared)
             self._committed = tag
@@ -190,19 +239,21 @@ class WeightAgent:
         except BaseException as error:
             self._committed = None
             if isinstance(error, Exception):
-                await self._stop_engine()
+                await self._pause_and_abort()
             raise
         finally:
             self._updating = False
-        await asyncio.to_thread(self._fetcher.forget_others)
-        log.info("engine %s: %s -> %s, canary %.2g nats off", self._name, previous or "nothing", tag, self.canary_error)
+        await asyncio.to_thread(self._fetcher.delete_other_folders)
+        log.info(
+            "engine %s: %s -> %s, canary error %.2g nats", self._name, previous or "nothing", tag, self.canary_error
+        )
 
-    async def _update(self, prepared: Prepared) -> None:
-        """Pause, update, continue, canary. Raises: EngineError, WeightsError.
+    async def _update(self, prepared: PreparedWeights) -> None:
+        """Pauses the engine, updates it, continues it and checks the canary. Raises: EngineError, WeightsError.
 
-        An engine that has nothing committed gives back what it was asked: nobody may get tokens of it before the
-        canary's answer. One that has goes on with its requests: should the canary fail, those that end in the
-        milliseconds before its answer have been given.
+        If no publication is committed, requests in flight are aborted: no client may get tokens before the canary is
+        checked. Otherwise they continue with the new weights; if the canary then fails, those that ended in the
+        milliseconds before its response have been returned to their clients.
         """
         started_s = time.perf_counter()
         await self._engine.pause("abort" if self._committed is None else self._pause_mode)
@@ -210,9 +261,9 @@ class WeightAgent:
             str(prepared.folder), weight_version=str(prepared.tag), flush_cache=True
         )
         fault_point("agent.updated")
-        canary = asyncio.ensure_future(self._canary_error(prepared))
+        canary = asyncio.ensure_future(measure_canary_error(self._engine, prepared, timeout_s=self._timeouts.canary_s))
         try:
-            await asyncio.sleep(0)  # its requests leave first
+            await asyncio.sleep(0)  # lets the canary send its requests first
             await self._engine.continue_()
             self.paused_s += time.perf_counter() - started_s
             self.canary_error = await canary
@@ -225,31 +276,8 @@ class WeightAgent:
                 f"{self.canary_error:.4g}: the engine does not compute with the weights of {prepared.tag}"
             )
 
-    async def _canary_error(self, prepared: Prepared) -> float:
-        """Mean distance in nats between the engine's log-probs and the learner's; 0 without a canary.
-
-        Raises: EngineError (no answer), WeightsError (of other weights, or found in the cache).
-        """
-        canary = prepared.canary
-        if canary is None or not canary.prompts:
-            return 0.0
-        try:
-            async with asyncio.timeout(_CANARY_TIMEOUT_S):
-                asked = (self._engine.generate(prompt, _CANARY_SAMPLING, rid="canary") for prompt in canary.prompts)
-                completions = await asyncio.gather(*asked)
-        except TimeoutError:
-            raise WeightsError(f"no answer to the canary in {_CANARY_TIMEOUT_S:g} s") from None
-        for prompt, completion in zip(canary.prompts, completions, strict=True):
-            if completion.spans[0].weight_version != str(prepared.tag):
-                raise WeightsError(f"the canary must be of {prepared.tag}, got {completion.spans[0].weight_version}")
-            # What goes on may begin as a canary does, by a token or two; only the last canary has most of this one.
-            if 2 * completion.cached_tokens >= len(prompt):
-                raise WeightsError(f"the canary found {completion.cached_tokens} tokens of old weights in the cache")
-        gaps = [abs(float(c.logprobs[0]) - wanted) for c, wanted in zip(completions, canary.logprobs, strict=True)]
-        return sum(gaps) / len(gaps)
-
-    async def _stop_engine(self) -> None:
-        """Whatever it holds now, it shall not sample from it: what is in flight is sampled again elsewhere."""
+    async def _pause_and_abort(self) -> None:
+        """Pauses the engine, whose weights are now unknown, and aborts its requests: pools retry them elsewhere."""
         try:
             await self._engine.pause("abort")
         except EngineError as error:

@@ -1,4 +1,4 @@
-"""One real server for all tests here; each test has a weight plane and a weight agent of its own."""
+"""One real server for all tests of a module. Each test has its own publisher and weight agent."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from actor.engines.pool import EngineInfo, EnginePool
-from actor.engines.sglang_client import Retry, SGLangClient, update_mode
-from actor.weights import agent as weight_agent
-from actor.weights.agent import WeightAgent
+from actor.engines.sglang_client import Retry, SGLangClient, UpdateMode, update_mode
+from actor.weights.agent import AgentTimeouts, WeightAgent
 from protocol.request_client import RequestClient
-from tests.actor_plane.plane import RUN, WAIT_S, WeightPlane
-from tests.sglang.learner import published
+from tests.sglang.learner import weights_and_canary
 from tests.sglang.server import API_KEY, Server, python, save_model
+from tests.weights.engine_proxy import EngineProxy
+from tests.weights.learner_side import RUN, WAIT_S, LearnerSide
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,34 +41,37 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 
 @pytest.fixture
-async def plane() -> AsyncIterator[WeightPlane]:
-    plane = WeightPlane()
-    yield plane
-    await plane.close()
+async def learner() -> AsyncIterator[LearnerSide]:
+    learner = LearnerSide()
+    yield learner
+    await learner.close()
 
 
 @dataclass
 class Attached:
-    """The server with its agent, and a pool that is told of versions as the coordinator would."""
+    """The server, its agent, `proxy` between the two, and a pool that gets versions as from the coordinator."""
 
     server: Server
+    proxy: EngineProxy
     client: SGLangClient
     agent: WeightAgent
     pool: EnginePool
-    plane: WeightPlane
+    pause_mode: UpdateMode
+    learner: LearnerSide
     model: Path
 
     async def publish(self, *, publication: int, version: int, scale: float, canary_off_by: float = 0.0) -> None:
-        """Weights that differ from the model's in the last norm, by `scale`; `canary_off_by` nats."""
-        data, canary = published(self.model, scale=scale)
+        """Publishes the model with its last norm multiplied by `scale`, and a canary wrong by `canary_off_by` nats."""
+        data, canary = weights_and_canary(self.model, scale=scale)
         canary = canary.model_copy(update={"logprobs": [value - canary_off_by for value in canary.logprobs]})
-        await self.plane.publish(data, publication=publication, version=version, canary=canary)
+        await self.learner.publish(data, publication=publication, version=version, canary=canary)
 
     async def until_served(self, publication: int) -> None:
-        await self.plane.until(lambda: [known.publication for known in self.plane.known()] == [publication])
-        self.pool.set_engines([EngineInfo(known.url, known.version) for known in self.plane.known()])
+        await self.learner.until(lambda: [known.publication for known in self.learner.serving()] == [publication])
+        self.pool.set_engines([EngineInfo(known.url, known.version) for known in self.learner.serving()])
 
-    async def bring(self, *, publication: int, version: int, scale: float) -> None:
+    async def install(self, *, publication: int, version: int, scale: float) -> None:
+        """Publishes as `publish`, and waits until the server serves it."""
         await self.publish(publication=publication, version=version, scale=scale)
         await self.until_served(publication)
 
@@ -77,7 +80,7 @@ class Attached:
 
 
 async def until_running(server: Server, num: int) -> None:
-    """Until the server samples `num` requests at once."""
+    """Waits until the server runs `num` requests at once."""
     headers = {"Authorization": f"Bearer {API_KEY}"}
     async with asyncio.timeout(WAIT_S), aiohttp.ClientSession(server.url, headers=headers) as http:
         while True:
@@ -88,30 +91,42 @@ async def until_running(server: Server, num: int) -> None:
 
 
 @pytest.fixture
+def pause_mode() -> UpdateMode | None:
+    """The agent's `pause_mode`; None: that of the server's release. Tests set another value with `parametrize`."""
+    return None
+
+
+@pytest.fixture
 async def attached(
-    plane: WeightPlane, server: Server, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    learner: LearnerSide, server: Server, model: Path, tmp_path: Path, pause_mode: UpdateMode | None
 ) -> AsyncIterator[Attached]:
-    """As `palimpsest engine --attach` puts it together."""
-    monkeypatch.setattr(weight_agent, "_RETRY_S", 0.2)
-    monkeypatch.setattr(weight_agent, "_REPORT_EVERY_S", 0.05)
+    """The parts as `palimpsest engine --attach` connects them. Skips the test if the release cannot be retracted."""
+    proxy = EngineProxy(server.url)
+    await proxy.start()
     async with (
         SGLangClient(server.url, api_key=API_KEY) as client,
-        RequestClient(plane.transport.dealer(plane.router.address)) as requests,
+        SGLangClient(proxy.url, api_key=API_KEY) as proxied_client,
+        RequestClient(learner.transport.dealer(learner.address)) as requests,
         EnginePool(run_id=RUN, api_key=API_KEY, retry=Retry(num_attempts=8, base_s=0.1, max_s=0.5)) as pool,
     ):
+        supported = update_mode((await client.server_info()).version)
+        if pause_mode == "retract" and supported != "retract":
+            pytest.skip("this release of SGLang is paused with abort")
         agent = WeightAgent(
             name="sglang-0",
-            engine=client,
+            engine=proxied_client,
             requests=requests,
-            announcements=plane.transport.subscriber(plane.announcements.address),
+            announcements=learner.transport.subscriber(learner.announcements.address),
             base_model=model,
             folder=tmp_path,
             url=server.url,
-            pause_mode=update_mode((await client.server_info()).version),
+            pause_mode=pause_mode or supported,
             canary_tolerance=1e-3,
+            timeouts=AgentTimeouts(report_every_s=0.05, retry_s=0.2),
         )
         running = asyncio.create_task(agent.run())
-        yield Attached(server, client, agent, pool, plane, model)
-        assert not running.done(), "the agent runs until it is cancelled"
+        yield Attached(server, proxy, client, agent, pool, pause_mode or supported, learner, model)
+        assert not running.done(), "the agent must run until it is cancelled"
         running.cancel()
         await asyncio.wait([running])
+    await proxy.stop()

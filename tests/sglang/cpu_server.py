@@ -1,8 +1,8 @@
-"""SGLang's own server on a machine without a GPU: `python cpu_server.py --model-path DIR --device cpu ...`.
+"""Starts SGLang's server on a machine without a GPU: `python cpu_server.py --model-path DIR --device cpu ...`.
 
-SGLang computes a small model with PyTorch alone where it is told to, but three things at its import ask for CUDA. What
-they need is given here, before it; SGLang itself is as released. The processes that it spawns import this module again
-and so find the same; with a GPU nothing of it is needed, and nothing is changed.
+SGLang can run a small model with PyTorch alone, but three of its imports need CUDA. This module provides replacements
+before SGLang is imported; SGLang itself is unchanged. The processes that SGLang spawns import this module too. With a
+GPU, nothing is replaced.
 """
 
 from __future__ import annotations
@@ -24,44 +24,44 @@ def assign_req_to_token_pool_cpu(
     out_cache_loc: torch.Tensor,
     _row_length: int,
 ) -> None:
-    """Writes request i's slice of `out_cache_loc` [sum of lengths] to its row of `req_to_token`, [start, end)."""
+    """Copies each request's slice of `out_cache_loc` [sum of lengths] to [start, end) of its row of `req_to_token`."""
     taken = 0
     for row, start, end in zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True):
         req_to_token[row, start:end] = out_cache_loc[taken : taken + end - start].to(req_to_token.dtype)
         taken += end - start
 
 
-def _absent(name: str) -> Callable[..., object]:
+def _missing_kernel(name: str) -> Callable[..., object]:
     def kernel(*_: object, **__: object) -> object:
-        raise NotImplementedError(f"sgl_kernel.{name}: not needed by a small dense model, so not written here")
+        raise NotImplementedError(f"sgl_kernel.{name}: not implemented here; a small dense model does not need it")
 
     return kernel
 
 
 class _Kernels(types.ModuleType):
-    """`sgl_kernel`, whose wheels hold CUDA only: the one kernel that is called; others for a CPU can be imported."""
+    """Replaces `sgl_kernel`, whose wheels are for CUDA only. Has the one kernel that is called; others only import."""
 
     def __init__(self) -> None:
         super().__init__("sgl_kernel")
         self.__version__ = "0"
-        self.__path__: list[str] = []
+        self.__path__ = []
         self.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", loader=None, is_package=True)
         self.assign_req_to_token_pool_cpu = assign_req_to_token_pool_cpu
 
     def __getattr__(self, name: str) -> Callable[..., object]:
         if name.endswith("_cpu"):
-            return _absent(name)
-        raise AttributeError(name)  # SGLang does without, as where the import fails
+            return _missing_kernel(name)
+        raise AttributeError(name)  # SGLang then works without it, as after a failed import
 
 
-def _prepare() -> None:
-    for name in ("nms", "qnms"):  # torchvision's wheel registers fakes for operators that only its CUDA library has
+def _install_replacements() -> None:
+    for name in ("nms", "qnms"):  # torchvision registers fake kernels for operators of its CUDA library
         torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     sys.modules["sgl_kernel"] = _Kernels()
 
 
 if not torch.cuda.is_available():
-    _prepare()
+    _install_replacements()
 
 if __name__ == "__main__":
-    runpy.run_module("sglang.launch_server", run_name="__main__")  # whose children then import this file
+    runpy.run_module("sglang.launch_server", run_name="__main__")  # its child processes import this file too

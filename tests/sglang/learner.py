@@ -1,4 +1,4 @@
-"""What the learner says of a model's tokens, and what it publishes of it."""
+"""The learner's log-probs of tokens, and the weights and canary that it publishes."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from protocol.messages import CanaryFields
 
 
 def scorer_of(model: Path, *, scale: float) -> Scorer:
-    """The model with its last norm's weights multiplied: another policy, of which a delta is small."""
+    """Loads the model and multiplies the weights of its last norm: another policy with a small delta."""
     policy = load_policy(model)
     with torch.no_grad():
         _last_norm(policy.model.state_dict()).mul_(scale)
     return Scorer(policy.model)
 
 
-def published(model: Path, *, scale: float = 1.0) -> tuple[bytes, CanaryFields]:
-    """The safetensors file and the canary, made as the learner makes them."""
+def weights_and_canary(model: Path, *, scale: float = 1.0) -> tuple[bytes, CanaryFields]:
+    """Returns the safetensors file and the canary, made as the learner makes them."""
     scorer = scorer_of(model, scale=scale)
     weights = published_weights(scorer.model, world=World(), dtype=torch.float32)
     return save(weights), canary(scorer, device=torch.device("cpu"))
 
 
-def saved(model: Path, folder: Path, *, scale: float) -> Path:
-    """A folder of those weights."""
+def save_scaled(model: Path, folder: Path, *, scale: float) -> Path:
+    """Copies the model folder, with the scaled weights, to `folder`."""
     shutil.copytree(model, folder)
-    (folder / "model.safetensors").write_bytes(published(model, scale=scale)[0])
+    (folder / "model.safetensors").write_bytes(weights_and_canary(model, scale=scale)[0])
     return folder
 
 
@@ -47,7 +47,7 @@ def saved(model: Path, folder: Path, *, scale: float) -> Path:
 def logprobs(
     scorer: Scorer, prompt: Sequence[int], token_ids: NDArray[np.int32], *, temperature: float
 ) -> NDArray[np.float32]:
-    """Of `token_ids` after `prompt`, by the learner's own forward: [len(token_ids)]."""
+    """Computes log-probs of `token_ids` after `prompt` with the learner's forward pass: float32 [len(token_ids)]."""
     context = np.concatenate([np.asarray(prompt), token_ids]).astype(np.int64)
     row = pack([context[:-1]])
     position = np.arange(len(prompt), len(context))

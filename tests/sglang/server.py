@@ -1,4 +1,4 @@
-"""A real SGLang server as a process of its own, and the small random model that it serves."""
+"""A real SGLang server in a separate process, and the small random model that it serves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 API_KEY = "a-key-of-the-tests"
 CONTEXT_LENGTH = 2_048
 MAX_RUNNING = 16
-# 25 s on two idle cores.
+# It takes 25 s on two idle cores.
 _START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 30.0
 
@@ -41,12 +41,12 @@ _FLAGS = ("--skip-server-warmup", "--sleep-on-idle", "--disable-cuda-graph")
 
 
 def python() -> Path:
-    """Of an environment that has sglang: PALIMPSEST_SGLANG_PYTHON, else that of `make test-sglang`."""
+    """The python of an environment with sglang: PALIMPSEST_SGLANG_PYTHON, or that of `make test-sglang`."""
     return Path(os.environ.get("PALIMPSEST_SGLANG_PYTHON") or ROOT / ".venv-sglang" / "bin" / "python")
 
 
 def save_model(folder: Path) -> Path:
-    """A Qwen2 of two layers with log-probs that differ, which ends no text by itself; the toy's tokenizer."""
+    """Saves a random two-layer Qwen2 without an EOS token, whose log-probs differ clearly, and the toy's tokenizer."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCABULARY_SIZE,
@@ -73,7 +73,7 @@ def save_model(folder: Path) -> Path:
 
 @dataclass
 class Server:
-    """Used as a context manager; `stop` and `start` restart it at the same address."""
+    """A server process. Use it as a context manager; `stop` and `start` restart it at the same address."""
 
     model: Path
     log: Path
@@ -93,11 +93,11 @@ class Server:
         self.stop()
 
     def start(self) -> None:
-        """Returns when it answers. Raises: RuntimeError."""
+        """Starts the server; returns when it responds to /health. Raises: RuntimeError."""
         has_gpu = torch.cuda.is_available()
         options = _OPTIONS | ({} if has_gpu else _CPU_OPTIONS) | {"model-path": self.model, "port": self.port}
-        # No GPU: SGLang's check of what is installed would ask for its CUDA kernels. Health: without a generation,
-        # which could not end while the server is paused.
+        # Without a GPU, SGLang's check of installed packages would require its CUDA kernels. The health check must not
+        # generate a token: that could not end while the server is paused.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
         if not has_gpu:
@@ -116,7 +116,7 @@ class Server:
                 env=environment,
                 start_new_session=True,
             )
-        while not _answers(f"{self.url}/health"):
+        while not _responds(f"{self.url}/health"):
             if self._process.poll() is not None or time.monotonic() - started_s > _START_TIMEOUT_S:
                 self.stop()
                 raise RuntimeError(f"SGLang did not start:\n{self.log.read_text()[-4000:]}")
@@ -124,7 +124,7 @@ class Server:
         self.start_s = time.monotonic() - started_s
 
     def stop(self) -> None:
-        """It ends by itself when asked; what is left of its session is killed."""
+        """Terminates the server, then kills the remaining processes of its session."""
         if self._process is None:
             return
         self._process.terminate()
@@ -137,7 +137,7 @@ class Server:
 
 
 def _free_port() -> int:
-    """Below those that systems give to sockets which do not ask for one: SGLang binds it half a minute later."""
+    """A free port below the ephemeral range, so that no other socket gets it before SGLang binds it, 30 s later."""
     for port in random.sample(range(20_000, 30_000), 100):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -145,7 +145,7 @@ def _free_port() -> int:
     raise RuntimeError("no free port found")
 
 
-def _answers(url: str) -> bool:
+def _responds(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5.0) as response:
             return response.status == 200

@@ -1,4 +1,4 @@
-"""A whole run of real processes whose engine is SGLang."""
+"""A whole run in real processes, with SGLang as its engine."""
 
 from __future__ import annotations
 
@@ -38,4 +38,4 @@ def test_a_tiny_run_on_an_attached_server(server: Server, model: Path, tmp_path:
     assert steps(run.run_dir) == 3
     rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
     worst = max(row["policy/kl_behavior"] for row in rows)
-    print(f"mismatch KL at most {worst:.2g} nats a token")
+    print(f"mismatch KL <= {worst:.2g} nats per token")
