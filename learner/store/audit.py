@@ -1,8 +1,8 @@
-"""`palimpsest audit`: recomputes from the store alone what became of every lease, and how old what was trained was.
+"""`palimpsest audit`: recomputes from the store alone the outcome of every lease and the age of every trained token.
 
-It trusts no counter: states are counted from entries, ages from the spans in the stored groups against the batch that
-they stand in, and every batch is checked to hold B different groups, each once. Of groups whose tokens were dropped
-(`learner.retention`) it reads the tally that was left.
+It uses no counter: states are counted from entries, ages are computed from the spans of the stored groups and the step
+of their batch, and every batch must have B different groups, each trained once. For groups whose tokens were dropped
+(`learner.retention`) it reads the stored tally.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What the store says. `problems` is empty where every promise held.
+    """The result of an audit. `problems` is empty if every guarantee holds.
 
-    leased = trained + buffered + skipped + expired + running, over questions: `expired` are those that wait to be
-    issued again. Ages are of trained tokens, in learner steps; `num_tokens_masked` came over age with stragglers that
-    had been overtaken, and were not trained.
+    leased = trained + buffered + skipped + expired + running, in questions; `expired` are those that wait to be issued
+    again. Ages are those of trained tokens, in learner steps. `num_tokens_masked`: over-age tokens of overtaken
+    stragglers, which were not trained.
     """
 
     run_id: str
@@ -51,14 +51,14 @@ class Audit:
 
 
 def audit_run(run_dir: Path) -> Audit:
-    """Raises: DataError where there is no store."""
+    """Audits the run in a folder. Raises: DataError if it has no store."""
     from learner.store.run_folder import RunFolder
     from learner.store.store import Store
     from protocol.errors import DataError
 
     path = RunFolder(run_dir).store
     if not path.is_file():
-        raise DataError(f"no run in {run_dir}: {path.name} is not there")
+        raise DataError(f"no run in {run_dir}: {path.name} is missing")
     store = Store(path, read_only=True)
     try:
         with store.snapshot():
@@ -148,7 +148,7 @@ def _check_entries(store: Store) -> list[str]:
 
 @dataclass(slots=True)
 class _Trained:
-    """What the stored groups of the logged batches hold; `ages`: age in steps → trained tokens."""
+    """Counts over the groups of the logged batches. `ages`: age in steps → number of trained tokens."""
 
     num_masked: int = 0
     num_trajectories: int = 0
@@ -171,7 +171,7 @@ class _Trained:
 
 
 def _walk(store: Store, bound: int, *, last_context_only: bool) -> _Trained:
-    """Every group of every batch, decoded, or by its tally."""
+    """Counts every group of every batch, from its tokens or its tally."""
     publications = store.publications()
     overtaken = {row[0] for row in store.query("SELECT cursor FROM moves WHERE to_slot > from_slot")}
     trained = _Trained()
@@ -193,7 +193,7 @@ def _walk(store: Store, bound: int, *, last_context_only: bool) -> _Trained:
 
 
 def _tally(store: Store, cursor: int, *, last_context_only: bool) -> Tally | None:
-    """None where there is no such group."""
+    """The tally of a group; None if it is not stored."""
     import json
 
     from learner.store.retention import Tally
@@ -211,7 +211,7 @@ def _tally(store: Store, cursor: int, *, last_context_only: bool) -> Tally | Non
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def audit(ctx: click.Context, run: Path, as_json: bool) -> None:
-    """Check RUN (a run's folder) from its store. Exit status 1 where a promise was broken."""
+    """Check RUN (a run's folder) from its store. Exit status 1 if a guarantee does not hold."""
     import json
 
     result = audit_run(run)

@@ -1,4 +1,4 @@
-"""One process at a time: an advisory lock that the kernel releases however its holder ends."""
+"""An advisory file lock for one process at a time. The kernel releases it when its holder ends, however it ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from protocol.errors import DataError
 
 @contextmanager
 def locked(path: Path, *, what: str) -> Iterator[None]:
-    """Holds `path`, made where it is missing. Raises: DataError where another process holds it or it cannot be made."""
+    """Holds a lock on `path`, creating the file. Raises: DataError if another process holds it or it cannot be created.
+
+    what: the holder, for the error message
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
@@ -27,7 +30,7 @@ def locked(path: Path, *, what: str) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds `path` now."""
+    """Whether a process holds the lock now."""
     if not path.is_file():
         return False
     with path.open("a") as file:

@@ -1,4 +1,4 @@
-"""What must be the same for a run to be resumed: all that decides which groups are made and how they are trained."""
+"""The config keys that must be the same to resume a run: those that decide which groups are made and how they train."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from protocol.config import Config
 
 
 def resume_key(config: Config) -> dict[str, str]:
-    """Config key → value, as text. What only says where and how fast (addresses, threads, counts) may change.
+    """Config key → value as text. Keys of placement and speed (addresses, threads, counts) are absent and may change.
 
-    The number of steps may change where the schedule does not depend on it.
+    The number of steps may change unless the learning-rate schedule depends on it.
     """
     learner = config.learner
     parts = {

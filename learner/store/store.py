@@ -1,7 +1,7 @@
-"""The run's store: one SQLite file that holds leases, groups, publications and the batches in the order trained.
+"""The run's store: one SQLite file with leases, groups, publications and the batches in the order trained.
 
-A group and the decision on it are one transaction, committed before the actor is answered. Batches are a log: what
-was trained at each step can be read back and trained again, until `learner.retention` drops its tokens.
+A group and the decision on it are one transaction, committed before the actor receives its reply. Batches are a log:
+the groups of each step can be read and trained again until `learner.retention` drops their tokens.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ CREATE TABLE publications (
 
 
 class Store:
-    """Used by one thread at a time. Raises StoreError where the file cannot be read or written."""
+    """Not thread-safe. Raises: DataError if it cannot be opened, StoreError if a read or write fails."""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self._path = path
@@ -79,7 +79,7 @@ class Store:
 
     @contextmanager
     def wal_checkpointing(self) -> Iterator[None]:
-        """Within it, no commit waits for the log to be copied into the database."""
+        """Within it, a thread copies the write-ahead log into the database; commits do not wait for it."""
         with WalCheckpointer(self._path) as self._wal_checkpointer:
             self._query(f"PRAGMA wal_autocheckpoint = {MAX_LOG_PAGES}")
             try:
@@ -90,7 +90,7 @@ class Store:
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """All reading within sees one state of the store, whatever others write meanwhile."""
+        """All reads within it see one state of the store, also while other processes write."""
         self._query("BEGIN")
         try:
             yield
@@ -99,7 +99,7 @@ class Store:
 
     @contextmanager
     def transaction(self, *names: str) -> Iterator[None]:
-        """All or nothing, durable when it returns. `names` are those of its fault points. Raises: StoreFullError."""
+        """Writes all or nothing; durable when it exits. `names`: fault points. Raises: StoreFullError, StoreError."""
         try:
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -108,7 +108,7 @@ class Store:
                     fault_point(f"store.{name}.open")
                 self._db.execute("COMMIT")
             except BaseException:
-                if self._db.in_transaction:  # SQLite has rolled back by itself where the disk is full
+                if self._db.in_transaction:  # if the disk is full, SQLite has already rolled back
                     self._db.execute("ROLLBACK")
                 raise
         except sqlite3.Error as error:
@@ -119,13 +119,13 @@ class Store:
         for name in names:
             fault_point(f"store.{name}.durable")
 
-    # --- identity ---
+    # --- resume key ---
 
-    def claim(self, identity: Mapping[str, str]) -> None:
-        """Writes the identity of a new run, or checks that of one to resume. Raises: DataError on a difference."""
+    def claim(self, resume_key: Mapping[str, str]) -> None:
+        """Writes the resume key of a new run, or checks it against the stored one. Raises: DataError."""
         found = self.meta()
         with self.transaction("claim"):
-            for key, value in identity.items():
+            for key, value in resume_key.items():
                 if key not in found:
                     self._db.execute("INSERT INTO meta VALUES (?, ?)", (key, value))
                 elif found[key] != value:
@@ -137,10 +137,10 @@ class Store:
     def meta(self) -> dict[str, str]:
         return dict(self._query("SELECT key, value FROM meta"))
 
-    # --- what is decided ---
+    # --- writing decisions ---
 
     def commit(self, records: Sequence[Record]) -> None:
-        """All records of an event, or none. Raises: StoreFullError, StoreError."""
+        """Writes all records of an event, or none. Raises: StoreFullError, StoreError."""
         if not records:
             return
         with self.transaction(*sorted({record.kind for record in records} - {""})):
@@ -148,7 +148,7 @@ class Store:
                 self._write(record)
 
     def new_publication(self, version: int) -> int:
-        """A publication id that was never used before in this run."""
+        """Makes a publication id that this run has never used. Raises: StoreFullError, StoreError."""
         with self.transaction("publication"):
             row = self._db.execute(
                 "INSERT INTO publications (version, published_at) VALUES (?, ?)", (version, time.time())
@@ -157,7 +157,7 @@ class Store:
             return row.lastrowid
 
     def drop_tokens(self, tallies: Mapping[int, str]) -> None:
-        """Question → what the audit needs of its group: the tokens themselves go. Their room is used again."""
+        """Drops tokens of groups. `tallies`: cursor → JSON for the audit. SQLite reuses their space."""
         with self.transaction("retention"):
             self._db.executemany(
                 "UPDATE groups SET header = x'', token_ids = x'', spans = x'', logprobs = x'', num_bytes = 0, "
@@ -189,7 +189,7 @@ class Store:
         )
 
     def num_failures(self) -> dict[int, int]:
-        """Question → its groups that failed or were refused, for those that are open."""
+        """cursor → number of its groups that failed or were refused, for open questions."""
         return dict(
             self._query(
                 "SELECT cursor, count(*) FROM leases WHERE outcome IN ('failed', 'refused') "
@@ -205,9 +205,11 @@ class Store:
         return int(self._query("SELECT coalesce(max(step), -1) + 1 FROM batches")[0][0])
 
     def batch(self, step: int) -> list[int]:
+        """The cursors of a trained batch, in slot order."""
         return [row[0] for row in self._query("SELECT cursor FROM batches WHERE step = ? ORDER BY position", step)]
 
     def group(self, cursor: int) -> TrajectoryGroup:
+        """Reads and decodes a group. Raises: StoreError if it is not stored or its tokens were dropped."""
         rows = self._query("SELECT header, token_ids, spans, logprobs FROM groups WHERE cursor = ?", cursor)
         if not rows:
             raise StoreError(f"store {self._path} holds no group {cursor}")
@@ -216,7 +218,7 @@ class Store:
         return decode_frames(rows[0]).unpack()
 
     def query(self, sql: str, *parameters: object) -> list[tuple]:
-        """Read-only SQL, for the audit."""
+        """Runs one SQL statement outside a transaction and returns its rows. For reads and pragmas."""
         return self._query(sql, *parameters)
 
     # --- inside ---

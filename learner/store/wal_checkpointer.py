@@ -1,7 +1,7 @@
-"""Copies a store's write-ahead log into its database, beside the commits instead of within one of them.
+"""Copies a store's write-ahead log into its database in a thread, so that commits do not wait for it.
 
-SQLite does it in the commit that makes the log 4 MB long, and syncs the database: with 50 groups a second every 20th
-commit, up to 0.9 s of it where the disk was busy (docs/benchmarks.md).
+SQLite alone does it in the commit that makes the log 4 MB long, and syncs the database: with 50 groups a second in
+every 20th commit, for up to 0.9 s on a busy disk (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from protocol.errors import StoreError
 
 log = logging.getLogger(__name__)
 
-# Commits of so long are copied at once.
+# Commits of this period are copied together.
 _EVERY_S = 0.25
-# A log of 32 MB is copied within a commit after all: one that is copied while it grows never begins anew.
+# A log of 32 MB is copied within a commit: SQLite cannot restart a log from its beginning if it grows during the copy.
 MAX_LOG_PAGES = 8_192
 
 
 class WalCheckpointer:
-    """A thread with a connection of its own, from entering to leaving. What it does not come to, SQLite does later."""
+    """A thread with its own connection, as a context manager. SQLite copies later what it has not copied."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -46,7 +46,7 @@ class WalCheckpointer:
         self._db.close()
 
     def committed(self) -> None:
-        """There is something new in the log."""
+        """Tells the thread that the log has new commits."""
         self._committed.set()
 
     def _run(self) -> None:
@@ -54,6 +54,8 @@ class WalCheckpointer:
             self._committed.clear()
             try:
                 self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-            except sqlite3.Error as error:  # a full disk, say: what is committed stays in the log
-                log.warning("store %s: its log could not be copied into it: %s", self._path, error)
+            except sqlite3.Error as error:  # for example a full disk: commits stay in the log
+                log.warning(
+                    "store %s: the write-ahead log could not be copied into the database: %s", self._path, error
+                )
             self._leaving.wait(_EVERY_S)
