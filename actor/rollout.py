@@ -76,8 +76,16 @@ class Episodes:
         """One trajectory, scored; waits for one of the `max_trajectories` slots."""
         async with self._slots:
             self.num_running += 1
+            session = self._session(question, min_version=min_version, rid=rid)
             try:
-                return await self._episode(question, min_version=min_version, rid=rid)
+                episode = await self._play(question, session)
+                trajectory = _trajectory(session, episode)
+                score = await self._score(question, episode, trajectory)
+                return replace(trajectory, reward=score.reward, reward_parts=dict(score.parts)), episode
+            except _Failure as failure:
+                self.failures[failure.kind] += 1
+                episode = _completed(session, Episode(status=Status.FAILED, reason=failure.reason))
+                return _trajectory(session, episode), episode
             finally:
                 self.num_running -= 1
                 self.num_done += 1
@@ -87,8 +95,8 @@ class Episodes:
         self.failures[self._fault("task", task, error).kind] += 1
         return Question(f"question {cursor}", "", ()), Trajectory(contexts=(), reward=0.0, status=Status.FAILED)
 
-    async def _episode(self, question: Question, *, min_version: int, rid: str) -> tuple[Trajectory, Episode]:
-        session = Session(
+    def _session(self, question: Question, *, min_version: int, rid: str) -> Session:
+        return Session(
             pool=self._pool,
             tokenizer=self._tokenizer,
             sampling=replace(self._sampling, seed=self._sampling.derived_seed(rid)),
@@ -98,23 +106,16 @@ class Episodes:
             question=question,
             rid=rid,
         )
-        try:
-            episode = await self._play(question, session)
-            trajectory = _trajectory(session, episode)
-            if episode.status is Status.FAILED:
-                raise _Failure("by_workflow", episode.reason)
-            score = await self._score(question, episode, trajectory)
-        except _Failure as failure:
-            self.failures[failure.kind] += 1
-            episode = Episode(status=Status.FAILED, reason=failure.reason)
-            return _trajectory(session, episode), _completed(session, episode)
-        return replace(trajectory, reward=score.reward, reward_parts=dict(score.parts)), episode
 
     async def _play(self, question: Question, session: Session) -> Episode:
         try:
             episode = await self._workflow.run(question, session)
             if not isinstance(episode, Episode):
                 raise TypeError(f"run must return an Episode, got {type(episode).__name__}")
+            if episode.status is Status.FAILED:
+                raise _Failure("by_workflow", episode.reason)
+        except _Failure:
+            raise
         except BudgetExceeded as error:
             episode = Episode(status=Status.OVER_BUDGET, reason=str(error))
         except (EngineError, RemoteError) as error:

@@ -25,7 +25,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -69,7 +70,10 @@ class Loop:
         Raises: DivergenceError, DriftError.
         """
         while self._step < self._source.num_recorded:
-            self._train(self._source.wait_for_batch(self._step))
+            groups = self._source.wait_for_batch(self._step)
+            with self._saved_if_it_diverges(groups):
+                self._trainer.train_step(groups, step=self._step)
+            self._step += 1
             log.info("trained step %d of %d recorded steps again", self._step, self._source.num_recorded)
         publish_s = self._publish()
         if self._metrics is not None and self._source.publishes:
@@ -78,7 +82,9 @@ class Loop:
             started = time.perf_counter()
             groups = self._source.wait_for_batch(self._step)
             wait_s = time.perf_counter() - started
-            stepped = self._train(groups)
+            with self._saved_if_it_diverges(groups):
+                stepped = self._trainer.train_step(groups, step=self._step)
+            self._step += 1
             self._record(groups, stepped, wait_s=wait_s, publish_s=publish_s)
             if self._step % self._config.learner.checkpoint.every_steps == 0:
                 self._save()
@@ -86,13 +92,13 @@ class Loop:
         self._save()
         self._finish()
 
-    def _train(self, groups: Sequence[TrajectoryGroup]) -> StepMetrics:
+    @contextmanager
+    def _saved_if_it_diverges(self, groups: Sequence[TrajectoryGroup]) -> Iterator[None]:
+        """Adds to a DivergenceError where the batch was saved."""
         try:
-            stepped = self._trainer.train_step(groups, step=self._step)
+            yield
         except DivergenceError as error:
             raise DivergenceError(f"{error}; the batch is in {self._save_failed_batch(groups)}") from error
-        self._step += 1
-        return stepped
 
     def _save_failed_batch(self, groups: Sequence[TrajectoryGroup]) -> Path:
         """Writes the groups of a batch that could not be trained. `protocol.codec.unpack_groups` reads the file."""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from protocol.config_base import Options
     from protocol.errors import ConfigError, DataError, UserError
     from protocol.types import Context, Edge, Passage, Question, Status, Trajectory
+    from retriever.encoders.base import Encoder
+    from retriever.structures.base import Neighbours, VectorIndex
 
 _HOMES = {
     "actor.episode": ("Episode",),
@@ -42,6 +44,8 @@ _HOMES = {
     "protocol.config_base": ("Options",),
     "protocol.errors": ("ConfigError", "DataError", "UserError"),
     "protocol.types": ("Context", "Edge", "Passage", "Question", "Status", "Trajectory"),
+    "retriever.encoders.base": ("Encoder",),
+    "retriever.structures.base": ("Neighbours", "VectorIndex"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -55,9 +59,11 @@ __all__ = [
     "Credit",
     "DataError",
     "Edge",
+    "Encoder",
     "Episode",
     "Generation",
     "GroupEstimator",
+    "Neighbours",
     "Observation",
     "Options",
     "Passage",
@@ -75,6 +81,7 @@ __all__ = [
     "ToolContext",
     "Trajectory",
     "UserError",
+    "VectorIndex",
     "Workflow",
     "exact_match",
     "f1",

@@ -83,14 +83,14 @@ class ToolConfig(ExtensionSection):
     """One tool, `[[tool]]`. The other keys are the options of the tool that `use` names."""
 
     use: Use = Field(description="search, or an import path to a `Tool`.")
-    name: ToolName = Field(
-        default="", description="Name under which the workflow finds it; default: `use` of a built-in."
+    name: ToolName | None = Field(
+        default=None, description="Name under which the workflow finds it. Unset: `use` of a built-in."
     )
 
     @model_validator(mode="after")
     def _has_a_name(self) -> ToolConfig:
         if not self.name and ":" in self.use:
-            raise ValueError(f"name must be set for a tool that is named by an import path ({self.use})")
+            raise ValueError(f"name must be set for a tool with an import path ({self.use})")
         return self
 
     @property

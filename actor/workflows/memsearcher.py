@@ -137,10 +137,21 @@ class _Run:
             self._memory_limit = self._options.memory_tokens + frame_tokens(self._rendering, session.tokenizer)
 
     async def run(self) -> Episode:
+        end, memory, num_turns = None, "", self._options.max_turns
         try:
-            end = await self._turns()
+            for turn in range(num_turns):
+                edge = Edge.START if turn == 0 else Edge.MEMORY_RESET
+                self._session.open_context(self._rendering.prompt(self._question.text, memory), turn=turn, edge=edge)
+                outcome = await self._turn(is_last=turn + 1 == num_turns)
+                self._session.close_context()
+                if isinstance(outcome, _End):
+                    end = outcome
+                    break
+                memory = outcome
+                self._memories.append(memory)
         except BudgetExceeded as error:
             end = _End(Status.OVER_BUDGET, str(error))
+        assert end is not None  # the last turn ends the trajectory
         if self._session.is_open:
             self._session.close_context()
         if end.answer is not None:
@@ -153,20 +164,6 @@ class _Run:
             memories=tuple(self._memories),
             stats={name: float(count) for name, count in self._counts.items()},
         )
-
-    async def _turns(self) -> _End:
-        memory = ""
-        for turn in range(self._options.max_turns):
-            edge = Edge.START if turn == 0 else Edge.MEMORY_RESET
-            prompt = self._rendering.prompt(self._question.text, memory)
-            self._session.open_context(prompt, turn=turn, edge=edge)
-            outcome = await self._turn(is_last=turn + 1 == self._options.max_turns)
-            self._session.close_context()
-            if isinstance(outcome, _End):
-                return outcome
-            memory = outcome
-            self._memories.append(memory)
-        raise AssertionError("max_turns is >= 1, and the last turn ends the trajectory")
 
     async def _turn(self, *, is_last: bool) -> str | _End:
         """The next turn's memory, or the end."""

@@ -49,13 +49,13 @@ class PPO(PolicyLoss):
     options: PpoOptions
 
     def __call__(self, tokens: TokenData) -> tuple[Tensor, Tensor]:
-        return self._clipped(tokens.log_ratio, tokens)
-
-    def _clipped(self, log_ratio: Tensor, tokens: TokenData) -> tuple[Tensor, Tensor]:
-        o = self.options
+        o, log_ratio = self.options, self._log_ratio(tokens)
         return clipped_surrogate(
             log_ratio, tokens.advantages, clip_low=o.clip_low, clip_high=o.clip_high, dual_clip=o.dual_clip
         )
+
+    def _log_ratio(self, tokens: TokenData) -> Tensor:
+        return tokens.log_ratio
 
 
 class GSPO(PPO):
@@ -63,8 +63,8 @@ class GSPO(PPO):
 
     Options = GspoOptions
 
-    def __call__(self, tokens: TokenData) -> tuple[Tensor, Tensor]:
-        return self._clipped(sequence_log_ratio(tokens.log_ratio, tokens.context), tokens)
+    def _log_ratio(self, tokens: TokenData) -> Tensor:
+        return sequence_log_ratio(tokens.log_ratio, tokens.context)
 
 
 class CISPO(PolicyLoss):

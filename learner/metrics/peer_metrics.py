@@ -131,8 +131,8 @@ ACTOR_METRICS = (
         name="actor/trajectories_failed",
         reduction=_OVER_ACTORS,
         unit="trajectories",
-        explanation="trajectories with status FAILED since the start of their actor: an engine, a tool, the workflow or "
-        "the reward raised an error",
+        explanation="trajectories with status FAILED since the start of their actor: an engine, a tool, the workflow "
+        "or the reward raised an error",
         healthy="0; the reasons are in the actors' logs",
         absent_if=_NO_ACTOR,
     ),
