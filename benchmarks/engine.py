@@ -1,11 +1,11 @@
-"""The embedded engine's tokens/s through HTTP against a bare batched transformers loop.
+"""Measures tokens/s of the embedded engine over HTTP, and of a plain batched transformers loop.
 
     python benchmarks/engine.py [--quick]
 
-Same model, one torch thread each, in turns within one run; the median of the rounds counts. The loop is what one would
-write by hand: a left-padded batch, DynamicCache, multinomial sampling, log-probs kept. The engine serves the same
-number of concurrent clients, each sending its next request when the last is answered, from a process of its own.
-The last line printed is a JSON object.
+Both use the same model and one torch thread, in alternating rounds of one run; the median round is reported. The loop
+is the shortest hand-written one: prompts of equal length in one batch, DynamicCache, multinomial sampling, log-probs
+kept. The engine runs in a separate process and serves the same number of concurrent clients; each client sends its next
+request after the response to the previous one. The last line printed is a JSON object.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """`num_in_flight` clients, each sending `num_requests` requests one after another."""
+    """`num_in_flight` clients, each of which sends `num_requests` requests one after another."""
 
     shape: Shape
     num_in_flight: int
@@ -60,7 +60,7 @@ class Result:
 
 
 def save_model(folder: Path) -> None:
-    """A random model of the size of the toy's, with a word-level tokenizer."""
+    """Saves a random model as large as the toy's, with a word-level tokenizer."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -86,7 +86,7 @@ def save_model(folder: Path) -> None:
 
 
 def serve(folder: str, connection: Connection) -> None:
-    """The engine's process: says its URL, and serves until it is told to stop."""
+    """Runs the engine's process: sends its URL, and serves until it receives a message."""
     import uvloop
 
     from actor.engine.server import EngineServer
@@ -102,15 +102,15 @@ def serve(folder: str, connection: Connection) -> None:
 
 
 def generate_load(url: str, connection: Connection) -> None:
-    """The clients' process: for each Load received, says the tokens/s that the engine gave it."""
+    """Runs the clients' process: for each Load received, sends the tokens/s measured. None ends it."""
     import uvloop
 
     host, port = url.removeprefix("http://").split(":")
     while (load := connection.recv()) is not None:
-        connection.send(uvloop.run(_drive(host, int(port), load)))
+        connection.send(uvloop.run(_run_clients(host, int(port), load)))
 
 
-async def _drive(host: str, port: int, load: Load) -> float:
+async def _run_clients(host: str, port: int, load: Load) -> float:
     streams = [await asyncio.open_connection(host, port) for _ in range(load.num_in_flight)]
     start_s = time.perf_counter()
     tokens = await asyncio.gather(*(_client(i, *stream, load) for i, stream in enumerate(streams)))
@@ -121,7 +121,7 @@ async def _drive(host: str, port: int, load: Load) -> float:
 
 
 async def _client(index: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, load: Load) -> int:
-    """HTTP by hand, so that the clients take as little as possible of the machine that they share."""
+    """Writes HTTP by hand, because the clients share the cores with the engine. Returns the number of tokens."""
     num_tokens = 0
     for i in range(load.num_requests):
         body = orjson.dumps(
@@ -141,7 +141,7 @@ async def _client(index: int, reader: asyncio.StreamReader, writer: asyncio.Stre
 
 
 class BareLoop:
-    """Batched generation with transformers, as short as it can be written."""
+    """Batched generation with transformers, as short as possible."""
 
     def __init__(self, folder: Path) -> None:
         import torch
@@ -179,7 +179,7 @@ class BareLoop:
 
 
 def measure(bare: BareLoop, connection: Connection, load: Load, *, num_rounds: int) -> Result:
-    """Rounds of both in turns; while one works, the other waits."""
+    """Alternates rounds of both; while one runs, the other is idle."""
     bare_rates: list[float] = []
     engine_rates: list[float] = []
     for _ in range(num_rounds):

@@ -1,16 +1,17 @@
-"""Weights from the learner to the engines: how small, how fast, and how long engines stand still.
+"""Measures weight publication: size of deltas, speed of the codec, and how long updates pause the engines.
 
     python benchmarks/weights.py [--quick] [--rates 1e-6,1e-5,1e-4,1e-3]
 
-Codec: bf16 copies of fp32 masters N(0, 0.02) under AdamW, Gaussian gradients with a log-normal scale for each
-parameter; cold from optimiser step 0, warm from step 16, versions 1 and 4 steps apart. Per cent of the full bf16 bytes;
-GB/s of full bf16 on one core, in processor time, the median of interleaved rounds, warm and 1 step apart; decoding
-includes the checksum of all that it makes. One master for each rate, the same gradients.
+Codec: bf16 copies of fp32 weights N(0, 0.02) that AdamW updates, with Gaussian gradients of a log-normal scale per
+parameter. `cold`: from optimiser step 0; `warm`: from step 16; versions are 1 or 4 steps apart. Sizes are in per cent of
+the full bf16 bytes. Speeds are in GB/s of full bf16 on one core, in processor time: the median of interleaved rounds,
+warm, 1 step apart. Decoding includes the checksum of its output. Each learning rate has its own weights; all have the
+same gradients.
 
-Plane: a publisher here, embedded engines and their agents in processes of their own, over real sockets, with requests
-in flight at each engine, bf16 weights, 1e-6 between versions. `serving_s`: from the offer of a version (its delta is
-made: `offer_s`) until every engine has reported that it serves it. `pause_s`: per engine and update.
-The last line is one JSON object.
+Publication: a publisher in this process; embedded engines with their agents in separate processes, over real sockets,
+with requests in flight at each engine; bf16 weights that differ by 1e-6 between versions. `offer_s`: time to make the
+delta. `serving_s`: from then until every engine has reported that it serves the version. `pause_s`: per engine and
+update. The last line printed is a JSON object.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/learner.py would be taken for the package
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # or benchmarks/learner.py hides the package
 
 import numpy as np
 import torch
@@ -37,8 +38,8 @@ WARM = 16
 BETAS = 0.9, 0.95
 
 
-class Masters:
-    """One fp32 master a learning rate under the same AdamW directions."""
+class MasterWeights:
+    """fp32 weights for each learning rate, updated with the same AdamW directions."""
 
     def __init__(self, num: int, rates: list[str], *, seed: int) -> None:
         torch.manual_seed(seed)
@@ -66,11 +67,11 @@ def as_bf16(master: torch.Tensor) -> bytes:
     return master.bfloat16().view(torch.int16).numpy().tobytes()
 
 
-def codec(num: int, rates: list[str], *, rounds: int) -> dict[str, dict[str, float]]:
-    masters = Masters(num, rates, seed=0)
+def measure_codec(num: int, rates: list[str], *, rounds: int) -> dict[str, dict[str, float]]:
+    masters = MasterWeights(num, rates, seed=0)
     before = masters.published()
     masters.step()
-    cold = {rate: share(data, before[rate]) for rate, data in masters.published().items()}
+    cold = {rate: delta_percent(data, before[rate]) for rate, data in masters.published().items()}
     for _ in range(WARM - 1):
         masters.step()
     warm = masters.published()
@@ -80,13 +81,13 @@ def codec(num: int, rates: list[str], *, rounds: int) -> dict[str, dict[str, flo
         masters.step()
     four = masters.published()
     found: dict[str, dict[str, float]] = {}
-    times = measure(one, warm, rounds=rounds)
+    times = measure_speed(one, warm, rounds=rounds)
     for rate in rates:
         snapshot = len(encode(one[rate], None, word_bytes=2)) / len(one[rate])
         found[rate] = {
             "changed": round(100 * float((words(one[rate]) != words(warm[rate])).mean()), 2),
-            "warm_1": share(one[rate], warm[rate]),
-            "warm_4": share(four[rate], warm[rate]),
+            "warm_1": delta_percent(one[rate], warm[rate]),
+            "warm_4": delta_percent(four[rate], warm[rate]),
             "cold_1": cold[rate],
             "snapshot": round(100 * snapshot, 2),
             **times[rate],
@@ -95,8 +96,8 @@ def codec(num: int, rates: list[str], *, rounds: int) -> dict[str, dict[str, flo
     return found
 
 
-def share(target: bytes, base: bytes) -> float:
-    """Per cent of the full bytes. The delta must give them back."""
+def delta_percent(target: bytes, base: bytes) -> float:
+    """Returns the size of the delta in per cent of `target`, after checking that it decodes to `target`."""
     payload = encode(target, base, word_bytes=2)
     assert decode(payload, base, num_bytes=len(target), word_bytes=2, expected=checksum(target)) == target
     return round(100 * len(payload) / len(target), 3)
@@ -106,9 +107,9 @@ def words(data: bytes) -> np.ndarray:
     return np.frombuffer(data, np.uint16)
 
 
-def measure(targets: dict[str, bytes], bases: dict[str, bytes], *, rounds: int) -> dict[str, dict[str, float]]:
+def measure_speed(targets: dict[str, bytes], bases: dict[str, bytes], *, rounds: int) -> dict[str, dict[str, float]]:
     taken: dict[tuple[str, str], list[float]] = {}
-    out = bytearray(len(next(iter(targets.values()))))  # as an agent keeps it
+    out = bytearray(len(next(iter(targets.values()))))  # reused, as in the weight fetcher
 
     def clock(rate: str, name: str, work: Callable[[], bytes | bytearray]) -> bytes | bytearray:
         started = time.process_time()
@@ -143,7 +144,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, object] = {
-        **codec(4_000_000 if options.quick else 50_000_000, options.rates.split(","), rounds=options.rounds)
+        **measure_codec(4_000_000 if options.quick else 50_000_000, options.rates.split(","), rounds=options.rounds)
     }
     shapes = {"demo": (64, 2)} if options.quick else {"demo": (64, 2), "wide": (512, 8)}
     for name, (width, layers) in shapes.items():
