@@ -3,8 +3,8 @@
     python benchmarks/weights.py [--quick] [--rates 1e-6,1e-5,1e-4,1e-3]
 
 Codec: bf16 copies of fp32 weights N(0, 0.02) that AdamW updates, with Gaussian gradients of a log-normal scale per
-parameter. `cold`: from optimiser step 0; `warm`: from step 16; versions are 1 or 4 steps apart. Sizes are in per cent of
-the full bf16 bytes. Speeds are in GB/s of full bf16 on one core, in processor time: the median of interleaved rounds,
+parameter. `cold`: from optimiser step 0; `warm`: from step 16; versions are 1 or 4 steps apart. Sizes are in % of the
+full bf16 bytes. Speeds are in GB/s of full bf16 on one core, in processor time: the median of interleaved rounds,
 warm, 1 step apart. Decoding includes the checksum of its output. Each learning rate has its own weights; all have the
 same gradients.
 
