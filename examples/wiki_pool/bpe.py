@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer with Qwen2's chat tokens, trained on the corpus and on the texts of the workflow."""
+"""A byte-level BPE tokenizer with Qwen2's chat tokens, trained on the corpus and on the workflow's texts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from script import ENOUGH, FREE_ANSWERS, NOTHING_YET
+from search_tool import chat_rendering
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from actor.chat.chatml import ChatRendering
-from actor.chat.rendering import Result, Search
+from actor.chat.rendering import Result, ToolCall
+from actor.tools.tool import Observation
 from protocol.types import Passage
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -20,11 +21,11 @@ NUM_BYTES = 256
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How Qwen2 cuts text into words before merging."""
+"""Qwen2's regular expression that splits text into words before merging."""
 _QUESTION_COPIES = 20
-"""An encyclopedia asks nothing: without its own words a question would begin in pieces such as W and hat."""
+"""Copies of each question in the training text: the corpus has no questions, so `What` would become W and hat."""
 _PROMPT_COPIES = 500
-"""The prompt stands in every context: its words are counted so often that each becomes one token or two."""
+"""Copies of the prompt in the training text: every context has it, so each of its words becomes one or two tokens."""
 
 
 def train_tokenizer(texts: Iterable[str], *, questions: Iterable[str] = (), vocab_size: int, top_n: int) -> Tokenizer:
@@ -49,7 +50,7 @@ def train_tokenizer(texts: Iterable[str], *, questions: Iterable[str] = (), voca
 
 
 def word_ids(tokenizer: Tokenizer) -> range:
-    """The ids of merges: what texts are made of, without control tokens, single bytes and tags."""
+    """The ids of the merged tokens: all ids except control tokens, single bytes and tags."""
     return range(len(CONTROL) + NUM_BYTES, tokenizer.get_vocab_size() - len(TAGS))
 
 
@@ -68,17 +69,17 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def fixed_ids(tokenizer: Tokenizer, *, top_n: int) -> frozenset[int]:
-    """The ids that the workflow's and the script's own words are made of."""
+    """The ids of the tokens in the workflow's and the script's fixed texts."""
     return frozenset(token for piece in _pieces(top_n) for token in tokenizer.encode(piece).ids)
 
 
 def _pieces(top_n: int) -> list[str]:
-    rendering = ChatRendering(top_n=top_n)
+    rendering = chat_rendering(top_n)
     nothing = Passage("", "", "")
     return [
         rendering.prompt("", ""),
-        *(rendering.write_action_search(thought, [""]) for thought in (NOTHING_YET)),
-        rendering.observation([Result(Search(""), (nothing,) * top_n)]),
+        *(rendering.write_action_search(thought, [""]) for thought in (NOTHING_YET,)),
+        rendering.observation([Result(ToolCall(""), Observation(passages=(nothing,) * top_n))]),
         rendering.write_memory(""),
         rendering.write_answer(ENOUGH, ""),
         *FREE_ANSWERS,
@@ -90,7 +91,7 @@ def _all_texts(texts: Iterable[str], questions: Iterable[str], *, top_n: int) ->
     for question in questions:
         yield from [question] * _QUESTION_COPIES
     for piece in _pieces(top_n):
-        # Control tokens are no words: their borders must not be learned as such.
+        # Control tokens and tags are not words: no merge may be learned across or inside them.
         for token in (*CONTROL, *TAGS):
             piece = piece.replace(token, "\n")
         yield from [piece] * _PROMPT_COPIES

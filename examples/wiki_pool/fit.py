@@ -1,4 +1,4 @@
-"""A small Qwen2 that can copy, has read the corpus, and imitates the traces."""
+"""A small Qwen2, trained to copy, then on the corpus, then to imitate the traces."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from learner.warmstart.induction_init import wire_induction
 from learner.warmstart.sft import Demonstrations, NextTokenFit, OnProgress, padded
+from protocol.atomic_write import atomic_path
 from protocol.config import OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(
@@ -28,7 +29,7 @@ _SCRAMBLED_SHARE = 0.75
 _GARBLED_SHARE = 0.4
 _LOOP_SHARE = 0.3
 _MAX_GAP = 400
-"""How far a copy in a context is from what it copies: an observation's length."""
+"""Tokens between a copy and its original, at most: the length of an observation."""
 
 
 def build_model(tokenizer: Tokenizer, *, seed: int) -> Qwen2ForCausalLM:
@@ -54,7 +55,7 @@ def build_model(tokenizer: Tokenizer, *, seed: int) -> Qwen2ForCausalLM:
 
 
 def passages_as_demonstrations(texts: Sequence[str], tokenizer: Tokenizer) -> Demonstrations:
-    """Every passage as a context of its own, at most MAX_PASSAGE_TOKENS long, all of it trained on."""
+    """One context per passage, at most MAX_PASSAGE_TOKENS long; every token is trained on."""
     rows = [encoding.ids[:MAX_PASSAGE_TOKENS] for encoding in tokenizer.encode_batch(list(texts))]
     rows = [row for row in rows if len(row) > 1]
     ids = np.concatenate([np.asarray(row, dtype=np.int32) for row in rows])
@@ -73,9 +74,9 @@ def pretrain(
     on_copying: OnProgress,
     on_language: OnProgress,
 ) -> None:
-    """Copying on random words first, then language on the passages; saves a model folder.
+    """Trains copying on random words, then language on the passages; saves a model folder.
 
-    Each step on language is followed by one on copying: language alone unlearns it, 97 % of it in 150 steps.
+    A copying step follows each language step: language steps alone lose 97 % of the copying accuracy in 150 steps.
     """
     rng = np.random.default_rng([seed, 0xBA5E])
     words, passages = word_ids(tokenizer), passages_as_demonstrations(texts, tokenizer)
@@ -95,9 +96,9 @@ def pretrain(
 def copying_batch(
     words: range, *, max_gap: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """16 distinct words, a gap of others, then a copy of all but the first few; ids int64 and mask bool [B, L].
+    """16 distinct words, a gap of other words, then a copy without the first few; ids int64 and mask bool [B, L].
 
-    The mask is true in the copy, without its first word, which nothing foretells.
+    The mask is true in the copy except for its first word, which cannot be predicted.
     """
     num, gap, start = 16, int(rng.integers(0, max_gap + 1)), int(rng.integers(0, 8))
     drawn = np.stack([rng.choice(np.asarray(words), size=num + gap, replace=False) for _ in range(_BATCH)])
@@ -108,11 +109,11 @@ def copying_batch(
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """Steps on one file of demonstrations. Without `system`, contexts begin at their second message.
+    """Training steps on one file of demonstrations. Without `system`, contexts start at their second message.
 
-    With `exchange`, in most contexts all ids but the fixed ones are exchanged at random, so that what is written there
-    can only be copied: some hundred questions are otherwise learned by heart, and nothing is copied on others. In some,
-    what the policy copied is garbled, so that it learns to end a piece well after words that were sampled by mistake.
+    With `exchange`, most contexts get a random permutation of all ids except the fixed ones, so that the model can
+    predict them only by copying; otherwise it memorises the few hundred questions and does not copy on others. In
+    some contexts the copied ids are replaced, so that the model learns to end a piece correctly after wrong words.
     """
 
     demonstrations: Path
@@ -133,9 +134,9 @@ def imitate(
     seed: int,
     on_progress: OnProgress,
 ) -> None:
-    """Supervised fine-tuning of the model in `start` on the lessons, one after another; saves a model folder.
+    """Fine-tunes the model in `start` on the lessons, in order; saves a model folder.
 
-    fixed: ids that keep their meaning where others are exchanged.
+    fixed: ids that `exchange` does not permute.
     """
     rng = np.random.default_rng([seed, 0x1417])
     model = cast(Qwen2ForCausalLM, AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32))
@@ -158,7 +159,7 @@ def imitate(
 
 
 def _system_tokens(examples: Demonstrations, tokenizer: Tokenizer) -> int:
-    """How many tokens of a context come before its second message."""
+    """The number of a context's tokens before its second message."""
     first = examples.token_ids[: examples.offsets[1]]
     return int(np.flatnonzero(first == tokenizer.token_to_id(START))[1])
 
@@ -166,7 +167,7 @@ def _system_tokens(examples: Demonstrations, tokenizer: Tokenizer) -> int:
 def scrambled(
     token_ids: NDArray[np.int64], free: NDArray[np.int64], *, share: float, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """`token_ids` [B, L] with the ids in `free` [n] exchanged by a permutation of its own in a `share` of the rows."""
+    """`token_ids` [B, L]; in a `share` of the rows, the ids in `free` [n] are permuted, each row differently."""
     rows = token_ids.copy()
     for row in rows:
         if rng.random() < share:
@@ -184,9 +185,9 @@ def garbled(
     share: float,
     rng: np.random.Generator,
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """In a `share` of the rows, half of the trained ids that are in `free` [n] become others, and none is trained on.
+    """Replaces half of the trained ids that are in `free` [n] in a `share` of the rows, and masks all of these ids.
 
-    In some of these rows it is the same one everywhere: a loop. token_ids int64 and loss_mask bool, [B, L].
+    In some of these rows all of them get the same id, as in a repetition loop. token_ids int64, loss_mask bool, [B, L].
     """
     chosen = (rng.random(len(token_ids)) < share)[:, None]
     content = loss_mask & np.isin(token_ids, free) & chosen
@@ -198,9 +199,8 @@ def garbled(
 
 
 def save_model(model: Qwen2ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
-    """A Hugging Face folder with its tokenizer; it appears only when it is whole."""
-    aside = out.with_name(f".writing-{out.name}")
+    """Writes a Hugging Face folder with its tokenizer, complete or not at all."""
     model.eval()
-    model.save_pretrained(aside)
-    write_tokenizer(tokenizer, aside)
-    aside.rename(out)
+    with atomic_path(out) as folder:
+        model.save_pretrained(folder)
+        write_tokenizer(tokenizer, folder)

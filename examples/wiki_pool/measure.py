@@ -1,4 +1,4 @@
-"""Trajectories of a model through embedded engine, retriever service and real workflow: measured, or learned from."""
+"""Samples a model's trajectories with the embedded engine, the retriever process and the real workflow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from actor.engine.server import EngineServer
 from actor.engines.sampling import SamplingParams
 from actor.evaluation.evaluate import EvaluationPlan, play, run_evaluation
-from actor.tasks.build import training_task
+from actor.extensions import make_task
 from learner.launch.process_plan import plan, with_ports
 from learner.launch.supervisor import Supervisor
 from protocol.config import Config
@@ -21,7 +21,7 @@ from protocol.types import Context, Status
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """share: of the trajectories, those that completed in two contexts or more. `endings` counts how they ended."""
+    """share: the fraction of trajectories that completed with at least two contexts. endings: count by status."""
 
     share: float
     num_trajectories: int
@@ -32,7 +32,10 @@ class Measured:
 
 @asynccontextmanager
 async def serving(config: Config, *, folder: Path, threads: int) -> AsyncIterator[Config]:
-    """An embedded engine here and the retriever as a process of its own; yields how to reach them. FOLDER gets logs."""
+    """Starts the engine in this process and a retriever process; yields the config with their addresses.
+
+    Logs are written to `folder`.
+    """
     config = with_ports(config)
     server = EngineServer(
         model_path=config.model.path,
@@ -53,7 +56,7 @@ async def serving(config: Config, *, folder: Path, threads: int) -> AsyncIterato
 
 
 async def measure(config: Config, *, num_questions: int, folder: Path, threads: int) -> Measured:
-    """Samples as the run does; FOLDER gets trajectories.jsonl, the summary and logs."""
+    """Samples with the run's settings; writes trajectories.jsonl, summary.json and logs to `folder`."""
     evaluation = EvaluationPlan(
         engines=(),
         num_questions=num_questions,
@@ -68,19 +71,22 @@ async def measure(config: Config, *, num_questions: int, folder: Path, threads: 
 
 
 async def well_formed_contexts(config: Config, *, folder: Path, threads: int) -> list[Context]:
-    """Contexts of the well-formed ones of a trajectory sampled for each training question; FOLDER gets logs."""
-    task = training_task(config.task, seed=config.run.seed)
+    """Samples one trajectory per training question; returns the contexts of the well-formed ones.
+
+    Logs are written to `folder`.
+    """
+    task = make_task(config, split="train")
     questions = [task.question(cursor) for cursor in range(task.num_questions or 0)]
     sampling = SamplingParams(temperature=config.sampling.temperature, seed=config.run.seed)
     async with serving(config, folder=folder, threads=threads) as served:
         limit, urls = served.engine.max_running_requests, served.engine.urls
-        played = await play(served, task, questions, urls=urls, sampling=sampling, concurrency=limit)
+        played = await play(served, questions, urls=urls, sampling=sampling, concurrency=limit, split="train")
     well_formed = [t for t, _ in played if t.status is Status.COMPLETED and len(t.contexts) >= 2]
     return [context for trajectory in well_formed for context in trajectory.contexts]
 
 
 def read_measured(trajectories: Path) -> Measured:
-    """From what `palimpsest eval --trajectories` wrote."""
+    """Reads a file that `palimpsest eval --trajectories` wrote."""
     rows = [json.loads(line) for line in trajectories.read_text(encoding="utf-8").splitlines()]
     well_formed = [row["status"] == Status.COMPLETED and len(row["contexts"]) >= 2 for row in rows]
     return Measured(

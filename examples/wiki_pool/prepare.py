@@ -1,9 +1,9 @@
-"""Everything that run.toml needs, from a corpus and questions: index, tokenizer, demonstrations, a first policy.
+"""Makes everything that run.toml needs from a corpus and questions: index, tokenizer, demonstrations, policy.
 
     corpus, questions ─► index ─► tokenizer ─► demonstrations ─► base: copying, then language
         ─► rounds/1: imitation, measured ─► … until enough trajectories are well formed ─► model
 
-Each stage leaves its result in --out and is skipped where that is there: a run that was stopped goes on.
+Each stage writes its result to --out and is skipped if the result exists, so a stopped run resumes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ RUN_TOML = Path(__file__).resolve().parent / "run.toml"
 DEFAULT_OUT = RUN_TOML.parents[2] / "runs" / "wiki_pool"
 TARGET_SHARE = 0.8
 SHORTER_BY = 100
-"""Tokens of a context. With shorter passages, four times as many contexts can be learned from in the same time."""
+"""Tokens by which the contexts of the short traces are shorter: four times as many are trained on in the same time."""
 VECTORS = "minilm_passages_fp16.npz"
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line asked for."""
+    """The command line's options."""
 
     data: Path
     out: Path
@@ -53,7 +53,7 @@ class Options:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """What `--set` must say for a run on this --out."""
+        """The `--set` arguments of a run on this --out."""
         if self.out.resolve() == DEFAULT_OUT:
             return ()
         return (
@@ -66,16 +66,24 @@ class Options:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--data", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the corpus.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_OUT, help="Folder to fill.")
-@click.option("--encoder", default="minilm", help="As of `palimpsest index`.")
+@click.option("--data", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder with the corpus.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_OUT, help="Folder to write to."
+)
+@click.option("--encoder", default="minilm", help="See `palimpsest index --encoder`.")
 @click.option("--vocab-size", type=click.IntRange(512), default=8192, help="Tokens of the tokenizer.")
-@click.option("--copying-steps", type=click.IntRange(1), default=250, help="On random words.")
-@click.option("--language-steps", type=click.IntRange(1), default=60, help="On 16 passages each, and on copying.")
-@click.option("--imitation-steps", type=click.IntRange(1), default=900, help="Of round 1; later ones have a third.")
-@click.option("--max-rounds", type=click.IntRange(1), default=8, help="Of imitation, at most.")
-@click.option("--eval-questions", type=click.IntRange(1), default=128, help="To measure a round on.")
-@click.option("--threads", type=click.IntRange(1), default=min(2, os.cpu_count() or 1), help="Of torch.")
+@click.option("--copying-steps", type=click.IntRange(1), default=250, help="Steps on random words.")
+@click.option(
+    "--language-steps", type=click.IntRange(1), default=60, help="Steps on 16 passages, each with one on copying."
+)
+@click.option(
+    "--imitation-steps", type=click.IntRange(1), default=900, help="Steps of round 1; later rounds have a sixth."
+)
+@click.option("--max-rounds", type=click.IntRange(1), default=8, help="Rounds of imitation, at most.")
+@click.option("--eval-questions", type=click.IntRange(1), default=128, help="Questions to measure a round on.")
+@click.option(
+    "--threads", type=click.IntRange(1), default=min(2, os.cpu_count() or 1), help="Threads of torch and of the index."
+)
 @click.option("--seed", type=click.IntRange(0), default=0)
 def main(
     data: Path,
@@ -128,7 +136,7 @@ def _run_stages(options: Options) -> None:
         ("model", "model", train_policy),
     ]:
         if (options.out / made).exists():
-            click.echo(f"{name}: there already, {options.out / made}")
+            click.echo(f"{name}: exists, {options.out / made}")
             continue
         click.echo(f"{name} …")
         stage(options)
@@ -143,7 +151,7 @@ def copy_questions(options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in ("questions_train.jsonl", "questions_dev.jsonl"):
         if not (options.data / name).is_file():
-            raise DataError(f"--data {options.data} has no {name}; README.md says where the questions come from")
+            raise DataError(f"--data {options.data} has no {name}; README.md names the sources of the questions")
         shutil.copyfile(options.data / name, options.out / name)
 
 
@@ -157,28 +165,30 @@ def build_index(options: Options) -> None:
 
 def make_tokenizer(options: Options) -> None:
     from bpe import train_tokenizer, write_tokenizer
+    from search_tool import configured_top_n
     from traces import read_examples
 
     from actor.chat.chatml import plain
+    from protocol.atomic_write import atomic_path
     from protocol.config_file import load_config
 
     tokenizer = train_tokenizer(
         _passages(options.corpus),
         questions=[plain(example.question) for example in read_examples(options.out / "questions_train.jsonl")],
         vocab_size=options.vocab_size,
-        top_n=load_config(RUN_TOML).workflow.top_n,
+        top_n=configured_top_n(load_config(RUN_TOML)),
     )
-    aside = options.out / ".writing-tokenizer"
-    write_tokenizer(tokenizer, aside)
-    aside.rename(options.out / "tokenizer")
+    with atomic_path(options.out / "tokenizer") as folder:
+        write_tokenizer(tokenizer, folder)
 
 
 def record_traces(options: Options) -> None:
-    from actor.evaluation.demonstrations import save_demonstrations
     from pace import Pace
+    from search_tool import configured_top_n
     from traces import LocalSearch, read_examples, record
 
     from actor.chat.tokenizer import Tokenizer
+    from actor.workflows.demonstrations import save_demonstrations
     from protocol.config_file import load_config
     from retriever.collection import open_collections
     from retriever.encoders.base import Compute
@@ -186,19 +196,21 @@ def record_traces(options: Options) -> None:
 
     tokenizer = Tokenizer.load(options.out / "tokenizer")
     collections = open_collections([str(options.out / "index")], compute=Compute(num_threads=options.threads))
-    config = load_config(RUN_TOML).workflow
-    short = config.model_copy(update={"context_tokens": config.context_tokens - SHORTER_BY})
-    for name, workflow in (("short", short), ("whole", config)):
+    config = load_config(RUN_TOML)
+    whole = config.workflow
+    short = whole.model_copy(update={"context_tokens": whole.context_tokens - SHORTER_BY})
+    for name, workflow in (("short", short), ("whole", whole)):
         traces = asyncio.run(
             record(
                 read_examples(options.out / "questions_train.jsonl"),
                 search=LocalSearch(Searcher(collections)),
                 tokenizer=tokenizer,
                 config=workflow,
+                top_n=configured_top_n(config),
                 on_progress=Pace(f"{name} traces"),
             )
         )
-        click.echo(f"  {traces.num_episodes} episodes of {len(traces.contexts)} contexts; left out:")
+        click.echo(f"  {traces.num_episodes} episodes of {len(traces.contexts)} contexts; refused:")
         for reason, count in traces.refused.most_common():
             click.echo(f"    {count:4d} {reason}")
         save_demonstrations(options.out / f"demonstrations-{name}.safetensors", traces.contexts)
@@ -239,7 +251,7 @@ def train_policy(options: Options) -> None:
 
 
 def _passages(corpus: Path) -> list[str]:
-    """`title: text`, as an observation shows it. Raises: DataError."""
+    """The passages as `title: text`, the form in an observation. Raises: DataError."""
     from actor.chat.chatml import plain
     from protocol.errors import DataError
 
@@ -248,7 +260,7 @@ def _passages(corpus: Path) -> list[str]:
             rows = [json.loads(line) for line in lines]
         return [plain(f"{row.get('title', '')}: {row['text']}") for row in rows]
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"cannot read the corpus {corpus}: {error!r}; README.md says where it comes from") from error
+        raise DataError(f"cannot read the corpus {corpus}: {error!r}; README.md names the sources") from error
 
 
 def _set_up_torch(threads: int) -> None:

@@ -1,8 +1,8 @@
-"""Imitation in rounds, each measured, until enough trajectories are well formed.
+"""Rounds of imitation, each measured, until enough trajectories are well formed.
 
-The first round imitates the script: many short contexts, then whole ones. Each later one imitates the policy itself,
-on its own trajectories of the training questions that were well formed (rejection-sampling fine-tuning, Yuan et al.
-2023): what a small model gets right when it samples, it gets right more often afterwards.
+The first round imitates the script: many short contexts, then whole ones. Each later round trains the policy on its
+own well-formed trajectories of the training questions (rejection-sampling fine-tuning, Yuan et al. 2023), which raises
+the share of well-formed ones.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from bpe import fixed_ids
 from fit import LATER_ROUNDS, OPTIMIZER, Lesson, imitate
 from measure import measure, read_measured, well_formed_contexts
 from pace import Pace
+from search_tool import configured_top_n
 from tokenizers import Tokenizer
 
-from actor.evaluation.demonstrations import save_demonstrations
+from actor.workflows.demonstrations import save_demonstrations
+from protocol.atomic_write import atomic_path
 from protocol.config import Config
 from protocol.config_file import load_config
 from protocol.errors import DataError
@@ -27,7 +29,7 @@ from protocol.errors import DataError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounds:
-    """Works in OUT/rounds; what is there already is not made again."""
+    """Works in `out`/rounds; existing results are kept."""
 
     out: Path
     run_toml: Path
@@ -38,24 +40,27 @@ class Rounds:
     seed: int
 
     def run_until(self, wanted_share: float, *, max_rounds: int) -> None:
-        """Leaves the model of the first round that is good enough in OUT/model. Raises: DataError where none is."""
+        """Copies the model of the first round whose share is >= `wanted_share` to `out`/model.
+
+        Raises: DataError if no round reaches it.
+        """
         previous, share = self.out / "base", 0.0
         for number in range(1, max_rounds + 1):
             folder = self.out / "rounds" / str(number)
             share = self._round(number, start=previous, folder=folder)
             previous = folder / "model"
             if share >= wanted_share:
-                aside = self.out / ".writing-model"
-                shutil.copytree(previous, aside, dirs_exist_ok=True)
-                aside.rename(self.out / "model")
+                with atomic_path(self.out / "model") as temporary:
+                    shutil.copytree(previous, temporary)
                 return
         raise DataError(
-            f"after {max_rounds} rounds {share:.0%} of the trajectories are well formed, {wanted_share:.0%} are "
-            f"wanted; read {previous.parent / 'trajectories.jsonl'}, then give more --max-rounds or --imitation-steps"
+            f"after {max_rounds} rounds {share:.0%} of the trajectories are well formed, must be >= "
+            f"{wanted_share:.0%}; read {previous.parent / 'trajectories.jsonl'}, then increase --max-rounds or "
+            "--imitation-steps"
         )
 
     def _round(self, number: int, *, start: Path, folder: Path) -> float:
-        """The share of well-formed trajectories after it."""
+        """Trains and measures one round; returns its share of well-formed trajectories."""
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "model").is_dir():
             tokenizer = Tokenizer.from_file(str(self.out / "tokenizer" / "tokenizer.json"))
@@ -65,7 +70,7 @@ class Rounds:
                 folder / "model",
                 tokenizer=tokenizer,
                 lessons=lessons,
-                fixed=fixed_ids(tokenizer, top_n=load_config(self.run_toml).workflow.top_n),
+                fixed=fixed_ids(tokenizer, top_n=configured_top_n(load_config(self.run_toml))),
                 optimizer=OPTIMIZER if number == 1 else LATER_ROUNDS,
                 seed=self.seed + number,
                 on_progress=Pace(f"round {number}, imitation").of_steps(sum(lesson.steps for lesson in lessons)),
@@ -91,7 +96,7 @@ class Rounds:
         if not own.is_file():
             click.echo("  sampling on the training questions …")
             contexts = asyncio.run(well_formed_contexts(self._config(model), folder=folder, threads=self.threads))
-            click.echo(f"  {len(contexts)} contexts of well-formed trajectories to learn from")
+            click.echo(f"  {len(contexts)} contexts of well-formed trajectories to train on")
             save_demonstrations(own, contexts)
         steps = max(1, self.imitation_steps // 6)
         return [Lesson(own, steps=steps, num_contexts=8, system=True, exchange=False)]

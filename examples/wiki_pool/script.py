@@ -1,11 +1,11 @@
-r"""A demonstrator that writes little, and only what can be read in its context.
+r"""A scripted demonstrator that writes short texts, made only of words in its context.
 
-    memory empty   look up how the question begins
-    observation    memory = `- Title: how its text begins`, of a passage that holds the answer, else of the first
-    memory         \boxed{answer}: the gold one where it can be read, else the title
+    memory empty   search for the first words of the question
+    observation    memory = `- Title: first words of the text`, of a passage that holds the answer, else of the first
+    memory         \boxed{answer}: the gold answer if the context has it, else the title
 
-What it writes is short, because a small model errs once in so many tokens. What is copied follows a space, as in the
-text that it is from (parsers strip it): a word after a space is another token than one after a quote or a brace.
+Its texts are short because a small model's chance of an error grows with each token. Copied words follow a space, as in
+their source (parsers strip it): a word after a space is a different token than the word after a quote or a brace.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _STATE = re.compile(r"<question>\n(.*?)\n</question>\n<memory>\n(.*?)\n?</memory
 _PASSAGE = re.compile(r"^\[\d+\] (.*)$", re.MULTILINE)
 _UNTITLED = re.compile(r" \([^()]*\)$")
 FREE_ANSWERS = ("yes", "no")
-# Thoughts without names: what a small model samples most is what goes wrong most.
+# Thoughts have no names: a small model copies names with errors.
 NOTHING_YET = "The memory is empty."
 ENOUGH = "That is enough."
 
 
 class OffScript(PalimpsestError):
-    """The script has no next step that could be learned."""
+    """The script has no next step that is worth training on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A question with the titles of the passages that answer it, in the order in which one leads to the next."""
+    """A question with the titles of the passages that answer it, in the order of the reasoning."""
 
     id: str
     question: str
@@ -64,7 +64,7 @@ class GoldScript:
         return self._rendering.write_action_search(NOTHING_YET, [query])
 
     def _remember(self, context: str) -> str:
-        """The beginning of a wanted passage where one was found, else of the first."""
+        """The memory: first words of the first passage with a wanted title, else of the first passage."""
         passages = _PASSAGE.findall(context)
         if not passages:
             raise OffScript("nothing was found")
@@ -72,11 +72,11 @@ class GoldScript:
         title, _, text = (wanted or passages)[0].partition(": ")
         line = f"{_BULLET}{title}: {_first_words(text, MAX_MEMORY_WORDS)}"
         if not text:
-            raise OffScript("a passage was cut to nothing")
+            raise OffScript("a passage was truncated to nothing")
         return line
 
     def _answer(self, question: str, memory: str) -> str:
-        """A gold answer where one can be read, else the title that was remembered last."""
+        """A gold answer if memory or question has it, else the last title in the memory."""
         for answer in self._example.answers:
             if answer.lower() in FREE_ANSWERS:
                 return answer
@@ -90,7 +90,7 @@ def _first_words(text: str, num: int) -> str:
 
 
 def spelling(name: str, text: str) -> str | None:
-    """`name` as `text` writes it, whatever the case, else without what stands in brackets at its end."""
+    """`name` as `text` spells it, ignoring case; else without the brackets at its end; None if `text` has neither."""
     for form in (name, _UNTITLED.sub("", name)):
         if match := re.search(rf"(?<!\w){re.escape(form)}(?!\w)", text, re.IGNORECASE):
             return match[0]

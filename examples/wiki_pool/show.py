@@ -1,6 +1,6 @@
-"""Prints recorded trajectories turn by turn, as Markdown: python examples/wiki_pool/show.py FILE [--id ID] [--status S]
+"""Prints recorded trajectories turn by turn as Markdown: python examples/wiki_pool/show.py FILE [--id ID] [--status S]
 
-FILE is what `palimpsest eval --trajectories FILE` writes.
+`palimpsest eval --trajectories FILE` writes FILE.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _MEMORY = re.compile(r"<memory>\n(.*?)\n?</memory>", re.DOTALL)
 
 @click.command(context_settings={"show_default": True})
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--id", "wanted", help="Of a question.")
-@click.option("--status", help="How it ended, such as completed.")
-@click.option("--num", default=1, help="How many.")
-@click.option("--system", is_flag=True, help="With the system message, which is the same in all contexts.")
+@click.option("--id", "wanted", help="Only trajectories of this question.")
+@click.option("--status", help="Only trajectories with this status, such as completed.")
+@click.option("--num", default=1, help="Trajectories to print, at most.")
+@click.option("--system", is_flag=True, help="Also print the system message, which is equal in all contexts.")
 def main(file: Path, wanted: str | None, status: str | None, num: int, system: bool) -> None:
     """Print trajectories of FILE."""
     shown = 0
@@ -32,12 +32,12 @@ def main(file: Path, wanted: str | None, status: str | None, num: int, system: b
 
 
 def as_markdown(row: dict, *, system: bool) -> str:
-    """A trajectory: its question, each turn's memory and messages, and what came of it."""
+    """A trajectory: its question, the memory and messages of each turn, and its result."""
     parts = [f"**{row['question']}** (gold: {'; '.join(row['answers'])})"]
     for turn, context in enumerate(row["contexts"], start=1):
         messages = _MESSAGE.findall(context)
         memory = _MEMORY.search(messages[1][1])
-        parts.append(f"### Turn {turn}\n\nMemory it begins with: {_quoted(memory[1].strip() if memory else '')}")
+        parts.append(f"### Turn {turn}\n\nMemory at its start: {_quoted(memory[1].strip() if memory else '')}")
         for role, text in messages if system else messages[2:]:
             who = "policy" if role == "assistant" else role
             parts.append(f"{who}:\n\n```text\n{text.strip()}\n```")

@@ -1,4 +1,4 @@
-"""Demonstrations on the training questions: the real workflow, prompt and retriever, played by the script."""
+"""Records demonstrations on the training questions: real workflow, prompt and index; the script is the policy."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from script import Example, GoldScript, OffScript
+from search_tool import search_tool
 
-from actor.chat.chatml import ChatRendering
 from actor.chat.tokenizer import Tokenizer
 from actor.engines.sampling import SamplingParams
-from actor.evaluation.demonstrations import ScriptedGenerator
+from actor.episode import Episode
+from actor.extensions import WORKFLOWS
 from actor.session import Session
-from actor.tools.search_client import Searcher
+from actor.tools.tool import Searcher
+from actor.workflows.demonstrations import ScriptedGenerator
 from actor.workflows.memsearcher import MemSearcher
-from actor.workflows.workflow import Episode
 from protocol.config import WorkflowConfig
 from protocol.errors import DataError
 from protocol.types import Context, Passage, Question, Status
@@ -26,7 +27,7 @@ from retriever.search import Searcher as IndexSearcher
 
 
 class LocalSearch:
-    """Implements the actor's `Searcher` on an index in this process: what the service would answer."""
+    """Implements the actor's `Searcher` on an index in this process; returns what the service returns."""
 
     def __init__(self, searcher: IndexSearcher) -> None:
         self._searcher = searcher
@@ -38,7 +39,7 @@ class LocalSearch:
 
 @dataclass(slots=True)
 class Traces:
-    """`contexts` of the episodes that completed, one after another; why the others are none."""
+    """contexts: of the completed episodes, in order. refused: the number of other episodes by reason."""
 
     contexts: list[Context] = field(default_factory=list)
     num_episodes: int = 0
@@ -46,7 +47,7 @@ class Traces:
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Raises: DataError where a row lacks a field."""
+    """Raises: DataError if the file cannot be read or a row lacks a field."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         return [
@@ -63,24 +64,31 @@ async def record(
     search: Searcher,
     tokenizer: Tokenizer,
     config: WorkflowConfig,
+    top_n: int,
     on_progress: Callable[[int, int], None],
 ) -> Traces:
-    """Plays every question; keeps the episodes that complete in two contexts or more."""
-    rendering = ChatRendering(fidelity=config.fidelity, top_n=config.top_n)
-    workflow = MemSearcher(config=config, rendering=rendering, search=search)
+    """Runs an episode per question; keeps those that complete with at least two contexts."""
+    workflow: MemSearcher = WORKFLOWS.create(
+        config,
+        base_dir=None,
+        tools={"search": search_tool(top_n, search)},
+        context_tokens=config.context_tokens,
+    )
     traces = Traces()
     for done, example in enumerate(examples, start=1):
-        script = GoldScript(example=example, rendering=rendering)
+        question = Question(example.id, example.question, example.answers)
+        script = GoldScript(example=example, rendering=workflow.rendering)
         session = Session(
             pool=ScriptedGenerator(script=script, tokenizer=tokenizer),
             tokenizer=tokenizer,
             sampling=SamplingParams(),
             run_id=None,
             max_context_tokens=config.context_tokens,
+            question=question,
         )
         try:
-            episode = await workflow.run(Question(example.id, example.question, example.answers), session)
-            _check(episode)
+            episode = await workflow.run(question, session)
+            _check(episode, num_contexts=len(session.contexts))
         except OffScript as error:
             traces.refused[str(error)] += 1
         else:
@@ -90,9 +98,9 @@ async def record(
     return traces
 
 
-def _check(episode: Episode) -> None:
-    """Raises: OffScript where the workflow did not let the script come to its end as it is written."""
+def _check(episode: Episode, *, num_contexts: int) -> None:
+    """Raises: OffScript if the episode did not complete, has one context, or has a truncated memory."""
     if episode.status is not Status.COMPLETED:
         raise OffScript(f"it ended as {episode.status.value}")
-    if len(episode.transcripts) < 2 or episode.stats["num_truncated_memories"]:
+    if num_contexts < 2 or episode.stats["num_truncated_memories"]:
         raise OffScript("a memory is missing or above its limit")

@@ -1,4 +1,7 @@
-"""The wiki_pool example on a generated corpus; the same on real passages where the data is present."""
+"""The wiki_pool example on a generated corpus, and on real passages if the data is present."""
+
+# pyright: reportMissingImports=false
+# The example's modules are on sys.path only while its scripts and these tests run.
 
 from __future__ import annotations
 
@@ -20,12 +23,14 @@ sys.path.insert(0, str(EXAMPLE))
 
 from bpe import CONTROL, END, TAGS, train_tokenizer, word_ids, write_tokenizer  # noqa: E402
 from script import NOTHING_YET, Example, GoldScript, OffScript, spelling  # noqa: E402
+from search_tool import chat_rendering  # noqa: E402
 from traces import Traces, read_examples, record  # noqa: E402
 
-from actor.chat.chatml import ChatRendering, plain  # noqa: E402
-from actor.chat.rendering import Answer, Result, Search, Searches  # noqa: E402
+from actor.chat.chatml import plain  # noqa: E402
+from actor.chat.rendering import Answer, Result, ToolCall, ToolCalls  # noqa: E402
 from actor.chat.tokenizer import Tokenizer  # noqa: E402
-from actor.evaluation.demonstrations import save_demonstrations  # noqa: E402
+from actor.tools.tool import Observation  # noqa: E402
+from actor.workflows.demonstrations import save_demonstrations  # noqa: E402
 from learner.warmstart.sft import Demonstrations  # noqa: E402
 from protocol.config import Config, WorkflowConfig  # noqa: E402
 from protocol.config_file import load_config  # noqa: E402
@@ -39,7 +44,7 @@ BRIDGE = Example("q0", "Where was the director of film Red Boat born?", ("Oslo",
 
 
 class TitleSearch:
-    """Implements the actor's `Searcher`: the passages, those whose title shares words with the query first."""
+    """Implements `Searcher`: returns the passages in the order of the words that title and query share."""
 
     def __init__(self, passages: Sequence[Passage]) -> None:
         self._passages = passages
@@ -73,6 +78,7 @@ def play(
         search=TitleSearch(passages),
         tokenizer=tokenizer,
         config=config,
+        top_n=2,
         on_progress=lambda done, total: None,
     )
     return asyncio.run(recording)
@@ -94,7 +100,7 @@ def test_tokenizer_folder_is_read_by_transformers(tokenizer: Tokenizer, tmp_path
     fast = train_tokenizer(["some words of text"], vocab_size=600, top_n=2)
     write_tokenizer(fast, tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    text = ChatRendering(top_n=2).prompt("who?", "")
+    text = chat_rendering(2).prompt("who?", "")
     assert loaded(text)["input_ids"] == Tokenizer.load(tmp_path).encode(text)
     assert (loaded.eos_token_id, loaded.pad_token_id) == (2, 0)
     assert len(loaded) == fast.get_vocab_size()
@@ -103,37 +109,41 @@ def test_tokenizer_folder_is_read_by_transformers(tokenizer: Tokenizer, tmp_path
     assert fast.id_to_token(words.stop) == TAGS[0]
 
 
-def test_script_searches_remembers_and_answers() -> None:
-    rendering = ChatRendering(top_n=2)
+def test_script_searches_then_remembers_then_answers() -> None:
+    rendering = chat_rendering(2)
     script = GoldScript(example=BRIDGE, rendering=rendering)
     prompt = rendering.prompt(BRIDGE.question, "")
     action = script.write(prompt)
-    query = " ".join(BRIDGE.question.split()[:5])
-    assert rendering.parse_action(action) == Searches((Search(query),))
-    observed = prompt + action + rendering.observation([Result(Search(query), (OTHER, FILM))])
+    call = ToolCall("wikipedia_search", {"query": " ".join(BRIDGE.question.split()[:5])})
+    assert rendering.parse_action(action) == ToolCalls((call,))
+    observed = prompt + action + rendering.observation([Result(call, Observation(passages=(OTHER, FILM)))])
     memory = rendering.parse_memory(script.write(observed))
     assert memory == f"- {FILM.title}: {' '.join(FILM.text.split()[:5]).rstrip('.,')}", (
-        "the wanted passage, not the first"
+        "expected the passage with the answer, not the first"
     )
     with_answer = rendering.prompt(BRIDGE.question, "- Ann Fox: Ann Fox was born in Oslo")
     assert rendering.parse_action(script.write(with_answer)) == Answer("Oslo")
     assert rendering.parse_action(script.write(rendering.prompt(BRIDGE.question, memory))) == Answer(FILM.title)
 
 
-def test_script_needs_something_to_remember() -> None:
-    rendering = ChatRendering(top_n=2)
+def test_script_refuses_an_observation_without_passages() -> None:
+    rendering = chat_rendering(2)
     script = GoldScript(example=BRIDGE, rendering=rendering)
     prompt = rendering.prompt(BRIDGE.question, "")
-    with pytest.raises(OffScript, match="found"):
-        script.write(prompt + script.write(prompt) + rendering.observation([Result(Search("x"), ())]))
+    with pytest.raises(OffScript, match="nothing was found"):
+        script.write(
+            prompt
+            + script.write(prompt)
+            + rendering.observation([Result(ToolCall("wikipedia_search", {"query": "x"}))])
+        )
 
 
-def test_spelling_is_that_of_the_text() -> None:
+def test_spelling_returns_the_name_as_the_text_writes_it() -> None:
     assert spelling("White Cargo (film)", "who made WHITE cargo?") == "WHITE cargo"
     assert spelling("Ann", "Annexes") is None
 
 
-def test_traces_are_what_the_workflow_records(tokenizer: Tokenizer, run_config: Config) -> None:
+def test_traces_have_the_texts_and_masks_of_the_workflow(tokenizer: Tokenizer, run_config: Config) -> None:
     traces = play([BRIDGE], (FILM, OTHER, DIRECTOR), tokenizer, run_config.workflow)
     assert (traces.num_episodes, len(traces.contexts), dict(traces.refused)) == (1, 2, {})
     first, last = traces.contexts
@@ -143,11 +153,13 @@ def test_traces_are_what_the_workflow_records(tokenizer: Tokenizer, run_config: 
     read = tokenizer.decode(first.token_ids[~first.loss_mask].tolist())
     assert "<tool_response>" in read
     memory = sampled[sampled.index("- ") : sampled.index("\n</memory>")]
-    assert memory in tokenizer.decode(last.token_ids[~last.loss_mask].tolist()), "it is all that survives"
+    assert memory in tokenizer.decode(last.token_ids[~last.loss_mask].tolist()), (
+        "the last context has nothing else of the first one"
+    )
     assert tokenizer.decode(last.token_ids[last.loss_mask].tolist()).endswith("}<|im_end|>")
 
 
-def test_demonstrations_are_read_as_they_were_written(tokenizer: Tokenizer, run_config: Config, tmp_path: Path) -> None:
+def test_demonstrations_survive_saving_and_loading(tokenizer: Tokenizer, run_config: Config, tmp_path: Path) -> None:
     contexts = play([BRIDGE], (FILM, OTHER, DIRECTOR), tokenizer, run_config.workflow).contexts
     save_demonstrations(tmp_path / "demonstrations.safetensors", contexts)
     read = Demonstrations.load(tmp_path / "demonstrations.safetensors")
@@ -158,13 +170,13 @@ def test_demonstrations_are_read_as_they_were_written(tokenizer: Tokenizer, run_
         np.testing.assert_array_equal(read.loss_mask[span], context.loss_mask)
 
 
-def test_a_scripted_piece_is_cut_where_an_engine_would(tokenizer: Tokenizer, run_config: Config) -> None:
+def test_a_scripted_piece_is_cut_at_the_token_limit(tokenizer: Tokenizer, run_config: Config) -> None:
     short = run_config.workflow.model_copy(update={"action_tokens": 8})
     assert dict(play([BRIDGE], (FILM, OTHER, DIRECTOR), tokenizer, short).refused) == {"it ended as over_budget": 1}
 
 
 def _write_data(folder: Path) -> None:
-    """A dozen films by as many directors, and questions that need two passages."""
+    """A dozen films with different directors, and questions that need two passages."""
     passages, questions = [], []
     for k, name in enumerate(["Ann", "Bo", "Cy", "Dee", "Eli", "Fay", "Gus", "Hal", "Ida", "Jo", "Kit", "Lou"]):
         film, person, town = f"{name} Runs", f"{name} Fox", f"{name}ville"
@@ -197,8 +209,8 @@ def _prepare(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_prepare_goes_through_its_stages_and_resumes(tmp_path: Path) -> None:
-    """On a dozen questions and a few steps: all stages but a good model; run again, it goes on where it was."""
+def test_prepare_runs_its_stages_and_resumes(tmp_path: Path) -> None:
+    """A dozen questions and a few steps: all stages run, the model stays bad; the second run keeps all results."""
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
     _write_data(data)
@@ -214,21 +226,21 @@ def test_prepare_goes_through_its_stages_and_resumes(tmp_path: Path) -> None:
     made = {path: path.stat().st_mtime_ns for path in sorted(out.glob("rounds/1/*")) if path.name != "logs"}
     again = _prepare(*arguments)
     assert again.returncode == 2
-    assert "base: there already" in again.stdout
+    assert "base: exists" in again.stdout
     assert made == {path: path.stat().st_mtime_ns for path in made}
 
 
-def test_prepare_says_what_is_missing(tmp_path: Path) -> None:
+def test_prepare_names_the_missing_file(tmp_path: Path) -> None:
     refused = _prepare("--data", tmp_path, "--out", tmp_path / "out")
     assert refused.returncode == 2
     assert refused.stderr.strip() == (
-        f"error: --data {tmp_path} has no questions_train.jsonl; README.md says where the questions come from"
+        f"error: --data {tmp_path} has no questions_train.jsonl; README.md names the sources of the questions"
     )
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no corpus in {DATA} (set PALIMPSEST_DATA)")
-def test_real_questions_make_traces(run_config: Config) -> None:
-    """On the passages of some training questions and 300 others, found by their titles."""
+def test_real_questions_give_traces(run_config: Config) -> None:
+    """Searches by title in the passages of some training questions and 300 others."""
     examples = read_examples(DATA / "questions_train.jsonl")[:200:8]
     titles = {title for example in examples for title in example.titles}
     with gzip.open(DATA / "corpus.jsonl.gz", "rt", encoding="utf-8") as file:
