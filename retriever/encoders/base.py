@@ -23,7 +23,7 @@ class EncoderSpec(BaseModel):
 
     use          a built-in name or an import path `package.module:Name`
     options      the encoder's validated options, with their defaults and with absolute paths
-    fingerprint  identifies the model, whatever folder it is in; "" where the encoder defines none
+    fingerprint  identifies the model, independent of its folder; "" if the encoder defines none
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -117,7 +117,7 @@ def test_script_searches_then_remembers_then_answers() -> None:
     call = ToolCall("wikipedia_search", {"query": " ".join(BRIDGE.question.split()[:5])})
     assert rendering.parse_action(action) == ToolCalls((call,))
     observed = prompt + action + rendering.observation([Result(call, Observation(passages=(OTHER, FILM)))])
-    memory = rendering.parse_memory(script.write(observed))
+    memory = rendering.parse_memory(script.write(observed)) or ""
     assert memory == f"- {FILM.title}: {' '.join(FILM.text.split()[:5]).rstrip('.,')}", (
         "expected the passage with the answer, not the first"
     )

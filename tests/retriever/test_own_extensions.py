@@ -54,7 +54,7 @@ def corpus(tmp_path: Path, write_corpus: Callable[[Path, list[str]], Path]) -> P
 
 
 def palimpsest(*arguments: str | Path, package: Path) -> subprocess.Popen[str]:
-    """The real command in a process of its own."""
+    """Starts the real command as a process."""
     return subprocess.Popen(
         [sys.executable, "-m", "learner.launch", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(package), str(DOC.parents[1])])},
