@@ -1,12 +1,12 @@
-"""Gold recall through the service against exact search and BM25, and queries a second, on wiki_pool.
+"""Recall of gold passages through the service, against exact search and BM25, and queries per second, on wiki_pool.
 
     python benchmarks/retrieval.py [--data DIR] [--quick]
 
-The service is a process of its own with its default settings but without a cache, asked over a real socket. Exact
-search compares the same vectors. R@k is the share of a question's gold passages among the first k, averaged over
-questions. Queries a second: the median of rounds that alternate between 1 and 64 clients, all on one sample of
-questions in which each data set has its share. The last line is one JSON object; where DIR (or PALIMPSEST_DATA) has no
-wiki_pool/ it says only that this was skipped.
+The service is a separate process with its default settings, except that its cache is off; clients use real sockets.
+Exact search compares with the same vectors. R@k is the fraction of a question's gold passages among the first k
+results, averaged over questions. Queries per second: the median of rounds that alternate between 1 and 64 clients, all
+on one sample of questions, stratified by data set. The last line is one JSON object. If DIR (or PALIMPSEST_DATA) has no
+wiki_pool/, nothing is measured and the JSON object is {"skipped": REASON}.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def read_questions(path: Path) -> list[Gold]:
 
 
 def stratified(questions: Sequence[Gold], limit: int) -> list[Gold]:
-    """At most `limit` questions, evenly spread over each data set, each with its share of them."""
+    """Returns at most `limit` questions: evenly spaced within each data set, in proportion to its size."""
     if limit >= len(questions):
         return list(questions)
     by_dataset = sorted(questions, key=lambda q: q.dataset)
@@ -102,7 +102,7 @@ def stratified(questions: Sequence[Gold], limit: int) -> list[Gold]:
 
 @contextmanager
 def serving(folder: Path, *, threads: int, dtype: str) -> Iterator[str]:
-    """A retriever process without cache; yields its address."""
+    """Starts a retriever process without cache and yields its address."""
     code = "from retriever.command import retriever; retriever()"
     options = ["--address", "tcp://127.0.0.1:0", "--cache-size", "0", "--threads", str(threads), "--dtype", dtype]
     command = [sys.executable, "-c", code, str(folder), *options]
@@ -122,7 +122,7 @@ def serving(folder: Path, *, threads: int, dtype: str) -> Iterator[str]:
 async def ask_all(
     address: str, questions: Sequence[str], *, num_clients: int, top_n: int
 ) -> tuple[list[list[str]], float]:
-    """Each client asks one question at a time; (ids by question, seconds)."""
+    """Returns (ids by question, seconds). Each client has one request in flight."""
     transport = Transport()
     clients = [RequestClient(transport.dealer(address)) for _ in range(num_clients)]
     results: list[list[str]] = [[] for _ in questions]
@@ -147,7 +147,7 @@ async def ask_all(
 
 
 def recalls(questions: Sequence[Gold], results: Sequence[Sequence[str]]) -> dict[str, dict[str, float]]:
-    """Data set -> `R@k` -> per cent."""
+    """Returns per cent by data set and `R@k`."""
     table: dict[str, dict[str, float]] = {}
     for dataset in ("all", *dict.fromkeys(q.dataset for q in questions)):
         pairs = [(q.gold_ids, r) for q, r in zip(questions, results, strict=True) if dataset in ("all", q.dataset)]
@@ -169,7 +169,7 @@ def exact(encoder: Encoder, passages: PassageTable, vectors: np.ndarray, questio
 
 
 def timed(address: str, texts: Sequence[str], *, num_rounds: int) -> dict[str, float]:
-    """Number of clients -> queries a second: the median of `num_rounds`, in turn, so that a busy machine hits all."""
+    """Returns queries/s by number of clients: medians of `num_rounds`, interleaved, so that other load affects all."""
     rates: dict[str, list[float]] = {str(num): [] for num in NUM_CLIENTS}
     for _ in range(num_rounds):
         for num in NUM_CLIENTS:
@@ -179,7 +179,7 @@ def timed(address: str, texts: Sequence[str], *, num_rounds: int) -> dict[str, f
 
 
 def read_vectors(npz: Path, passages: PassageTable) -> np.ndarray:
-    """float32 [n, dimension] in the order of `passages`, by their ids."""
+    """Returns float32 [n, dimension], in the order of `passages`."""
     with np.load(npz) as arrays:
         rows = {str(name): row for row, name in enumerate(arrays["ids"])}
         return arrays["vectors"].astype(np.float32)[[rows[passage.id] for passage in passages]]
@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"
     data = Path(os.environ.get("PALIMPSEST_DATA", beside))
-    parser.add_argument("--data", type=Path, default=data, help="folder with wiki_pool/")
+    parser.add_argument("--data", type=Path, default=data, help="folder that contains wiki_pool/")
     parser.add_argument("--quick", action="store_true", help="300 questions instead of 2,855, and one timed round")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="the encoder's precision")
@@ -197,7 +197,9 @@ def main() -> None:
     pool = options.data / "wiki_pool"
     npz = pool / "minilm_passages_fp16.npz"
     if missing := [p for p in (pool / "corpus.jsonl.gz", pool / "questions_dev.jsonl", npz) if not p.is_file()]:
-        print(f"skipped: {missing[0]} is not there; give --data or PALIMPSEST_DATA a folder with wiki_pool/")
+        print(
+            f"skipped: {missing[0]} does not exist; set --data or PALIMPSEST_DATA to a folder that contains wiki_pool/"
+        )
         print(json.dumps({"skipped": f"no {missing[0]}"}))
         return
     questions = read_questions(pool / "questions_dev.jsonl")
