@@ -20,9 +20,10 @@ from actor.engines.pool import Generator
 from actor.engines.sampling import SamplingParams
 from actor.episode import Episode
 from actor.rewards.reward import Reward, Score
-from actor.session import BudgetExceeded, Session
+from actor.session import BudgetExceeded, Session, ToolFailed
 from actor.tasks.task import Task
 from actor.workflows.workflow import Workflow
+from protocol.codec import encode_group
 from protocol.errors import EngineError, RemoteError
 from protocol.extensions import described
 from protocol.messages import MAX_ANSWER_CHARS, Lease
@@ -32,6 +33,10 @@ log = logging.getLogger(__name__)
 
 # A traceback is logged for the first failures of each kind; later ones are one line each.
 _MAX_TRACEBACKS = 3
+
+
+_NO_QUESTION = Question("none", "", ())
+_EMPTY = Trajectory(contexts=(), reward=0.0, status=Status.FAILED)
 
 
 class _Failure(Exception):
@@ -90,10 +95,18 @@ class Episodes:
                 self.num_running -= 1
                 self.num_done += 1
 
-    def without_question(self, cursor: int, task: Task, error: Exception) -> tuple[Question, Trajectory]:
-        """Stand-ins for a question and its trajectories after `task.question(cursor)` raised: FAILED, counted."""
-        self.failures[self._fault("task", task, error).kind] += 1
-        return Question(f"question {cursor}", "", ()), Trajectory(contexts=(), reward=0.0, status=Status.FAILED)
+    def fail(self, what: str, extension: object, error: Exception, *, count: int = 1) -> list[Trajectory]:
+        """Counts `count` FAILED trajectories for an error of `extension` and returns empty ones in their place."""
+        self.failures[self._fault(what, extension, error).kind] += count
+        return [_EMPTY] * count
+
+    def sendable(self, trajectory: Trajectory, lease: Lease) -> Trajectory:
+        """The trajectory, or a FAILED one if it holds values of user code that cannot be sent."""
+        try:
+            encode_group(_group(lease, _NO_QUESTION, [trajectory]), lease_id=lease.lease_id)
+        except Exception as error:
+            return self.fail("workflow", self._workflow, error)[0]
+        return trajectory
 
     def _session(self, question: Question, *, min_version: int, rid: str) -> Session:
         return Session(
@@ -120,6 +133,8 @@ class Episodes:
             episode = Episode(status=Status.OVER_BUDGET, reason=str(error))
         except (EngineError, RemoteError) as error:
             raise _Failure(type(error).__name__, f"{type(error).__name__}: {error}") from error
+        except ToolFailed as failed:
+            raise self._fault("tool", failed.tool, failed.__cause__ or failed) from failed
         except Exception as error:
             raise self._fault("workflow", self._workflow, error) from error
         episode = _completed(session, episode)
@@ -144,7 +159,7 @@ class Episodes:
             raise self._fault("reward", self._reward, error) from error
         return score
 
-    def _fault(self, what: str, extension: object, error: Exception) -> _Failure:
+    def _fault(self, what: str, extension: object, error: BaseException) -> _Failure:
         """An exception of a workflow, its tools or a reward, with its traceback in the log."""
         kind = f"{what}_{type(error).__name__}"
         reason = f"{type(extension).__module__}:{type(extension).__qualname__} raised {described(error)}"
@@ -183,11 +198,13 @@ class GroupRollout:
         self._episodes = episodes
 
     async def __call__(self, lease: Lease) -> TrajectoryGroup:
+        """Raises nothing that user code raises: the group then has FAILED trajectories."""
         try:
             question = self._task.question(lease.cursor)
+            encode_group(_group(lease, question, [_EMPTY]), lease_id=lease.lease_id)
         except Exception as error:
-            question, failed = self._episodes.without_question(lease.cursor, self._task, error)
-            return _group(lease, question, [failed] * lease.group_size)
+            failed = self._episodes.fail("task", self._task, error, count=lease.group_size)
+            return _group(lease, replace(_NO_QUESTION, id=f"question {lease.cursor}"), failed)
         async with asyncio.TaskGroup() as tasks:
             running = [
                 tasks.create_task(
@@ -197,7 +214,7 @@ class GroupRollout:
                 )
                 for i in range(lease.group_size)
             ]
-        return _group(lease, question, [each.result()[0] for each in running])
+        return _group(lease, question, [self._episodes.sendable(each.result()[0], lease) for each in running])
 
 
 def _group(lease: Lease, question: Question, trajectories: Sequence[Trajectory]) -> TrajectoryGroup:

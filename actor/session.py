@@ -32,6 +32,14 @@ class BudgetExceeded(PalimpsestError):
     """
 
 
+class ToolFailed(PalimpsestError):
+    """A tool raised an error, which is the cause of this one. The trajectory fails."""
+
+    def __init__(self, tool: Tool) -> None:
+        super().__init__(f"the tool {type(tool).__qualname__} failed")
+        self.tool = tool
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Generation:
     """n sampled tokens, int32 [n], and their text without the stop token.
@@ -174,9 +182,20 @@ class Session:
         return context
 
     async def call(self, tool: Tool, arguments: Mapping[str, Any]) -> Observation:
-        """Calls a tool for this episode and counts it. The observation is not appended: the workflow decides that."""
+        """Calls a tool for this episode and counts it. The observation is not appended: the workflow decides that.
+
+        Raises: ToolFailed if the tool raises; errors of remote services (RemoteError, EngineError) pass through.
+        """
         self.num_tool_calls += 1
-        return await tool.call(arguments, self._tool_context)
+        try:
+            observation = await tool.call(arguments, self._tool_context)
+            if not isinstance(observation, Observation):
+                raise TypeError(f"call must return an Observation, got {type(observation).__name__}")
+        except PalimpsestError:
+            raise
+        except Exception as error:
+            raise ToolFailed(tool) from error
+        return observation
 
     def stats(self) -> dict[str, float]:
         """Counts of the episode so far, by metric name."""

@@ -193,7 +193,9 @@ def _absolute(value: object, base_dir: Path) -> object:
 
 def _problem(problem: Any, model: type[BaseModel], *, key: str, own_keys: tuple[str, ...]) -> str:
     kind, location = problem["type"], problem["loc"]
-    name = ".".join(part for part in (key, *map(str, location)) if part)
+    name = key
+    for part in location:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
     if kind == "extra_forbidden":
         message = "unknown key" + _known_keys(model, location, own_keys)
     elif kind == "missing":

@@ -43,22 +43,7 @@ class SearchTool(Tool):
         if services.searcher is None:
             raise ConfigError("the tool search needs a retriever: set retriever.indexes (or retriever.port)")
         self._searcher = services.searcher
-
-    @property
-    def schema(self) -> Mapping[str, Any]:
-        properties = {
-            "query": {"type": "string", "description": "What to look up."},
-            "top_n": {
-                "type": "integer",
-                "description": "How many passages to return.",
-                "default": self.options.top_n,
-            },
-        }
-        return {
-            "name": self.options.function_name,
-            "description": self.options.description,
-            "parameters": {"type": "object", "properties": properties, "required": ["query"]},
-        }
+        self.schema = search_schema(options)
 
     async def call(self, arguments: Mapping[str, Any], context: ToolContext) -> Observation:
         """Raises: SearchFailed if the retriever fails."""
@@ -69,6 +54,19 @@ class SearchTool(Tool):
         collection = context.question.metadata.get("collection", self.options.collection)
         (passages,) = await self._searcher.search([arguments["query"].strip()], top_n=top_n, collection=collection)
         return Observation(passages=tuple(passages))
+
+
+def search_schema(options: SearchOptions) -> dict[str, Any]:
+    """The schema of a search tool with these options."""
+    properties = {
+        "query": {"type": "string", "description": "What to look up."},
+        "top_n": {"type": "integer", "description": "How many passages to return.", "default": options.top_n},
+    }
+    return {
+        "name": options.function_name,
+        "description": options.description,
+        "parameters": {"type": "object", "properties": properties, "required": ["query"]},
+    }
 
 
 def _error_in(arguments: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from pydantic import ValidationError
 
@@ -20,12 +19,6 @@ RESEND_S = 2.0
 
 class SearchFailed(RemoteError):
     """The retriever did not answer in time, or answered with an error or with nonsense."""
-
-
-class Searcher(Protocol):
-    """What a workflow searches with: a `SearchClient`."""
-
-    async def search(self, queries: Sequence[str], *, top_n: int, collection: str = "") -> list[list[Passage]]: ...
 
 
 class SearchClient:

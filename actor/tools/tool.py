@@ -53,21 +53,19 @@ class Services:
 class Tool(ABC):
     """Base class of tools. One instance serves all episodes of an actor, many at once.
 
-    `Options` describes the keys of the tool's `[[tool]]` section. If a call needs time, `await` it: other episodes go
-    on meanwhile. An exception from `call` fails the trajectory, not the actor; for arguments that the policy got wrong,
+    `Options` describes the keys of the tool's `[[tool]]` section. If a call takes time, `await` it: other episodes run
+    in that time. An exception from `call` fails the trajectory, not the actor; for arguments that the policy got wrong,
     return `Observation(error=...)` instead.
+
+    schema   `name`, `description` and `parameters` (JSON schema), as in the `function` of a chat template's tools
     """
 
     Options: ClassVar[type[BaseModel]] = Options
+    schema: Mapping[str, Any]
 
     def __init__(self, options: Any, *, services: Services) -> None:
         self.options = options
         self.services = services
-
-    @property
-    @abstractmethod
-    def schema(self) -> Mapping[str, Any]:
-        """`name`, `description` and `parameters` (JSON schema), as in the `function` of a chat template's tools."""
 
     @abstractmethod
     async def call(self, arguments: Mapping[str, Any], context: ToolContext) -> Observation:

@@ -1,6 +1,6 @@
 """Makes model/, which is part of the repository so that the example runs at once.
 
-    rm -r examples/own_agent/model && python examples/own_agent/make_model.py
+rm -r examples/own_agent/model && python examples/own_agent/make_model.py
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class AddressTask(Task):
 
     def question(self, cursor: int) -> Question:
         rng = random.Random(f"{self.seed}/{self.split}/{cursor}")
-        book = dict(zip(PEOPLE, rng.sample(CITIES, len(CITIES)), strict=True))
+        book: dict[str, str] = dict(zip(PEOPLE, rng.sample(CITIES, len(CITIES)), strict=True))
         person = rng.choice(PEOPLE)
         return Question(id=f"{self.split}-{cursor}", text=person, answers=(book[person],), metadata=book)
 

@@ -30,18 +30,19 @@ CorrectionScope = Literal["token", "context", "trajectory", "batch"]
 
 
 class Correction(ABC):
-    """Base class of corrections. `Options` describes their keys in an entry of `learner.loss.corrections`."""
+    """Base class of corrections. `Options` describes their keys in an entry of `learner.loss.corrections`.
+
+    scope   what a token's weight depends on; an option of this name overrides it. `trajectory` and `batch` cost a
+            forward pass before the step: their tokens may lie in several micro-batches, so pi_prox must be known for
+            all tokens first
+    """
 
     Options: ClassVar[type[BaseModel]] = Options
+    scope: CorrectionScope = "token"
 
     def __init__(self, options: Any) -> None:
         self.options = options
-
-    @property
-    def scope(self) -> CorrectionScope:
-        """What a token's weight depends on. `trajectory` and `batch` cost a forward pass before the step: their tokens
-        may lie in several micro-batches, so pi_prox must be known for all tokens first."""
-        return getattr(self.options, "scope", "token")
+        self.scope = getattr(options, "scope", type(self).scope)
 
     @abstractmethod
     def __call__(self, log_weight: Tensor, *, advantages: Tensor, segment: Tensor | None) -> Tensor:

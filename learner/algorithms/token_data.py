@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +57,7 @@ class TokenData:
 
     def select(self, index: Tensor) -> TokenData:
         """The tokens that `index` (int64 indices or a bool mask) selects."""
-        columns = {each.name: getattr(self, each.name) for each in fields(self)}
+        columns: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
         return TokenData(**{name: None if column is None else column[index] for name, column in columns.items()})
 
     def column(self, name: str) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from learner.algorithms.diagnostics import Diagnostics
 from learner.batch.packing import pack, split
@@ -185,7 +186,7 @@ def _skip_a_nan(world: World) -> dict[str, object]:
     before = learner.published()
     learner.accumulate(0)
     if world.rank == 1:
-        sharded = learner.policy.model.get_input_embeddings().weight.grad
+        sharded = cast(DTensor, cast(torch.nn.Embedding, learner.policy.model.get_input_embeddings()).weight.grad)
         sharded.to_local().fill_(torch.nan)
     norm = apply_update(learner.scorer, learner.optimizer, rate=0.01, clip_norm=1.0)
     after = learner.published()

@@ -219,12 +219,13 @@ def reference_token_advantages(
     returns: list[float] | None = None
     advantages = []
     if config.use in ("gae", "reinforce_pp"):
-        rewards = [-p for p in penalty]
+        rewards = [-float(p) for p in penalty]
         for n, (i, k, policy) in enumerate(tokens):
             if not any((i, policy) == (j, other) for j, _, other in tokens[n + 1 :]):
-                rewards[n] += credit.reward[i]
+                rewards[n] += float(credit.reward[i])
             if with_contexts and all(k != c for _, c, _ in tokens[n + 1 :]):
-                rewards[n] += credit.context_reward[k]  # pyright: ignore[reportOptionalSubscript]
+                assert credit.context_reward is not None
+                rewards[n] += float(credit.context_reward[k])
         returns = [0.0] * num_tokens
         advantages = [0.0] * num_tokens
         for n in reversed(range(num_tokens)):

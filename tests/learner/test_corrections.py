@@ -59,7 +59,7 @@ def weights_of(flat: Flat, corrections: tuple[CorrectionConfig, ...]) -> np.ndar
 @given(seed=st.integers(0, 10_000))
 def test_weights_equal_the_reference(corrections: tuple[CorrectionConfig, ...], seed: int) -> None:
     flat = flat_tokens(seed)
-    wanted = reference_corrections(flat.tokens, flat.proximal, corrections)
+    wanted = reference_corrections(flat.tokens, flat.proximal.tolist(), corrections)
     np.testing.assert_allclose(weights_of(flat, corrections), wanted, rtol=1e-9)
 
 

@@ -51,7 +51,13 @@ def test_loss_and_gradient_equal_the_reference(config: LossConfig, seed: int) ->
     tokens = flat.loss_tokens(importance=importance)
     loss, seen = loss_of(tokens, config)
     wanted, slopes = reference_objective(
-        flat.tokens, flat.logprobs, flat.proximal, flat.reference, flat.weight, importance.tolist(), config
+        flat.tokens,
+        flat.logprobs.tolist(),
+        flat.proximal.tolist(),
+        flat.reference.tolist(),
+        flat.weight.tolist(),
+        importance.tolist(),
+        config,
     )
     assert float(loss.detach()) == pytest.approx(wanted, rel=1e-9, abs=1e-9)
     np.testing.assert_allclose(gradient(loss, tokens.column("logprobs")), slopes, rtol=1e-5, atol=1e-8)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -174,7 +175,8 @@ def test_activation_checkpointing_recomputes_layers_and_dropout_stays_off(recomp
         checkpoint_activations(model)
     layer = decoder_layers(model)[0]
     calls: list[bool] = []
-    layer.mlp.register_forward_pre_hook(lambda *_: calls.append(layer.mlp.training or layer.self_attn.training))
+    mlp, attention = cast(torch.nn.Module, layer.mlp), cast(torch.nn.Module, layer.self_attn)
+    mlp.register_forward_pre_hook(lambda *_: calls.append(mlp.training or attention.training))
     model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False).logits.sum().backward()
     assert calls == [False] * (2 if recompute else 1)
 

@@ -1,6 +1,6 @@
 """Scripted episodes of the toy: a demonstrator that knows the answer's path and makes errors on purpose.
 
-It takes the policy's place in the MemSearcher workflow (actor/evaluation/demonstrations.py). Its errors are what
+It takes the policy's place in the MemSearcher workflow (actor/workflows/demonstrations.py). Its errors are what
 reinforcement learning removes: a demonstrator that never errs would leave nothing to improve.
 """
 

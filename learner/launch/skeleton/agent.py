@@ -16,7 +16,7 @@ class MyTask(Task):
 
     def question(self, cursor: int) -> Question:
         rng = random.Random(f"{self.seed}/{self.split}/{cursor}")
-        dictionary = dict(zip(WORDS, rng.sample(WORDS, len(WORDS)), strict=True))
+        dictionary: dict[str, str] = dict(zip(WORDS, rng.sample(WORDS, len(WORDS)), strict=True))
         word = rng.choice(WORDS)
         return Question(id=f"{self.split}-{cursor}", text=word, answers=(dictionary[word],), metadata=dictionary)
 
