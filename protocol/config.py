@@ -187,7 +187,8 @@ class OptimizerConfig(Section):
     warmup_steps: NonNegative = Field(default=0, description="Steps of linear warm-up.")
     final_fraction: Fraction = Field(default=0.1, description="Final rate as a fraction of `learning_rate`.")
     max_consecutive_skips: Positive = Field(
-        default=5, description="Updates with a non-finite loss or gradient are skipped; so many in a row end the run."
+        default=5,
+        description="Updates with a non-finite loss or gradient are skipped; more than this many in a row end the run.",
     )
 
 
@@ -216,8 +217,10 @@ class RetentionConfig(Section):
     """Which tokens of trained batches stay in the store. None is dropped before a durable checkpoint covers it. Without
     either key all stay, so the whole run can be replayed."""
 
-    keep_steps: NonNegative | None = Field(default=None, description="Keep the last so many steps before a checkpoint.")
-    keep_bytes: NonNegative | None = Field(default=None, description="Keep at most so many bytes.")
+    keep_steps: NonNegative | None = Field(
+        default=None, description="Number of steps before a checkpoint whose tokens are kept."
+    )
+    keep_bytes: NonNegative | None = Field(default=None, description="Largest number of bytes that are kept.")
 
 
 class LearnerConfig(Section):

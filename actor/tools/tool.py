@@ -17,7 +17,7 @@ from protocol.types import Passage, Question
 class Observation:
     """What a tool call returned. It is given to the policy, which did not sample it.
 
-    text      what the tool says
+    text      the tool's reply
     passages  documents, best first, for workflows that number or shorten them; `text` may be empty then
     error     why the call could not be carried out (bad arguments); the policy reads it and may try again
     """

@@ -57,8 +57,10 @@ class TokenData:
 
     def select(self, index: Tensor) -> TokenData:
         """The tokens that `index` (int64 indices or a bool mask) selects."""
-        columns: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
-        return TokenData(**{name: None if column is None else column[index] for name, column in columns.items()})
+        selected: dict[str, Any] = {
+            each.name: None if (column := getattr(self, each.name)) is None else column[index] for each in fields(self)
+        }
+        return TokenData(**selected)
 
     def column(self, name: str) -> Tensor:
         """A column that must be set. Raises: ValueError if it is None."""

@@ -9,14 +9,18 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import pytest
 
 from actor.episode import Episode
 from actor.rewards.reward import Reward, Score
+from actor.rollout import GroupRollout
 from actor.session import Session
+from actor.tasks.task import Task
 from actor.tools.tool import Observation, Services, Tool, ToolContext
+from protocol.codec import encode_group
 from protocol.config_base import Options
 from protocol.errors import EngineRefused, RemoteError
 from protocol.types import Question, Status, Trajectory
@@ -43,13 +47,11 @@ class ChosenReward(Reward):
 class RaisingTool(Tool):
     """A tool whose every call raises `error`."""
 
+    schema = MappingProxyType({"name": "broken", "description": "", "parameters": {}})
+
     def __init__(self, error: Exception) -> None:
         super().__init__(Options(), services=Services())
         self.error = error
-
-    @property
-    def schema(self) -> Mapping[str, Any]:
-        return {"name": "broken", "description": "", "parameters": {}}
 
     async def call(self, arguments: Mapping[str, Any], context: ToolContext) -> Observation:
         raise self.error
@@ -191,7 +193,7 @@ async def test_the_reward_is_not_called_for_a_failed_trajectory(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
-        (ZeroDivisionError("tool"), "workflow_ZeroDivisionError", "Scripted raised ZeroDivisionError: tool"),
+        (ZeroDivisionError("tool"), "tool_ZeroDivisionError", "RaisingTool raised ZeroDivisionError: tool"),
         (RemoteError("gone"), "RemoteError", "RemoteError: gone"),
         (EngineRefused("too long"), "EngineRefused", "EngineRefused: too long"),
     ],
@@ -256,3 +258,40 @@ async def test_a_failed_task_is_logged_with_its_import_path(tmp_path: Path, capl
     (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
     assert f"{SomeTask.__module__}:SomeTask raised KeyError: 'row 3'" in record.getMessage()
     assert record.exc_info is not None
+
+
+async def test_values_of_user_code_that_cannot_be_sent_fail_their_trajectory_only(tmp_path: Path) -> None:
+    """An answer with half a surrogate pair, a stat that is not a number: the group can be sent all the same."""
+
+    async def episode(index: int, session: Session) -> Episode:
+        bad: dict[int, dict[str, Any]] = {
+            0: {"answer": "\ud800"},
+            1: {"stats": {"n": cast(float, "many")}},
+            2: {"stats": {"x" * 200: 1.0}},
+        }
+        return Episode(**{"answer": "zuka", **bad.get(index, {})})
+
+    rollout, episodes = make_rollout(Scripted(episode), tmp_path)
+    group = await rollout(lease(group_size=4))
+    assert [t.status for t in group.trajectories] == [Status.FAILED] * 3 + [Status.COMPLETED]
+    assert episodes.failures.total() == 3
+    assert encode_group(group, lease_id=1)
+
+
+@pytest.mark.parametrize(
+    "question", [None, Question("", "who?", ()), Question("q", "who?", cast(tuple[str, ...], (1,)))]
+)
+async def test_a_question_that_cannot_be_sent_fails_its_group_only(tmp_path: Path, question: Question | None) -> None:
+    class BadTask(Task):
+        def question(self, cursor: int) -> Question:
+            return cast(Question, question)
+
+    async def unreachable(index: int, session: Session) -> Episode:
+        raise AssertionError("no episode is run")
+
+    _, episodes = make_rollout(Scripted(unreachable), tmp_path)
+    rollout = GroupRollout(task=BadTask(Options(), split="train", seed=0), episodes=episodes)
+    group = await rollout(lease(group_size=4))
+    assert [t.status for t in group.trajectories] == [Status.FAILED] * 4
+    assert episodes.failures.total() == 4
+    assert encode_group(group, lease_id=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -188,9 +189,7 @@ async def test_contexts_are_opened_and_closed_in_turn(pool, toy_tokenizer) -> No
 class Echo(Tool):
     """Returns its arguments and the episode's id as text."""
 
-    @property
-    def schema(self) -> Mapping[str, Any]:
-        return {"name": "echo", "description": "", "parameters": {}}
+    schema = MappingProxyType({"name": "echo", "description": "", "parameters": {}})
 
     async def call(self, arguments: Mapping[str, Any], context: ToolContext) -> Observation:
         return Observation(text=f"{arguments} {context.question.id} {context.episode_id}")

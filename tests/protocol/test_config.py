@@ -165,10 +165,10 @@ def test_keys_of_an_extension_are_kept_as_its_options(tmp_path: Path) -> None:
         ('[[tool]]\nuse = "search"\n[[tool]]\nuse = "search"\n', "tool: two tools have the name 'search'; give one"),
         (
             '[[tool]]\nuse = "my.tools:Add"\n',
-            r"tool\.0: name must be set for a tool .* an import path \(my\.tools:Add\)",
+            r"tool\[0\]: name must be set for a tool .* an import path \(my\.tools:Add\)",
         ),
-        ('[[tool]]\nuse = "search"\nname = "a b"\n', r"tool\.0\.name: .*, got 'a b'"),
-        ("[[tool]]\ntop_n = 3\n", r"tool\.0\.use: must be set"),
+        ('[[tool]]\nuse = "search"\nname = "a b"\n', r"tool\[0\]\.name: .*, got 'a b'"),
+        ("[[tool]]\ntop_n = 3\n", r"tool\[0\]\.use: must be set"),
         (
             '[reward]\nuse = "my agent"\n',
             r"reward\.use: must be a built-in name or an import path package\.module:Name",
@@ -238,7 +238,7 @@ def test_json_that_is_not_an_object_is_refused(tmp_path: Path, tree: object) -> 
             "learner.loss.corrections=[{use='mask'}, {use='clamp'}]",
             ["learner.loss.corrections[1].use", "'clamp'", "built-in: truncate, mask, reject"],
         ),
-        ("learner.loss.corrections=[{high=1.0}]", ["learner.loss.corrections.0.use: must be set"]),
+        ("learner.loss.corrections=[{high=1.0}]", ["learner.loss.corrections[0].use: must be set"]),
         (
             "learner.loss.corrections=[{use='truncate', high=inf}]",
             ["learner.loss.corrections[0].high", "finite", "inf"],
@@ -251,7 +251,7 @@ def test_json_that_is_not_an_object_is_refused(tmp_path: Path, tree: object) -> 
             "learner={advantage={use='my.algorithm:Mine'}, skip_zero_variance=true}",
             ["skip_zero_variance must be false", "got true"],
         ),
-        ("learner.optimizer.betas=[0.9,1.0]", ["learner.optimizer.betas.1: must be < 1, got 1.0"]),
+        ("learner.optimizer.betas=[0.9,1.0]", ["learner.optimizer.betas[1]: must be < 1, got 1.0"]),
     ],
 )
 def test_values_that_do_not_fit_together_are_refused(tmp_path: Path, override: str, words: list[str]) -> None:
