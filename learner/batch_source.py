@@ -15,7 +15,7 @@ from learner.model.parallel import World
 from learner.network.network_thread import NetworkThread
 from learner.store.store import Store
 from protocol.codec import pack_groups, unpack_groups
-from protocol.config import RetentionConfig
+from protocol.learner_config import RetentionConfig
 from protocol.messages import CanaryFields
 from protocol.types import TrajectoryGroup
 

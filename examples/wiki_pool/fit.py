@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from learner.warmstart.induction_init import wire_induction
 from learner.warmstart.sft import Demonstrations, NextTokenFit, OnProgress, padded
 from protocol.atomic_write import atomic_path
-from protocol.config import OptimizerConfig
+from protocol.learner_config import OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(
     learning_rate=2e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=20, schedule="linear", final_fraction=0.1

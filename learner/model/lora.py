@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from learner.model.parallel import decoder_layers
-from protocol.config import LoraConfig
 from protocol.errors import ConfigError
+from protocol.learner_config import LoraConfig
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from learner.model.parallel import clip_gradients
-from protocol.config import OptimizerConfig
 from protocol.errors import DivergenceError
+from protocol.learner_config import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -35,7 +35,7 @@ from learner.model.loading import Policy
 from learner.model.parallel import World, shard
 from learner.model.scorer import Scorer, Scores
 from learner.training.optimizer import SkipGuard, apply_update, build_optimizer, learning_rate
-from protocol.config import LearnerConfig
+from protocol.learner_config import LearnerConfig
 from protocol.types import TrajectoryGroup
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
 from learner.warmstart.sft import NextTokenFit, OnProgress
-from protocol.config import OptimizerConfig
+from protocol.learner_config import OptimizerConfig
 
 _EMBEDDING_STD = 0.1
 _POSITION_LOGIT = 36.0

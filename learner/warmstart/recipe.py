@@ -9,8 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config, Qw
 
 from learner.warmstart.induction_init import induction_pretrain, wire_induction
 from learner.warmstart.sft import Demonstrations, OnProgress, supervised_finetune
-from protocol.config import OptimizerConfig
 from protocol.errors import DataError
+from protocol.learner_config import OptimizerConfig
 
 REPEATED_STEPS = 400
 IMITATION_STEPS = 800

@@ -22,8 +22,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from learner.training.optimizer import apply_update, build_optimizer, learning_rate
-from protocol.config import OptimizerConfig
 from protocol.errors import ConfigError, DataError
+from protocol.learner_config import OptimizerConfig
 
 OnProgress = Callable[[str, int, float], None]
 """Called after every step with (phase, steps done, mean loss of the last steps)."""

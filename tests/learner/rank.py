@@ -25,7 +25,7 @@ from learner.model.scorer import Scorer
 from learner.training.checkpoint import TrainingProgress, restore_checkpoint, save_checkpoint
 from learner.training.optimizer import apply_update, build_optimizer
 from learner.training.trainer import Trainer
-from protocol.config import LearnerConfig, LoraConfig, OptimizerConfig
+from protocol.learner_config import LearnerConfig, LoraConfig, OptimizerConfig
 from tests.learner.configs import advantage_config, correction, loss_config, loss_of
 from tests.learner.flat import flat_tokens
 from tests.learner.tiny import VOCAB_SIZE, group, tiny_model

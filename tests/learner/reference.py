@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from learner.algorithms.advantages import Credit
 from protocol.algorithm_config import AdvantageConfig, CorrectionConfig, LossConfig
-from protocol.config import LearnerConfig
+from protocol.learner_config import LearnerConfig
 from protocol.types import Context, Status, Trajectory, TrajectoryGroup
 from tests.learner.configs import advantage_options, correction_options, loss_options
 

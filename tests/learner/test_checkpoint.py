@@ -22,8 +22,8 @@ from learner.training.checkpoint import (
     save_checkpoint,
 )
 from learner.training.trainer import Trainer
-from protocol.config import LearnerConfig, OptimizerConfig
 from protocol.errors import DataError
+from protocol.learner_config import LearnerConfig, OptimizerConfig
 from protocol.types import TrajectoryGroup
 from tests.learner.configs import loss_config
 from tests.learner.tiny import group, save_tiny_model

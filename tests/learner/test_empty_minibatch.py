@@ -7,7 +7,7 @@ import torch
 
 from learner.model.loading import Policy
 from learner.training.trainer import Trainer
-from protocol.config import LearnerConfig, OptimizerConfig
+from protocol.learner_config import LearnerConfig, OptimizerConfig
 from protocol.types import TrajectoryGroup
 from tests.learner.tiny import group, tiny_model
 

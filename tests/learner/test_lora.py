@@ -14,8 +14,8 @@ from learner.model.lora import add_adapters
 from learner.model.parallel import World
 from learner.training.checkpoint import TrainingProgress, restore_checkpoint, save_checkpoint
 from learner.training.optimizer import apply_update, build_optimizer
-from protocol.config import LoraConfig, OptimizerConfig
 from protocol.errors import ConfigError
+from protocol.learner_config import LoraConfig, OptimizerConfig
 from tests.learner.tiny import VOCAB_SIZE, tiny_model
 
 CONFIG = LoraConfig(rank=4, alpha=6.0, targets=("q_proj", "v_proj", "down_proj"))

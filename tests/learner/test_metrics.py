@@ -17,7 +17,7 @@ from learner.metrics.peer_metrics import QUEUE_METRICS
 from learner.metrics.rollout_metrics import rollout_metrics
 from learner.model.loading import Policy
 from learner.training.trainer import Trainer
-from protocol.config import LearnerConfig
+from protocol.learner_config import LearnerConfig
 from protocol.metric import Metric
 from protocol.types import Status, TrajectoryGroup
 from tests.learner.configs import advantage_config, loss_config

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from learner.training.optimizer import SkipGuard, apply_update, build_optimizer, learning_rate
-from protocol.config import OptimizerConfig
 from protocol.errors import DivergenceError
+from protocol.learner_config import OptimizerConfig
 
 
 def test_warm_up_then_linear_decay_to_a_fraction() -> None:

@@ -15,8 +15,8 @@ from learner.batch.microbatches import make_micro_batches
 from learner.model.loading import Policy
 from learner.training.trainer import Trainer
 from protocol.algorithm_config import CorrectionConfig, Scope
-from protocol.config import LearnerConfig, OptimizerConfig
 from protocol.errors import MalformedMessage
+from protocol.learner_config import LearnerConfig, OptimizerConfig
 from protocol.types import Status, TrajectoryGroup
 from tests.learner.configs import correction, loss_config
 from tests.learner.reference import accumulate_reference, frozen, reference_loss, trajectories_of

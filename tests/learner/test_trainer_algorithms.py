@@ -12,7 +12,7 @@ from learner.batch.flatten import flatten
 from learner.model.loading import Policy
 from learner.training.trainer import Trainer
 from protocol.algorithm_config import ValueConfig
-from protocol.config import LearnerConfig
+from protocol.learner_config import LearnerConfig
 from protocol.types import Context
 from tests.learner.configs import advantage_config, correction, loss_config
 from tests.learner.reference import (
