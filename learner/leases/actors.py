@@ -1,4 +1,4 @@
-"""The actors that the learner knows, and which of them has the most free credits. Pure."""
+"""The connected actors, and a priority queue that yields the one with the most free credits. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Actor:
-    """An actor whose heartbeats arrive. `capacity`: the number of groups that it can hold at once."""
+    """A connected actor.
+
+    capacity  number of groups that it can run at once
+    seen_s    time of its last heartbeat, later if the learner's event loop stalled
+    counters  its own metrics, from its last heartbeat
+    """
 
     peer: bytes
     incarnation: str
@@ -16,20 +21,20 @@ class Actor:
     seen_s: float = 0.0
     counters: dict[str, float] = field(default_factory=dict)
     queued_credits: int = 0
-    """The free credits of this actor's valid entry in the heap; 0: it has no valid entry."""
+    """Free credits in the actor's current heap entry; 0: it has none. Heap entries with another number are stale."""
 
 
 class Actors(dict[str, Actor]):
-    """Actors by name, with a priority queue of those that have free credits (`queue`, `take`)."""
+    """Actors by name. `queue` and `take` maintain a priority queue of the actors with free credits."""
 
     def __init__(self) -> None:
         super().__init__()
         self._heap: list[tuple[int, str]] = []
 
     def queue(self, name: str, *, num_outstanding: int) -> None:
-        """Puts the actor into the queue with its current free credits (capacity - `num_outstanding` leases).
+        """Updates the actor's place in the queue. Free credits: `capacity` minus `num_outstanding` (its running leases).
 
-        Does nothing if the actor is unknown or its free credits have not changed.
+        Does nothing if the actor is not connected or its free credits have not changed.
         """
         actor = self.get(name)
         if actor is None:

@@ -1,4 +1,4 @@
-"""Decides whether a received group will be trained. Pure."""
+"""Decides whether a received group is accepted for training. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from protocol.types import Status
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What every group of a run must satisfy."""
+    """The run's settings that every group is checked against."""
 
     run_id: str
     group_size: int
@@ -24,15 +24,20 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`accept`: train it. `skip`: it is valid, but its advantages are all 0. `retry`: the environment failed; issue the
-    question again. `refuse`: it must not be trained; issue the question again."""
+    """The decision on a group.
+
+    accept  train the group
+    skip    store the group but do not train it: its advantages are all 0
+    retry   the environment failed: issue the question again
+    refuse  the group breaks a rule: discard it and issue the question again
+    """
 
     kind: Literal["accept", "skip", "retry", "refuse"]
     reason: str = ""
 
 
 def judge(group: GroupView, *, rules: Rules, publications: Mapping[int, int], step: int, min_version: int) -> Verdict:
-    """The verdict on a group of this run (the scheduler has checked its run id).
+    """Returns the verdict on a group. The scheduler has already checked its run id.
 
     publications  publication → version
     step          the learner's current step
@@ -43,7 +48,7 @@ def judge(group: GroupView, *, rules: Rules, publications: Mapping[int, int], st
         return Verdict("refuse", problem)
     valid = [i for i, status in enumerate(group.header.statuses) if status != Status.FAILED]
     if not group.num_trained_tokens_each()[valid].any():
-        return Verdict("retry", "no trajectory survived the environment")
+        return Verdict("retry", "every trajectory failed or has no sampled token")
     rewards = {group.header.rewards[i] for i in valid}
     if rules.skip_zero_variance and len(rewards) == 1:
         return Verdict("skip", "zero variance")
@@ -51,17 +56,17 @@ def judge(group: GroupView, *, rules: Rules, publications: Mapping[int, int], st
 
 
 def _problem(group: GroupView, *, rules: Rules, publications: Mapping[int, int], step: int, min_version: int) -> str:
-    """Why the group must be refused; empty if there is no reason."""
+    """The reason to refuse the group; empty if it breaks no rule."""
     if len(group.header.rewards) != rules.group_size:
         return f"a group must have {rules.group_size} trajectories, got {len(group.header.rewards)}"
     if not group.spans[:, 0].all():
-        return "the first token of a context must not be sampled: it has no prefix to be sampled from"
+        return "the first token of a context must not be a sampled token: it has no prefix to condition on"
     if len(group.token_ids) and (largest := int(group.token_ids.max())) >= rules.vocab_size:
         return f"token ids must be below the vocabulary size {rules.vocab_size}, got {largest}"
     sampled_by = np.unique(group.spans[:, 2].astype(np.int64) << 32 | group.spans[:, 3])
     for version, publication in zip((sampled_by >> 32).tolist(), (sampled_by & 0xFFFFFFFF).tolist(), strict=True):
         if publications.get(publication) != version or version > step:
-            return f"publication {publication} of version {version} is not known to this run"
+            return f"publication {publication} of version {version} does not exist in this run"
         if version < min_version:
             return f"versions must be >= {min_version} for this lease, got {version}"
     return ""

@@ -1,6 +1,7 @@
 """The output of the scheduler for one event: records, which the store writes in one transaction, and messages to send.
 
-A record's `kind` names the fault points around the transaction.
+A transaction has the fault points `store.KIND.open` and `store.KIND.durable` for the `kind` of each of its records;
+records with an empty `kind` add none.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ LeaseOutcome = Literal["accepted", "skipped", "duplicate", "refused", "failed", 
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """A lease was granted; `engine_version`: the lowest version that the serving engines had committed."""
+    """A lease was granted. `engine_version`: s of the lease rule (lease_table.py)."""
 
     kind: ClassVar[str] = "lease"
     lease: LeaseRecord
@@ -36,8 +37,8 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
-class Arrived:
-    """A group to store. `frames`: its header and its three columns, as received."""
+class GroupReceived:
+    """A group was accepted or skipped, and must be stored. `frames`: its header and three columns, as received."""
 
     kind: ClassVar[str] = "group"
     lease_id: int
@@ -46,9 +47,9 @@ class Arrived:
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
-    """A question changed its slot at learner step `step`: a straggler to a later slot, or the group that overtook it
-    to an earlier one."""
+class SlotChanged:
+    """A question changed its slot at learner step `step`: a straggler moves to a later slot, the group that overtook it to
+    an earlier slot."""
 
     kind: ClassVar[str] = ""
     step: int
@@ -58,8 +59,8 @@ class Moved:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
-    """The new state of a question; `entry` is a copy."""
+class EntryChanged:
+    """A question was created or changed. `entry`: a copy of its new entry."""
 
     kind: ClassVar[str] = ""
     entry: Entry
@@ -74,11 +75,13 @@ class Trained:
     cursors: tuple[int, ...]
 
 
-Record = Granted | Ended | Arrived | Moved | Placed | Trained
+Record = Granted | Ended | GroupReceived | SlotChanged | EntryChanged | Trained
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
+    """A message to send. `peer`: the ROUTER identity of its receiver."""
+
     peer: bytes
     message: Message
 

@@ -1,4 +1,4 @@
-"""The engines that the learner knows: which of them serve, and with which version. Pure: time is an argument."""
+"""The last report of every engine: which engines serve, and with which version. Pure: time is an argument."""
 
 from __future__ import annotations
 
@@ -18,29 +18,31 @@ class _Known:
 
 
 def version_to_lease_by(serving: Sequence[EngineFields], *, step: int, staleness_bound: int) -> int | None:
-    """s of the lease rule: the lowest version committed on the engines that will serve; None if there is none.
+    """s of the lease rule (lease_table.py): the lowest version on the engines that are counted; None if there is none.
 
-    An engine whose version is below `step - staleness_bound` can serve no future lease and is not counted, so it does
-    not hold the others back. A reported version above the learner's `step` is treated as `step`.
+    An engine whose version is below `step - staleness_bound` can serve no future lease. It is not counted, so it does
+    not block the grant of leases. A reported version above the learner's `step` is treated as `step`.
     """
     versions = [engine.version for engine in serving if engine.version >= step - staleness_bound]
     return min([*versions, step]) if versions else None
 
 
 class Engines:
-    """Engines by name. An engine serves if it has committed a publication and its agent reports."""
+    """Engines by name. An engine serves if it has committed a publication and its agent still reports."""
 
     def __init__(self) -> None:
         self._known: dict[str, _Known] = {}
 
     def report(self, report: EngineReport, *, now_s: float) -> None:
+        """Stores the report as the engine's last one, received at `now_s`."""
         self._known[report.engine.name] = _Known(report, now_s)
 
     def reports(self) -> list[EngineReport]:
-        """The last report of every engine, also of silent ones."""
+        """The last report of every engine, including engines that no longer report."""
         return [known.report for known in self._known.values()]
 
     def serving(self, *, now_s: float) -> list[EngineFields]:
+        """The engines that serve at `now_s`."""
         return [
             known.report.engine
             for known in self._known.values()
@@ -54,7 +56,7 @@ class Engines:
         return min((engine.version for engine in self.serving(now_s=now_s)), default=None)
 
     def counters(self, *, now_s: float) -> dict[str, float]:
-        """The engines' own counters, summed over the engines that have reported within SILENT_AFTER_S."""
+        """Counter name → sum over the engines whose agent has reported in SILENT_AFTER_S."""
         total: dict[str, float] = {}
         for known in self._known.values():
             if now_s - known.seen_s < SILENT_AFTER_S:

@@ -1,24 +1,24 @@
-"""The lease table: which actor works on which question, and in which batch it will be trained. Pure: no clock, no IO.
+"""The lease table: which actor runs which question, and in which batch it will be trained. Pure: no clock, no IO.
 
 It enforces the staleness bound. Batches are made of slots. Slot n is trained in batch n // B, which takes the learner
 from step n // B to the next one. A lease takes the lowest open slot, and is granted only while
 
     slot < (eta + 1 + s) * B        s: the lowest step committed on the serving engines
 
-so its tokens have a version >= s >= batch - eta, whatever the timing. Batches are trained in slot order. The slot of a
-skipped group is open again, and a later question takes it. An expired lease is issued again for the same question and
+so its tokens have a version >= s >= batch - eta, independent of timing. Batches are trained in slot order. If a group
+is skipped, its slot is open again for a later question. If a lease expires, its question is leased again in the same
 slot.
 
     open slot --grant--> running --accept--> buffered --finish--> trained
         ^                 |   ^
         |                 |   +--grant-- waiting <--expire, reissue-- running       (the next attempt)
-        +--skip-----------+              (zero variance, or failed too often: another question takes the slot)
+        +--skip-----------+              (zero variance, or too many failures: another question takes the slot)
 
-If the current batch waits only for stragglers, they may be overtaken: each changes slots with a group that has arrived
-for a later batch. That group is trained earlier, so its tokens are younger when trained. The straggler is trained
+If the current batch waits only for stragglers, they may be overtaken: each swaps slots with a buffered group of a later
+batch. That group is trained earlier, so its tokens are younger when trained. The straggler is trained
 later, so its tokens may exceed the bound; such tokens are masked.
 
-The table holds only questions that are neither trained nor skipped: its memory does not grow with the run's length.
+The table contains only questions that are neither trained nor skipped, so its size does not grow with the run's length.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class State(StrEnum):
 
 @dataclass(slots=True)
 class Entry:
-    """A question. `slot`: the slot that it will be trained in (-1 once skipped). `first_slot`: the slot of its lease.
+    """A question. `slot`: the slot in which it is trained (-1 if skipped). `first_slot`: the slot of its first lease.
 
-    The two differ only if it was overtaken or has overtaken another question.
+    The two differ only if the question was overtaken or has overtaken another one.
     """
 
     cursor: int
@@ -99,7 +99,7 @@ class LeaseTable:
         next_lease_id: int,
         next_cursor: int,
     ) -> LeaseTable:
-        """A lease table with the stored open entries. Running leases stay with their actors until they expire."""
+        """Rebuilds a lease table from the stored open entries. Running leases stay valid until they expire."""
         lease_table = cls(groups_per_batch=groups_per_batch, staleness_bound=staleness_bound, num_steps=num_steps)
         lease_table.step = step
         lease_table.next_lease_id = next_lease_id
@@ -122,7 +122,7 @@ class LeaseTable:
         return lease_table
 
     def limit(self, engine_version: int) -> int:
-        """Slots below this may be leased. `engine_version`: the lowest version committed on the serving engines."""
+        """The lease rule: only slots below the returned one may be leased. `engine_version`: s of the rule."""
         return self.groups_per_batch * min(self.staleness_bound + 1 + engine_version, self.num_steps)
 
     def min_version(self, slot: int) -> int:
@@ -155,7 +155,7 @@ class LeaseTable:
         return lease
 
     def expire(self, lease_id: int) -> LeaseRecord | None:
-        """The actor is gone or has lost the lease: the question is issued again, unless another attempt has won.
+        """Ends a lease whose actor is gone or lost it. The question waits, unless it has a group or a newer attempt.
 
         Returns the lease; None if it had already ended.
         """
@@ -166,9 +166,9 @@ class LeaseTable:
         return lease
 
     def accept(self, *, lease_id: int, cursor: int) -> None:
-        """A valid group has arrived. Only ends the lease if the question is decided (`undecided`).
+        """Buffers a question whose valid group has arrived. If it needs no group any more: only ends the lease.
 
-        An attempt whose lease has expired is accepted too: it has the same slot, and so the same bound.
+        A group of an expired lease is accepted too: every attempt has the same slot, hence the same bound.
         """
         self.drop(lease_id)
         entry = self.undecided(cursor)
@@ -179,13 +179,13 @@ class LeaseTable:
         self._buffered[entry.slot] = cursor
 
     def reissue(self, *, lease_id: int, cursor: int) -> None:
-        """The attempt failed or was refused: the question is issued again."""
+        """Ends the lease of an attempt that failed or was refused. The question waits, unless it has a newer one."""
         lease = self.drop(lease_id)
         if lease is not None and lease.cursor == cursor:
             self._wait_again(lease)
 
     def skip(self, *, lease_id: int, cursor: int) -> None:
-        """The question will not be trained: its slot is open again. Only ends the lease if the question is decided."""
+        """Removes the question and opens its slot. If the question needs no group any more: only ends the lease."""
         self.drop(lease_id)
         entry = self.undecided(cursor)
         if entry is None:
@@ -207,11 +207,11 @@ class LeaseTable:
         return lease
 
     def overtake(self, *, granted_before_s: float) -> list[tuple[Entry, Entry]]:
-        """Completes the current batch by letting stragglers change slots with groups that arrived for later batches.
+        """Completes the current batch: its stragglers swap slots with buffered groups of later batches.
 
-        A straggler runs under a lease that was granted before `granted_before_s`. Returns the (straggler, group) pairs
-        that changed slots. Changes nothing if a missing slot of the batch does not belong to a straggler, or if fewer
-        groups of later batches have arrived than slots are missing.
+        A straggler is a running question whose lease was granted before `granted_before_s`. Returns the pairs
+        (straggler, group) that swapped slots. Changes nothing if a missing slot of the batch does not belong to a
+        straggler, or if there are fewer buffered groups of later batches than missing slots.
         """
         slots = self._current_slots()
         missing = [slot for slot in slots if slot not in self._buffered]
@@ -236,14 +236,14 @@ class LeaseTable:
         return pairs
 
     def ready_batch(self) -> list[int] | None:
-        """The cursors of the current step's batch in slot order; None while a slot has no group."""
+        """The cursors of the current batch in slot order; None if a slot has no group yet."""
         slots = self._current_slots()
         if any(slot not in self._buffered for slot in slots):
             return None
         return [self._buffered[slot] for slot in slots]
 
     def finish(self, cursors: Iterable[int]) -> None:
-        """The current step is trained."""
+        """Ends the current step, which was trained on the questions `cursors`."""
         for cursor in cursors:
             entry = self.entries.pop(cursor)
             entry.state = State.TRAINED
@@ -251,7 +251,7 @@ class LeaseTable:
         self.step += 1
 
     def undecided(self, cursor: int) -> Entry | None:
-        """The entry of a question that still needs a group (running or waiting); None otherwise."""
+        """The entry of the question if it still needs a group (running or waiting), else None."""
         entry = self.entries.get(cursor)
         return entry if entry is not None and entry.state is not State.BUFFERED else None
 
@@ -260,10 +260,11 @@ class LeaseTable:
         return list(self._leases_of[actor].values()) if actor in self._leases_of else []
 
     def num_outstanding(self, actor: str) -> int:
+        """The number of the actor's running leases."""
         return len(self._leases_of[actor]) if actor in self._leases_of else 0
 
     def counts(self) -> dict[State, int]:
-        """State → number of questions of the whole run that are in it."""
+        """State → number of questions of the whole run in that state."""
         counts = dict.fromkeys(State, 0)
         for entry in self.entries.values():
             counts[entry.state] += 1
@@ -276,7 +277,7 @@ class LeaseTable:
         return range(first, first + self.groups_per_batch)
 
     def _next_place(self) -> tuple[int, int | None]:
-        """The lowest slot that no attempt runs for, and the cursor to issue again there (None: a new question)."""
+        """(slot of the next lease, cursor of the waiting question in it; None: a new question)."""
         fresh = self._open_slots[0] if self._open_slots else self._next_slot
         if self._waiting and self._waiting[0][0] < fresh:
             return self._waiting[0]

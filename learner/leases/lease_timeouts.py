@@ -1,4 +1,4 @@
-"""How long leases and actors may take. Pure data."""
+"""Time-outs of leases and actors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LeaseTimeouts:
-    """Durations of the scheduler, in seconds.
+    """The scheduler's time-outs, in seconds.
 
-    lease_timeout_s      an actor that sends no heartbeat for this long loses its leases
-    straggler_timeout_s  a lease that has run for this long may be overtaken; None: never
-    lost_after_s         a lease that its actor's heartbeats do not name after this long was lost on the way
-    max_tick_s           a longer time between two ticks is time that the learner's event loop stalled
+    lease_timeout_s      the leases of an actor expire if it sends no heartbeat for this long
+    straggler_timeout_s  a question whose lease has run for this long may be overtaken; None: never
+    lost_after_s         a lease is treated as lost if its actor's heartbeats do not list it this long after the grant
+    max_tick_s           if two ticks are further apart, the excess counts as a stall of the learner's event loop
     """
 
     lease_timeout_s: float

@@ -1,12 +1,12 @@
-"""Decides what the coordinator does: (state, event) → records to store and messages to send. No socket, no file.
+"""The scheduler: (state, event) → Decision, which is records to store and messages to send. No sockets, no files.
 
     on_heartbeat, on_goodbye, on_undelivered ─┐                             ┌─► records: one transaction
     on_group ─────────────────────────────────┼─► Scheduler ─► Decision ────┤
     on_tick, on_engines, on_batch_trained ────┘   LeaseTable, Actors        └─► sends: after the transaction
 
-Every event except `on_batch_trained` and `drain` ends by granting leases to the actors with the most free credits, as
-far as the lease table allows. The state in memory can be discarded at any moment: its durable part is in the store, and
-peers repeat the rest with every heartbeat. tests/leases/simulation.py drives it in simulated time.
+After every event except `on_batch_trained` and `drain`, it grants all leases that the lease table and the actors' free
+credits allow. The state in memory can be discarded between any two events: its durable part is in the store, and peers
+send the rest again with every heartbeat. tests/leases/simulation.py runs it in simulated time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ from dataclasses import replace
 
 from learner.leases.actors import Actor, Actors
 from learner.leases.admission import Rules, Verdict, judge
-from learner.leases.decisions import Arrived, Decision, Ended, Granted, LeaseOutcome, Moved, Placed, Send, Trained
+from learner.leases.decisions import (
+    Decision,
+    Ended,
+    EntryChanged,
+    Granted,
+    GroupReceived,
+    LeaseOutcome,
+    Send,
+    SlotChanged,
+    Trained,
+)
 from learner.leases.engines import version_to_lease_by
 from learner.leases.lease_table import Entry, LeaseRecord, LeaseTable
 from learner.leases.lease_timeouts import LeaseTimeouts
@@ -39,7 +49,8 @@ class Scheduler:
 
     publications  publication → version, from the store
     num_failures  cursor → number of its groups that failed or were refused
-    started_s     time at which this learner started: restored leases expire no earlier than a full time-out after it
+    started_s     time at which this learner started: leases of actors that have not reconnected expire no earlier than
+                  lease_timeout_s after it
     """
 
     def __init__(
@@ -68,7 +79,8 @@ class Scheduler:
         self._known_status: RunStatus | None = None
 
     def pause(self, lease_table: LeaseTable, *, num_failures: Mapping[int, int]) -> None:
-        """A decision could not be made durable: the stored state replaces it. No decision is made until `resume`."""
+        """Call it if a decision could not be committed. Replaces the state in memory by the stored one and blocks all
+        decisions that need a record until `resume`."""
         lease_table.num_expired = self.lease_table.num_expired
         lease_table.num_overtaken = self.lease_table.num_overtaken
         self.lease_table = lease_table
@@ -76,7 +88,7 @@ class Scheduler:
         self._paused = True
 
     def resume(self) -> None:
-        """The disk may have room again."""
+        """Allows decisions again; the caller will try to write."""
         self._paused = False
         for name in self.actors:
             self._queue_actor(name)
@@ -86,13 +98,13 @@ class Scheduler:
     def on_heartbeat(self, peer: bytes, message: Heartbeat, *, now_s: float) -> Decision:
         decision, name = Decision(), message.actor
         if self._superseded.get(name) == message.incarnation:
-            decision.sends.append(Send(peer, Drain(reason=f"another actor has joined under the name {name}")))
+            decision.sends.append(Send(peer, Drain(reason=f"another actor with the name {name} has connected")))
             return decision
         known = self.actors.get(name)
         if known is not None and known.incarnation != message.incarnation:
             if self._paused:
                 return decision
-            log.warning("actor %s was restarted: its old leases are issued again", name)
+            log.warning("actor %s was restarted: its old leases expire and are issued again", name)
             self._superseded[name] = known.incarnation
             self._remove_actor(decision, name)
             known = None
@@ -105,8 +117,8 @@ class Scheduler:
         for lease in self.lease_table.outstanding(name) if not self._paused else ():
             if lease.lease_id not in held and now_s - lease.granted_s > self._timeouts.lost_after_s:
                 self._expire(decision, lease, "lost")
-        answer = Drain(reason=self._draining) if self._draining else self._status()
-        decision.sends.append(Send(peer, answer))
+        reply = Drain(reason=self._draining) if self._draining else self._status()
+        decision.sends.append(Send(peer, reply))
         return self._grant(decision, now_s)
 
     def on_goodbye(self, message: Goodbye, *, now_s: float) -> Decision:
@@ -116,7 +128,7 @@ class Scheduler:
         return self._grant(decision, now_s)
 
     def on_undelivered(self, lease_ids: Sequence[int], *, now_s: float) -> Decision:
-        """These leases could not be sent. Their actors get no other lease before their next heartbeat."""
+        """Expires leases that could not be sent. Their actors get no other lease before their next heartbeat."""
         decision = Decision()
         for lease in [lease for i in lease_ids if (lease := self.lease_table.leases.get(i)) is not None]:
             if (actor := self.actors.get(lease.actor)) is not None:
@@ -126,19 +138,19 @@ class Scheduler:
         return self._grant(decision, now_s)
 
     def on_group(self, peer: bytes, message: SubmitGroup, frames: Sequence[Buffer], *, now_s: float) -> Decision:
-        """A group has arrived. `message`: its header; `frames`: header and columns.
+        """Handles a received group. `message`: its decoded header; `frames`: the frames of header and columns.
 
         The columns are decoded only if the question still needs a group.
         """
         decision, cursor, lease_id = Decision(), message.cursor, message.lease_id
-        if self._paused:  # without an answer, the actor keeps the group and sends it again
+        if self._paused:  # without a reply, the actor keeps the group and sends it again
             return decision
         lease = self.lease_table.leases.get(lease_id)
         reason = ""
         if cursor >= self.lease_table.next_cursor or message.run_id != self._rules.run_id:
             outcome, reason = "refused", f"question {cursor} of run {message.run_id} was never leased by this run"
         elif lease_id >= self.lease_table.next_lease_id or (lease is not None and lease.cursor != cursor):
-            outcome, reason = "refused", f"lease {lease_id} was never given for question {cursor}"
+            outcome, reason = "refused", f"lease {lease_id} was never granted for question {cursor}"
         elif (entry := self.lease_table.undecided(cursor)) is None:
             outcome = "duplicate"
             if self.lease_table.drop(lease_id) is not None:
@@ -147,7 +159,7 @@ class Scheduler:
             verdict, group = self._judge(entry, message, frames[1:])
             if group is not None:
                 outcome, reason = "accepted", verdict.reason
-                self._store_group(decision, entry, Arrived(lease_id, group, frames), verdict)
+                self._store_group(decision, entry, GroupReceived(lease_id, group, frames), verdict)
             else:
                 outcome, reason = "refused", verdict.reason
                 self._reissue_or_skip(decision, entry, message, verdict)
@@ -160,14 +172,16 @@ class Scheduler:
         return self._grant(decision, now_s)
 
     def on_tick(self, serving: list[EngineFields], *, now_s: float) -> Decision:
-        """Expires the leases of silent actors and overtakes stragglers. `serving`: the engines that serve now."""
+        """Expires leases, overtakes stragglers, grants leases. `serving`: the engines that serve now."""
         decision, timeout_s = Decision(), self._timeouts.lease_timeout_s
         self.serving = serving
         self._extend_deadlines_after_stall(now_s)
         if self._paused:
             return decision
         for name in [name for name, actor in self.actors.items() if now_s - actor.seen_s > timeout_s]:
-            log.warning("actor %s sent no heartbeat for %.0f s: its leases are issued again", name, timeout_s)
+            log.warning(
+                "actor %s sent no heartbeat for %.0f s: its leases expire and are issued again", name, timeout_s
+            )
             self._remove_actor(decision, name)
         for lease in list(self.lease_table.leases.values()):
             if lease.actor not in self.actors and now_s - max(lease.granted_s, self._started_s) > timeout_s:
@@ -177,34 +191,35 @@ class Scheduler:
         return self._grant(decision, now_s)
 
     def on_engines(self, serving: list[EngineFields], *, now_s: float) -> Decision:
-        """An engine has joined, left or committed a version. `serving`: the engines that serve now."""
+        """Call it if an engine has connected or committed a version. `serving`: the engines that serve now."""
         self.serving = serving
         return self._grant(Decision(), now_s)
 
     def on_batch_trained(self, cursors: Sequence[int]) -> Decision:
-        """The current step is done. The next `on_engines` or `on_tick` grants the leases that its version allows."""
+        """Ends the current step. The next `on_engines` or `on_tick` grants the leases that the new version allows."""
         decision = Decision([Trained(self.lease_table.step, tuple(cursors))])
         self.lease_table.finish(cursors)
         return decision
 
     def on_publication(self, publication: int, *, version: int) -> None:
+        """Adds a publication, so that groups sampled by it are admitted."""
         self._publications[publication] = version
 
     def drain(self, reason: str) -> Decision:
-        """The run is over: a `Drain` goes to every actor now and in answer to each heartbeat."""
+        """Ends the run: no more leases; `Drain` is sent to every actor now and as the reply to each later heartbeat."""
         self._draining = reason
         return Decision(sends=[Send(actor.peer, Drain(reason=reason)) for actor in self.actors.values()])
 
     # --- inside ---
 
     def _judge(self, entry: Entry, header: SubmitGroup, data: Sequence[Buffer]) -> tuple[Verdict, GroupView | None]:
-        """(verdict, the group if it must be stored, else None)."""
+        """Decodes and judges a group. Returns (verdict, the group if it must be stored, else None)."""
         try:
             group = decode_group(header, data)
         except ProtocolError as error:
             self.num_malformed += 1
             return Verdict("refuse", str(error)), None
-        # An overtaken straggler may have every version that its lease allowed: over-age tokens are masked in training.
+        # An overtaken straggler may have any version that its lease allowed: training masks its over-age tokens.
         verdict = judge(
             group,
             rules=self._rules,
@@ -214,36 +229,36 @@ class Scheduler:
         )
         return verdict, group if verdict.kind in ("accept", "skip") else None
 
-    def _store_group(self, decision: Decision, entry: Entry, arrived: Arrived, verdict: Verdict) -> None:
+    def _store_group(self, decision: Decision, entry: Entry, arrived: GroupReceived, verdict: Verdict) -> None:
         accepted = verdict.kind == "accept"
         decide = self.lease_table.accept if accepted else self.lease_table.skip
         decide(lease_id=arrived.lease_id, cursor=entry.cursor)
         self._failures.pop(entry.cursor, None)
         ended = Ended(arrived.lease_id, "accepted" if accepted else "skipped")
-        decision.records.extend([arrived, Placed(replace(entry)), ended])
+        decision.records.extend([arrived, EntryChanged(replace(entry)), ended])
 
     def _reissue_or_skip(self, decision: Decision, entry: Entry, message: SubmitGroup, verdict: Verdict) -> None:
-        """Issues the question again; skips it after MAX_FAILURES, unless a newer attempt runs that may be accepted."""
+        """Issues the question again, or skips it after MAX_FAILURES. A newer attempt that runs prevents the skip."""
         lease_id, cursor = message.lease_id, message.cursor
         self._failures[cursor] += 1
         if message.attempt == entry.attempt and self._failures[cursor] >= MAX_FAILURES:
-            log.warning("question %d had no trainable group in %d attempts: skipped", cursor, MAX_FAILURES)
+            log.warning("question %d is skipped: %d of its groups failed or were refused", cursor, MAX_FAILURES)
             self.lease_table.skip(lease_id=lease_id, cursor=cursor)
             self._failures.pop(cursor)
         else:
             self.lease_table.reissue(lease_id=lease_id, cursor=cursor)
         ended = Ended(lease_id, "failed" if verdict.kind == "retry" else "refused", verdict.reason)
-        decision.records.extend([Placed(replace(entry)), ended])
+        decision.records.extend([EntryChanged(replace(entry)), ended])
 
     def _overtake(self, decision: Decision, *, granted_before_s: float) -> None:
         for straggler, group in self.lease_table.overtake(granted_before_s=granted_before_s):
-            log.warning("question %d is overtaken: slot %d to %d", straggler.cursor, group.slot, straggler.slot)
-            for entry, left in ((straggler, group.slot), (group, straggler.slot)):
-                decision.records.append(Moved(self.lease_table.step, entry.cursor, left, entry.slot))
-                decision.records.append(Placed(replace(entry)))
+            log.warning("straggler: question %d moves from slot %d to %d", straggler.cursor, group.slot, straggler.slot)
+            for entry, from_slot in ((straggler, group.slot), (group, straggler.slot)):
+                decision.records.append(SlotChanged(self.lease_table.step, entry.cursor, from_slot, entry.slot))
+                decision.records.append(EntryChanged(replace(entry)))
 
     def _grant(self, decision: Decision, now_s: float) -> Decision:
-        """Grants leases to the actors with the most free credits until the bound or the credits are exhausted."""
+        """Grants leases until the lease table allows no more or no actor has free credits; most free credits first."""
         lease_table = self.lease_table
         version = version_to_lease_by(self.serving, step=lease_table.step, staleness_bound=lease_table.staleness_bound)
         if self._draining or self._paused or version is None:
@@ -251,7 +266,7 @@ class Scheduler:
         while lease_table.can_grant(engine_version=version) and (name := self.actors.take()) is not None:
             lease = lease_table.grant(actor=name, now_s=now_s)
             entry = lease_table.entries[lease.cursor]
-            decision.records.extend([Granted(lease, version), Placed(replace(entry))])
+            decision.records.extend([Granted(lease, version), EntryChanged(replace(entry))])
             message = Lease(
                 lease_id=lease.lease_id,
                 run_id=self._rules.run_id,
@@ -268,7 +283,7 @@ class Scheduler:
         self.actors.queue(name, num_outstanding=self.lease_table.num_outstanding(name))
 
     def _status(self) -> RunStatus:
-        """The same object while its content is the same, so that it is encoded only once."""
+        """The status for all actors. Returns the same object until the content changes, so that it is encoded once."""
         known = self._known_status
         if known is None or known.step != self.lease_table.step or known.engines != self.serving:
             known = self._known_status = RunStatus(
@@ -280,7 +295,7 @@ class Scheduler:
         return known
 
     def _extend_deadlines_after_stall(self, now_s: float) -> None:
-        """If the event loop stalled since the last tick: extend the actors' deadlines by the excess over max_tick_s."""
+        """Extends the actors' deadlines by the time that the event loop stalled: the tick interval minus max_tick_s."""
         stalled_s = max(0.0, now_s - self._ticked_s - self._timeouts.max_tick_s)
         self._ticked_s = now_s
         self._started_s += stalled_s
@@ -296,5 +311,5 @@ class Scheduler:
         self.lease_table.expire(lease.lease_id)
         decision.records.append(Ended(lease.lease_id, outcome))
         if (entry := self.lease_table.entries.get(lease.cursor)) is not None:
-            decision.records.append(Placed(replace(entry)))
+            decision.records.append(EntryChanged(replace(entry)))
         self._queue_actor(lease.actor)

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from learner.leases.admission import Rules
-from learner.leases.decisions import Arrived, Decision, Moved
+from learner.leases.decisions import Decision, GroupReceived, SlotChanged
 from learner.leases.engines import Engines
 from learner.leases.lease_table import LeaseTable
 from learner.leases.lease_timeouts import LeaseTimeouts
@@ -214,9 +214,9 @@ class Coordinator:
     def _commit(self, decision: Decision) -> bool:
         self._store.commit(decision.records)
         for record in decision.records:
-            if isinstance(record, Arrived) and record.group.cursor in self._scheduler.lease_table.entries:
+            if isinstance(record, GroupReceived) and record.group.cursor in self._scheduler.lease_table.entries:
                 self._groups[record.group.cursor] = record.group.unpack()
-            if isinstance(record, Arrived | Moved):
+            if isinstance(record, GroupReceived | SlotChanged):
                 self._batch_ready.set()
         return True
 

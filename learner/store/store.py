@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import astuple
 from pathlib import Path
 
-from learner.leases.decisions import Arrived, Ended, Granted, Moved, Placed, Record, Trained
+from learner.leases.decisions import Ended, EntryChanged, Granted, GroupReceived, Record, SlotChanged, Trained
 from learner.leases.lease_table import Entry, LeaseRecord, LeaseTable, State
 from learner.store.wal_checkpointer import MAX_LOG_PAGES, WalCheckpointer
 from protocol.codec import decode_frames
@@ -56,8 +56,11 @@ CREATE TABLE publications (
 class Store:
     """Not thread-safe. Raises: DataError if it cannot be opened, StoreError if a read or write fails."""
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, read_only: bool = False, fault_point: Callable[[str], None] = fault_point
+    ) -> None:
         self._path = path
+        self._fault_point = fault_point
         self._wal_checkpointer: WalCheckpointer | None = None
         mode = "ro" if read_only else "rwc"
         try:
@@ -105,7 +108,7 @@ class Store:
             try:
                 yield
                 for name in names:
-                    fault_point(f"store.{name}.open")
+                    self._fault_point(f"store.{name}.open")
                 self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:  # if the disk is full, SQLite has already rolled back
@@ -117,7 +120,7 @@ class Store:
         if self._wal_checkpointer is not None:
             self._wal_checkpointer.committed()
         for name in names:
-            fault_point(f"store.{name}.durable")
+            self._fault_point(f"store.{name}.durable")
 
     # --- resume key ---
 
@@ -242,14 +245,14 @@ class Store:
                 self._db.execute(
                     "UPDATE leases SET outcome = ?, reason = ? WHERE lease_id = ?", (outcome, reason[:1000], lease_id)
                 )
-            case Placed(entry):
+            case EntryChanged(entry):
                 self._db.execute(
                     "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?)",
                     (entry.cursor, entry.slot, entry.attempt, entry.state.value, entry.first_slot),
                 )
-            case Arrived():
+            case GroupReceived():
                 self._insert_group(record)
-            case Moved(step, cursor, from_slot, to_slot):
+            case SlotChanged(step, cursor, from_slot, to_slot):
                 self._db.execute(
                     "INSERT INTO moves (step, cursor, from_slot, to_slot) VALUES (?, ?, ?, ?)",
                     (step, cursor, from_slot, to_slot),
@@ -261,7 +264,7 @@ class Store:
                     "UPDATE entries SET state = 'trained' WHERE cursor = ?", [(cursor,) for cursor in cursors]
                 )
 
-    def _insert_group(self, record: Arrived) -> None:
+    def _insert_group(self, record: GroupReceived) -> None:
         group, frames = record.group, record.frames
         rewards = group.header.rewards
         self._db.execute(

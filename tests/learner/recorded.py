@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
-from learner.leases.decisions import Ended, Granted, Placed, Trained
+from learner.leases.decisions import Ended, EntryChanged, Granted, Trained
 from learner.leases.lease_table import Entry, LeaseRecord, State
 from learner.store.run_folder import RunFolder
 from learner.store.store import Store
@@ -33,7 +33,7 @@ def record_run(folder: Path, *, num_steps: int) -> Path:
                     [
                         Granted(LeaseRecord(lease_id, each.cursor, each.cursor, 0, "actor", 0.0), engine_version=step),
                         arrived(each, lease_id=lease_id),
-                        Placed(Entry(each.cursor, each.cursor, 0, State.BUFFERED, each.cursor)),
+                        EntryChanged(Entry(each.cursor, each.cursor, 0, State.BUFFERED, each.cursor)),
                         Ended(lease_id, "accepted"),
                     ]
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from learner.leases.decisions import Arrived
+from learner.leases.decisions import GroupReceived
 from protocol.codec import decode_frames, encode_group
 from protocol.messages import Lease
 from protocol.types import Context, Question, Trajectory, TrajectoryGroup, VersionSpan
@@ -17,7 +17,7 @@ VOCABULARY = 50
 def make_group(
     lease: Lease, *, version: int = 0, publication: int = 1, rewards: tuple[float, ...] = (1.0, 0.0), token: int = 3
 ) -> TrajectoryGroup:
-    """A valid answer to `lease`: one context of four tokens a trajectory, two of them sampled."""
+    """A valid answer to `lease`: one context of four tokens per trajectory, two of them sampled."""
     context = Context(
         token_ids=np.array([1, 2, token, 4], dtype=np.int32),
         loss_mask=np.array([0, 0, 1, 1], dtype=np.bool_),
@@ -29,7 +29,7 @@ def make_group(
     return TrajectoryGroup(lease.run_id, lease.cursor, lease.attempt, question, trajectories)
 
 
-def arrived(group: TrajectoryGroup, *, lease_id: int) -> Arrived:
-    """The record of `group`, as the coordinator would keep it."""
+def arrived(group: TrajectoryGroup, *, lease_id: int) -> GroupReceived:
+    """The record of `group`, as the coordinator would store it."""
     frames = encode_group(group, lease_id=lease_id)
-    return Arrived(lease_id, decode_frames(frames), frames)
+    return GroupReceived(lease_id, decode_frames(frames), frames)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from learner.leases.admission import Rules
-from learner.leases.decisions import Arrived, Decision, Ended, Granted, Moved, Placed, Trained
+from learner.leases.decisions import Decision, Ended, EntryChanged, Granted, GroupReceived, SlotChanged, Trained
 from learner.leases.lease_table import LeaseTable, State
 from learner.leases.lease_timeouts import LeaseTimeouts
 from learner.leases.scheduler import Scheduler
@@ -74,7 +74,7 @@ def test_a_lease_is_recorded_with_its_question_and_sent() -> None:
     granted, placed = decision.records
     assert isinstance(granted, Granted)
     assert (granted.lease.actor, granted.lease.granted_s, granted.engine_version) == ("a", 3.0, 0)
-    assert isinstance(placed, Placed)
+    assert isinstance(placed, EntryChanged)
     assert (placed.entry.state, placed.entry.slot) == (State.RUNNING, 0)
     assert [(send.peer, type(send.message)) for send in decision.sends] == [(b"peer", RunStatus), (b"peer", Lease)]
 
@@ -167,9 +167,9 @@ def test_a_straggler_is_overtaken_and_accepted_later() -> None:
     serving = [engine("e", 0)]
     assert scheduler.on_tick(serving, now_s=STRAGGLER_S) == Decision()
     decision = scheduler.on_tick(serving, now_s=STRAGGLER_S + 0.1)
-    assert [record for record in decision.records if isinstance(record, Moved)] == [
-        Moved(0, slow.cursor, 0, 3),
-        Moved(0, fourth.cursor, 3, 0),
+    assert [record for record in decision.records if isinstance(record, SlotChanged)] == [
+        SlotChanged(0, slow.cursor, 0, 3),
+        SlotChanged(0, fourth.cursor, 3, 0),
     ]
     assert train(scheduler) == [fourth.cursor, second.cursor]
     submit(scheduler, third)
@@ -235,7 +235,7 @@ def test_no_decision_is_made_while_the_disk_is_full() -> None:
     scheduler.resume()
     again = submit(scheduler, lease, now_s=1e7)
     assert outcome(again) == "accepted"
-    assert len([record for record in again.records if isinstance(record, Arrived)]) == 1
+    assert len([record for record in again.records if isinstance(record, GroupReceived)]) == 1
     assert len(leases(again)) == 3
 
 

@@ -177,7 +177,7 @@ async def test_a_question_is_skipped_after_max_failures(tmp_path: Path) -> None:
                 assert (lease.cursor, lease.attempt) == (0, attempt)
                 failed = replace(make_group(lease).trajectories[0], contexts=(), status=Status.FAILED)
                 reply = await actor.answer(lease, trajectories=(failed, failed))
-                assert reply.reason == "no trajectory survived the environment"
+                assert reply.reason == "every trajectory failed or has no sampled token"
                 await actor.until(lambda attempt=attempt: len(actor.leases) == attempt + 2)
             assert (actor.leases[-1].cursor, actor.leases[-1].attempt) == (1, 0)
             assert count(setting, State.SKIPPED) == 1

@@ -128,6 +128,6 @@ async def test_the_older_of_two_actors_with_one_name_is_drained(tmp_path: Path) 
             await new.until_leased(4)
             await old.heartbeat()
             await old.until(lambda: bool(old.drains))
-            assert "another actor has joined under the name" in old.drains[-1].reason
+            assert "another actor with the name" in old.drains[-1].reason
             await new.until_status()
             assert len(new.leases) == 4, "the older actor frees no lease"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.leases.decisions import Ended, Granted, Placed, Trained
+from learner.leases.decisions import Ended, EntryChanged, Granted, Trained
 from learner.leases.lease_table import Entry, LeaseRecord, State
 from learner.store.audit import audit_run
 from learner.store.run_folder import RunFolder
@@ -29,7 +29,7 @@ def run(tmp_path: Path) -> Path:
         [
             Granted(LeaseRecord(1, 0, 0, 0, "actor", 0.0), engine_version=3),
             arrived(sound, lease_id=1),
-            Placed(Entry(0, 0, 0, State.BUFFERED, 0)),
+            EntryChanged(Entry(0, 0, 0, State.BUFFERED, 0)),
             Ended(1, "accepted"),
         ]
     )

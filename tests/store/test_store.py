@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.leases.decisions import Ended, Granted, Moved, Placed, Trained
+from learner.leases.decisions import Ended, EntryChanged, Granted, SlotChanged, Trained
 from learner.leases.lease_table import Entry, LeaseRecord, State
 from learner.store.audit import audit_run
 from learner.store.retention import drop_tokens, expired_steps
@@ -40,7 +40,7 @@ def put(store: Store, cursor: int, *, slot: int, version: int, outcome: str = "a
         [
             Granted(LeaseRecord(cursor + 1, cursor, slot, 0, "actor", 0.0), version),
             arrived(group, lease_id=cursor + 1),
-            Placed(Entry(cursor, kept, 0, state, slot)),
+            EntryChanged(Entry(cursor, kept, 0, state, slot)),
             Ended(cursor + 1, "accepted" if outcome == "accepted" else "skipped"),
         ]
     )
@@ -105,7 +105,7 @@ def test_only_over_age_tokens_of_overtaken_groups_count_as_masked(store: Store, 
     put(store, 14, slot=13, version=5)
     store.commit([Trained(6, (13, 14))])
     assert any("older than the bound" in problem for problem in audit_run(tmp_path).problems)
-    store.commit([Moved(1, 13, 2, 12)])
+    store.commit([SlotChanged(1, 13, 2, 12)])
     audit = audit_run(tmp_path)
     assert audit.problems == ()
     assert (audit.num_tokens_masked, audit.num_overtaken, audit.staleness_max) == (4, 1, 1)
