@@ -1,4 +1,4 @@
-"""Trajectories/s at staleness bounds η = 1, 2, 4 against η = 0; ages within the bound; no bias against long episodes.
+"""Compares trajectories/s at staleness bounds η = 1, 2, 4 with η = 0; measures over-age tokens and length bias.
 
     python benchmarks/asynchrony.py [--quick] [--steps 24] [--mean-s 0.5]
 
@@ -7,10 +7,10 @@
 
 No model runs: a token takes a fixed time, so an episode's duration is proportional to its length, which is log-normal
 with a 30-fold spread from the 1st to the 99th percentile. B = 16 groups of 8. A learner step takes 10 % of the mean
-episode; an engine's commit of a version 5 %, during which it continues to sample; requests in flight continue under
-the new version. Rewards are coin tosses, so one group in 128 is skipped for zero variance. The questions and lengths
-are the same at every η; the rate is measured from the 5th step on. The ratio of heartbeat interval to episode duration
-is that of a run with long episodes.
+episode duration, the commit of a version on an engine 5 %. The engine samples during a commit; requests in flight
+continue with the new version. Rewards are 0 or 1 with equal probability, so one group in 128 is skipped for zero
+variance. The questions and lengths are the same at every η; the rate is measured from the 5th step on. The ratio of
+heartbeat interval to episode duration is the same as in a run with long episodes.
 
 masked_fraction  fraction of the trained tokens that are older than η (the largest over all η)
 ks_p             p-value of a two-sample Kolmogorov-Smirnov test of trained lengths against all generated lengths,
@@ -59,8 +59,8 @@ GROUPS_PER_BATCH, GROUP_SIZE, NUM_RUNNERS = 16, 8, 4
 BOUNDS = (0, 1, 2, 4)
 NUM_WARM_STEPS = 5
 MEAN_TOKENS, NUM_PROMPT = 200, 8
-SIGMA = math.log(30.0) / (2 * 2.3263)  # of log-lengths, whose 1st and 99th percentiles are 2.3263 sigma from the median
-STEP, COMMIT, HEARTBEAT = 0.1, 0.05, 0.02  # of the mean episode
+SIGMA = math.log(30.0) / (2 * 2.3263)  # of log-lengths; 1st and 99th percentile: median ± 2.3263 SIGMA
+STEP, COMMIT, HEARTBEAT = 0.1, 0.05, 0.02  # as fractions of the mean episode duration
 
 
 def draw(cursor: int) -> tuple[list[int], list[float]]:
@@ -71,8 +71,8 @@ def draw(cursor: int) -> tuple[list[int], list[float]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
-    """The learner's measurements: the rate after the warm-up steps; tokens and trajectory lengths of all steps."""
+class Measurements:
+    """Made by the learner: the rate after the warm-up steps; tokens and trajectory lengths of all steps."""
 
     trajectories_per_s: float
     num_tokens: int
@@ -82,14 +82,14 @@ class Trained:
 
 
 def learn(connection: Connection, staleness_bound: int, num_steps: int, mean_s: float) -> None:
-    """The learner's process: takes batches, sleeps for the duration of a step, logs and publishes."""
+    """Runs in the learner's process: takes batches, sleeps for the duration of a step, logs and publishes."""
     weights = save_safetensors({"weight": np.zeros(4, dtype=np.float32)})
     with tempfile.TemporaryDirectory() as folder:
         store = Store(RunFolder(Path(folder)).store)
         lease_table = LeaseTable(
             groups_per_batch=GROUPS_PER_BATCH,
             staleness_bound=staleness_bound,
-            num_steps=num_steps + staleness_bound + 1,  # so that the last steps have leases ahead like the others
+            num_steps=num_steps + staleness_bound + 1,  # leases are issued ahead also for the last steps
         )
         network = NetworkThread(
             network=NetworkConfig(),
@@ -119,14 +119,14 @@ def learn(connection: Connection, staleness_bound: int, num_steps: int, mean_s: 
 
 def _trained(
     batches: Sequence[Sequence[TrajectoryGroup]], finished_s: Sequence[float], *, staleness_bound: int
-) -> Trained:
+) -> Measurements:
     ages, sizes = [], []
     for step, batch in enumerate(batches):
         spans = [span for group in batch for context in group.contexts() for span in context.policy_versions]
         ages += [step - span.version for span in spans]
         sizes += [span.end - span.start for span in spans]
     num_measured = len(batches) - NUM_WARM_STEPS
-    return Trained(
+    return Measurements(
         trajectories_per_s=num_measured
         * GROUPS_PER_BATCH
         * GROUP_SIZE
@@ -178,7 +178,7 @@ async def roll_out(addresses: Addresses, *, staleness_bound: int, mean_s: float)
         runners = [
             Runner(
                 name=f"actor-{i}",
-                # All leases that the bound allows, and one batch more.
+                # One batch more than the leases that the bound allows.
                 capacity=2 * (staleness_bound + 2) * GROUPS_PER_BATCH // NUM_RUNNERS,
                 dealer=transport.dealer(addresses.control),
                 rollout=Rollout(pool),
@@ -208,8 +208,8 @@ def ks_p(one: Sequence[int], other: Sequence[int]) -> float:
     return 1.0 if scaled < 0.2 else min(1.0, max(0.0, 2 * math.fsum(terms)))
 
 
-def measure(staleness_bound: int, *, num_steps: int, mean_s: float) -> tuple[Trained, list[int]]:
-    """(the learner's measurements, all generated lengths)."""
+def measure(staleness_bound: int, *, num_steps: int, mean_s: float) -> tuple[Measurements, list[int]]:
+    """Returns (the learner's measurements, all generated lengths)."""
     spawn = multiprocessing.get_context("spawn")
     connection, theirs = spawn.Pipe()
     learner = spawn.Process(target=learn, args=(theirs, staleness_bound, num_steps, mean_s), daemon=True)

@@ -60,7 +60,7 @@ class Result:
 
 
 def save_model(folder: Path) -> None:
-    """Saves a random model as large as the toy's, with a word-level tokenizer."""
+    """Saves a random model of the toy model's size, with a word-level tokenizer."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -179,7 +179,7 @@ class BareLoop:
 
 
 def measure(bare: BareLoop, connection: Connection, load: Load, *, num_rounds: int) -> Result:
-    """Alternates rounds of both; while one runs, the other is idle."""
+    """Alternates rounds of engine and bare loop; while one runs, the other is idle."""
     bare_rates: list[float] = []
     engine_rates: list[float] = []
     for _ in range(num_rounds):

@@ -4,7 +4,7 @@
 
 One process is the learner: a real NetworkThread, a store in a folder, and a loop that takes each complete batch and
 logs it, without training. The other process simulates the actors, each with its own socket: 8 leases of 8 trajectories,
-so 64,000 trajectories in flight; heartbeats twice a second and after each acknowledgement; groups of 38,697 tokens,
+so 64,000 trajectories are in flight; heartbeats twice a second and after each acknowledgement; groups of 38,697 tokens,
 sent at a constant rate, oldest lease first. `lease_p99_ms`: time from sending a group to receiving the next lease; the
 group is stored durably in between. `cores`: processor time of the learner's process
 divided by wall time, sockets and SQLite included. The last line is one JSON object.
@@ -49,26 +49,26 @@ GROUP = make_group()
 LEASES_EACH = 8
 GROUPS_PER_BATCH = 100
 HEARTBEAT_S = 0.5
-SOCKETS_EACH = 500  # of one zmq context, which has at most 1,023
+SOCKETS_EACH = 500  # per zmq context, whose limit is 1,023
 START_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Used:
-    """What the learner's process has used: processor seconds, at which wall-clock time, peak bytes of memory."""
+class Usage:
+    """Resource usage of the learner's process at wall-clock time `clock_s`."""
 
     cpu_s: float
     clock_s: float
     peak_bytes: int
 
     @classmethod
-    def now(cls) -> Used:
+    def now(cls) -> Usage:
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return cls(time.process_time(), time.perf_counter(), peak_bytes)
 
 
 def learn(connection: Connection, folder: str, num_leases: int) -> None:
-    """The learner's process: sends its address, then replies to each message with what it has used."""
+    """The learner's process: sends its address, then replies to each message with its resource usage."""
     store = Store(RunFolder(Path(folder)).store)
     # The bound allows twice the leases in flight, so that it never delays a lease.
     bound = 2 * num_leases // GROUPS_PER_BATCH
@@ -91,7 +91,7 @@ def learn(connection: Connection, folder: str, num_leases: int) -> None:
         connection.send(network.control_address)
         threading.Thread(target=take_batches, args=(network,), daemon=True).start()
         while connection.recv() is not None:
-            connection.send(Used.now())
+            connection.send(Usage.now())
     store.close()
 
 
@@ -104,7 +104,7 @@ def take_batches(network: NetworkThread) -> None:
 
 
 class Actor:
-    """Receives leases; `submit` answers one of them."""
+    """Receives leases; `submit` sends the group of one lease."""
 
     def __init__(self, name: str, transport: Transport, address: str, fleet: Fleet) -> None:
         self._name = name
@@ -148,7 +148,7 @@ class Actor:
 
 
 class Fleet:
-    """All actors. `waits_s`: for each lease after the first ones, seconds since its actor sent a group."""
+    """All actors. `waits_s`: for each lease that follows a group, seconds since its actor sent the group."""
 
     def __init__(self, *, num_leases: int) -> None:
         self.waits_s: list[float] = []
@@ -163,7 +163,7 @@ class Fleet:
             self.full.set()
 
     async def submit(self, *, groups_per_s: float, seconds: float) -> None:
-        """Answers leases at a constant rate, oldest first."""
+        """Sends groups at a constant rate, for the oldest leases first."""
         start_s = time.perf_counter()
         for i in range(int(seconds * groups_per_s)):
             await asyncio.sleep(start_s + i / groups_per_s - time.perf_counter())
@@ -186,9 +186,9 @@ async def play(address: str, connection: Connection, options: argparse.Namespace
         filled_s = time.perf_counter() - started_s
         await fleet.submit(groups_per_s=options.groups_per_s, seconds=1.0)
         fleet.waits_s.clear()
-        before, num_before = await asyncio.to_thread(ask, connection), fleet.num_stored
+        before, num_before = await asyncio.to_thread(read_usage, connection), fleet.num_stored
         await fleet.submit(groups_per_s=options.groups_per_s, seconds=options.seconds)
-        after, num_after = await asyncio.to_thread(ask, connection), fleet.num_stored
+        after, num_after = await asyncio.to_thread(read_usage, connection), fleet.num_stored
         for task in tasks:
             task.cancel()
     for transport in transports:
@@ -206,14 +206,14 @@ async def play(address: str, connection: Connection, options: argparse.Namespace
     }
 
 
-def ask(connection: Connection) -> Used:
-    connection.send("used")
+def read_usage(connection: Connection) -> Usage:
+    connection.send("usage")
     return connection.recv()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="5 seconds")
+    parser.add_argument("--quick", action="store_true", help="measure for 5 seconds")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--actors", type=int, default=1_000)
     parser.add_argument("--groups-per-s", type=float, default=50.0)

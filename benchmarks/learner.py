@@ -10,9 +10,10 @@ ours     the same, with every common prefix computed once if that is cheaper (le
 
 All use one model with random weights, one dtype and one token budget; planning is included in the time. On a CPU: one
 thread, fp32, a Qwen2 with one layer of width 256, in which MLP and output embedding have the same share of the
-parameters as in Qwen2.5-0.5B (embedding 28 %; at 3B it is 10 %, so logits at every position cost less). Rounds are
-interleaved and the median is reported; on a CPU of processor time, to exclude other processes. `max_rel_error` is the
-error of ours against padded: log-probs relative to the largest one, each gradient relative to its norm.
+parameters as in Qwen2.5-0.5B (embedding 28 %; in the 3B model 10 %, so logits at every position cost less there).
+Rounds are interleaved and the median is reported: on a CPU of the processor time, which excludes other processes.
+`max_rel_error` is the error of ours against padded: log-probs relative to the largest one, each gradient relative to
+its norm.
 All groups have the same system prompt, each group has its own question; token ids are random. tokens/s counts the
 tokens of all contexts, MFU only computed tokens without padding. The CUDA options have not been run on a GPU.
 The last line is one JSON object.
@@ -29,7 +30,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file has the same name as the package
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # else `import learner` would find this file
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ Method = Callable[[Scorer, list[Context], int], Computed]
 
 
 def padded(scorer: Scorer, contexts: list[Context], budget: int) -> Computed:
-    """(logprobs, number of tokens). Rows in the given order, equally many per micro-batch; `budget` counts padding."""
+    """Returns (logprobs, number of tokens). Every micro-batch has the same number of rows; `budget` counts padding."""
     device = scorer.model.device
     longest = max(len(each.token_ids) for each in contexts)
     num_rows = max(1, budget // longest)
@@ -104,7 +105,7 @@ def padded(scorer: Scorer, contexts: list[Context], budget: int) -> Computed:
 
 
 def in_packs(share: Share) -> Method:
-    """Packed rows, with or without sharing."""
+    """Returns the method with packed rows, with or without shared prefixes."""
 
     def run(scorer: Scorer, contexts: list[Context], budget: int) -> Computed:
         device = scorer.model.device
@@ -153,7 +154,7 @@ def _wait(scorer: Scorer) -> None:
 
 
 def rel_error(found: Pass, wanted: Pass) -> float:
-    """The largest of: error of a log-prob / largest log-prob, norm of the error of a gradient / its norm."""
+    """Returns the maximum of: log-prob error / largest log-prob, gradient error norm / gradient norm."""
     of_logprobs = np.abs(found.logprobs - wanted.logprobs).max() / np.abs(wanted.logprobs).max()
     of_gradients = [
         float((found.gradients[name] - each).float().norm() / each.float().norm())

@@ -46,10 +46,13 @@ def watch(run_dir: Path, demo: subprocess.Popen[bytes]) -> Samples:
             try:
                 if name.startswith(ROLES):
                     samples.setdefault(name, {})[step] = resident_mb(pid)
-            except FileNotFoundError:  # it has just ended
+            except FileNotFoundError:  # the process has just ended
                 pass
         if step % 50 == 0:
-            print(f"step {step}: { ({name: round(of[max(of)], 1) for name, of in samples.items()}) } MB", flush=True)
+            print(
+                f"step {step}: { ({name: round(by_step[max(by_step)], 1) for name, by_step in samples.items()}) } MB",
+                flush=True,
+            )
     return samples
 
 
@@ -60,15 +63,16 @@ def median_around(samples: dict[int, float], first: int, last: int) -> float:
 def summary(samples: Samples, *, from_step: int, num_steps: int) -> dict[str, object]:
     half, last = num_steps // 20, num_steps - 1
     growth = {
-        name: median_around(of, last - 2 * half, last) / median_around(of, from_step - half, from_step + half) - 1
-        for name, of in samples.items()
+        name: median_around(by_step, last - 2 * half, last) / median_around(by_step, from_step - half, from_step + half)
+        - 1
+        for name, by_step in samples.items()
     }
     points = [round(last * (i + 1) / 10) for i in range(10)]
     return {
         "growth": {name: round(value, 4) for name, value in growth.items()},
         "curve": {
-            name: {point: round(median_around(of, point - half // 2, point), 1) for point in points}
-            for name, of in samples.items()
+            name: {point: round(median_around(by_step, point - half // 2, point), 1) for point in points}
+            for name, by_step in samples.items()
         },
     }
 

@@ -4,20 +4,21 @@
 
 raw      pyzmq alone: token ids, loss mask, log-probs and spans of a group, encoded in advance, as four frames from a
          DEALER to a ROUTER, synchronous sockets, frames not read: the upper limit
-raw_ours the same with the three frames of ours, which have log-probs of sampled tokens only, and no mask
+raw_ours as raw, with the three frames of `ours`, which have log-probs of sampled tokens only, and no mask
 ours     what `actor.runner` and the coordinator do, without leases: encode_group (checks), Dealer; Router, decode,
-         decode_group (validates); trajectories are made on access, and not accessed here
-judged   the same, and the coordinator's judge, which decides whether the group is trained
-viewed   the same, and every trajectory and context is made
-durable  the same through a real Runner and a real NetworkThread: leases, one durable SQLite transaction per lease and
+         decode_group (validates); trajectory objects are made on access only, and not accessed here
+judged   as ours, plus the coordinator's judge, which decides whether the group is trained
+viewed   as judged, and all trajectory and context objects are made
+durable  as ours, through a real Runner and a real NetworkThread: leases, one durable SQLite transaction per lease and
          group, acknowledgements. `vs_raw_durable` is against raw, which stores nothing; `durable_vs_raw_file` against
-         raw whose receiver appends each group to a file, syncs it and answers, as many groups in flight
-lists    Python lists in msgpack, arrays again at the receiver
+         raw with a receiver that appends each group to a file, syncs it and acknowledges it; in both, as many groups
+         are in flight
+lists    Python lists in msgpack, converted to arrays at the receiver
 ray      objects of a Ray actor, 8 in flight; null if Ray is not installed (pip install palimpsest[ray])
 
 A group is 8 trajectories of 4 contexts, 38,697 tokens. One process sends, one receives; every method is measured in
-every round, in rotating order; a ratio is the median of the rounds' ratios. `cpu_…` are ratios of processor time, both
-processes': it varies less on a machine with other load. The last line is one JSON object.
+every round, in rotating order; a ratio is the median of the rounds' ratios. `cpu_…` are ratios of the processor
+time of both processes, which varies less on a machine with other load. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def _rate(arrivals_s: list[float]) -> float:
 def _receive(
     method: str, num: int, connection: Connection, handle: Callable[[list[zmq.Frame]], None], *, ack_every: int
 ) -> float:
-    """Groups/s at a synchronous ROUTER."""
+    """Returns groups/s at a synchronous ROUTER."""
     with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
         port = socket.bind_to_random_port("tcp://127.0.0.1")
         connection.send((method, f"tcp://127.0.0.1:{port}", num))
@@ -146,7 +147,7 @@ def receive_ours(num: int, connection: Connection, *, judged: bool = False, view
 
 
 def receive_durable(num: int, connection: Connection) -> float:
-    """Leases to a runner with credits; waits for one batch of all groups."""
+    """Grants leases to a runner by its credits; waits for one batch of all groups."""
     with tempfile.TemporaryDirectory() as folder:
         store = Store(RunFolder(Path(folder)).store)
         lease_table = LeaseTable(groups_per_batch=num, staleness_bound=0, num_steps=1)
@@ -173,7 +174,7 @@ def receive_durable(num: int, connection: Connection) -> float:
 
 
 def open_ray(group: TrajectoryGroup) -> Callable[[int], float] | None:
-    """A function that receives through Ray; None if Ray is not installed."""
+    """Returns a function that receives through Ray; None if Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         return None
     ray = importlib.import_module("ray")  # optional: typed as anything
@@ -208,7 +209,7 @@ def cpu_s(connection: Connection) -> float:
 
 
 def measure(*, num_rounds: int, divisor: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """(groups/s, groups per processor second of both processes), each: method → one value per round."""
+    """Returns (groups/s, groups per processor second of both processes), each: method → one value per round."""
     spawn = multiprocessing.get_context("spawn")
     connection, theirs = spawn.Pipe()
     sender = spawn.Process(target=send_all, args=(theirs,), daemon=True)

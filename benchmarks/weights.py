@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # or benchmarks/learner.py hides the package
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # else `import learner` would find benchmarks/learner.py
 
 import numpy as np
 import torch

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Context:
-    """token_ids int32 [L]; trained int64 [n]: the trained positions; advantage: that of its trajectory."""
+    """token_ids int32 [L]; trained int64 [n]: the trained positions; advantage: its trajectory's advantage."""
 
     token_ids: NDArray[np.int32]
     trained: NDArray[np.int64]
@@ -31,7 +31,7 @@ class Writer:
         return self.rng.integers(0, self.vocab_size, size=length, dtype=np.int32)
 
     def context(self, *parts: tuple[NDArray[np.int32], bool], advantage: float) -> Context:
-        """A context of consecutive parts (text, whether it is trained)."""
+        """Makes a context of consecutive parts (text, True if it is trained)."""
         mask = np.concatenate([np.full(len(text), trained) for text, trained in parts])
         return Context(np.concatenate([text for text, _ in parts]), np.flatnonzero(mask), advantage)
 

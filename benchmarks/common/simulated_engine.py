@@ -1,4 +1,4 @@
-"""An engine that computes nothing, for benchmarks/asynchrony.py: a token takes a fixed time."""
+"""An engine without a model, for benchmarks/asynchrony.py: it sleeps a fixed time for each token."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Engine:
         return runner, f"http://{host}:{port}"
 
     async def follow(self, transport: Transport, addresses: Addresses, url: str) -> None:
-        """The weight agent: commits each announced version and reports it."""
+        """Acts as the weight agent: commits each announced version and reports it."""
         subscriber = transport.subscriber(addresses.announcements)
         dealer = transport.dealer(addresses.weights)
         fields = EngineFields(name="engine", url=url, version=-1, publication=-1)
@@ -90,7 +90,7 @@ class Engine:
         return web.json_response({"output_ids": ids.tolist(), "meta_info": meta})
 
     def _spans(self, start_s: float, end_s: float, num_tokens: int) -> list[dict[str, str | int]]:
-        """The publication of each token of a generation that lasted from `start_s` to `end_s`, as spans."""
+        """Returns the version spans of a generation that lasted from `start_s` to `end_s`."""
         first = bisect_right(self._commits_s, start_s) - 1
         token_s = (end_s - start_s) / num_tokens
         cuts = [math.ceil((commit_s - start_s) / token_s) for commit_s in self._commits_s[first + 1 :]]

@@ -13,7 +13,7 @@ PUBLICATION = 1
 
 
 def make_group(*, seed: int = 0) -> TrajectoryGroup:
-    """Contexts of about equal length; in each, two spans were sampled by version 0 (publication 1)."""
+    """Makes contexts of about equal length, each with two spans sampled by version 0 (publication 1)."""
     rng = np.random.default_rng(seed)
     edges = np.linspace(0, NUM_TOKENS, NUM_TRAJECTORIES * NUM_CONTEXTS + 1).astype(int)
     contexts = [_context(rng, int(length)) for length in np.diff(edges)]

@@ -1,4 +1,4 @@
-"""The sending process of benchmarks/transport.py: one function per way to send groups."""
+"""The sending process of benchmarks/transport.py: one function per method."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from protocol.messages import Lease
 from protocol.transport import Transport
 from protocol.types import TrajectoryGroup
 
-# Most groups in flight, as an actor's credits limit them. Receivers acknowledge every 16th group, durable ones each.
+# The maximum of unacknowledged groups, like an actor's credits. Receivers acknowledge every ACK_EVERY-th group; those
+# that store groups acknowledge each one.
 IN_FLIGHT = 32
 ACK_EVERY = 16
 
@@ -52,7 +53,7 @@ def _send_sync(address: str, num: int, make: Callable[[], list[Buffer]], *, acks
 
 
 def _columns(group: TrajectoryGroup) -> list[Buffer]:
-    """token_ids, loss_mask and behavior_logprobs of every token, and the spans."""
+    """Returns token_ids, loss_mask and behavior_logprobs of every token, and the spans."""
     contexts = list(group.contexts())
     spans = [span for context in contexts for span in context.policy_versions]
     columns = [
@@ -103,7 +104,7 @@ def _send_ours(group: TrajectoryGroup, address: str, num: int) -> None:
 
 
 def _send_durable(group: TrajectoryGroup, address: str, num: int) -> None:
-    """Runs a real runner whose rollouts take no time, until the coordinator drains it."""
+    """Runs a real runner with instant rollouts until the coordinator drains it."""
 
     async def rollout(lease: Lease) -> TrajectoryGroup:
         return replace(group, run_id=lease.run_id, cursor=lease.cursor, attempt=lease.attempt)

@@ -50,7 +50,7 @@ def save_model(folder: Path, *, width: int, layers: int) -> Path:
 
 
 def versions(model: Path, *, rate: float) -> Iterator[dict[str, torch.Tensor]]:
-    """fp32 weights; each version adds ±`rate` to every value."""
+    """Yields fp32 weights; each version adds ±`rate` to every value."""
     weights = load_file(model / "model.safetensors")
     while True:
         yield weights
