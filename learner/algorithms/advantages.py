@@ -1,10 +1,10 @@
-"""What advantages are computed from, and the formulas within a group. The estimators are in estimators.py.
+"""Inputs and outputs of advantage estimators, and the formulas within a group. The estimators are in estimators.py.
 
-    rewards of trajectories ──► within the group (grpo, rloo, maxrl) ──► one A per trajectory, for all of its tokens
-                            ╰─► along the tokens (reinforce_pp, gae) ──► one A per token
+    rewards of trajectories ──► compared within the group (grpo, rloo, maxrl) ──► one A per trajectory, for all tokens
+                            ╰─► summed along the tokens (reinforce_pp, gae)   ──► one A per token
 
-Statistics are over trajectories: each counts once, whatever its number of contexts. FAILED trajectories are not part of
-any of this. Computed once per batch, in float64.
+Statistics are over trajectories: each counts once, for any number of contexts. FAILED trajectories are excluded.
+Advantages are computed once per batch, in float64.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Credit:
-    """What T trajectories of C contexts and N sampled tokens earned; none of them is FAILED.
+    """The inputs of an estimator: T trajectories (none FAILED) with C contexts and N trained tokens.
 
     reward          float64 [T]
     group           int64   [T]  equal for trajectories of one group
@@ -30,9 +30,9 @@ class Credit:
     trajectory      int64   [N]  tokens in the order of generation: by trajectory, context, position
     context         int64   [N]
     policy          int64   [N]  equal for tokens that one policy sampled
-    context_reward  float64 [C]  rewards of single contexts, if they are to be credited, else None
-    kl_penalty      float64 [N]  KL coefficient times the KL estimate, to be subtracted from rewards; None: no KL
-    values          float64 [N]  of the value head before each token; None without a value head
+    context_reward  float64 [C]  rewards of single contexts; None unless the config has `context_rewards = "add"`
+    kl_penalty      float64 [N]  KL coefficient times KL estimate, subtracted from rewards; None: no KL in the reward
+    values          float64 [N]  value head at the state before each token; None without a value head
     """
 
     reward: Floats
@@ -60,7 +60,7 @@ class Credit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Advantages:
-    """advantage float [N]; returns float [N], the targets of the value head, only from estimators that need values."""
+    """advantage float [N]; returns float [N], the targets of the value head, or None if there is none."""
 
     advantage: NDArray[np.floating]
     returns: NDArray[np.floating] | None = None
@@ -69,18 +69,18 @@ class Advantages:
 def grpo_advantages(rewards: ArrayLike, *, ddof: int = 1, eps: float = 1e-6, normalize_std: bool = True) -> Floats:
     """A_i = (R_i - mean R) / (std R + eps), float64 [G], from the rewards [G] of a group.
 
-    Fewer than two rewards, or equal ones, give exactly 0. Without `normalize_std` they are only centred (Dr. GRPO).
+    Fewer than two rewards, or equal rewards, give exactly 0. Without `normalize_std`: R_i - mean R (Dr. GRPO).
     Source: Shao et al. 2024 (GRPO), section 4.1; Liu et al. 2025 (Dr. GRPO), section 3.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
-    if not has_signal(rewards):
+    if not rewards_differ(rewards):
         return np.zeros_like(rewards)
     centred = rewards - rewards.mean()
     return centred / (rewards.std(ddof=ddof) + eps) if normalize_std else centred
 
 
 def rloo_advantages(rewards: ArrayLike) -> Floats:
-    """A_i = R_i - mean of the others = G / (G - 1) (R_i - mean R), float64 [G]; a single reward gives 0.
+    """A_i = R_i - mean of the other rewards = G / (G - 1) (R_i - mean R), float64 [G]; a single reward gives 0.
 
     Source: Kool et al. 2019; Ahmadian et al. 2024 (RLOO).
     """
@@ -91,7 +91,7 @@ def rloo_advantages(rewards: ArrayLike) -> Floats:
 def maxrl_advantages(rewards: ArrayLike, *, eps: float = 1e-6) -> Floats:
     """A_i = (R_i - mean R) / (mean R + eps), float64 [G], for rewards >= 0; 0 if the mean is not above 0.
 
-    Hard questions weigh more: in expectation the gradient of log p(success), to order G.
+    Hard questions get more weight: the expected gradient is that of log p(success), expanded to order G.
     Source: Tajwar et al. 2026 (Maximum Likelihood Reinforcement Learning, arXiv 2602.02710).
     """
     rewards = np.asarray(rewards, dtype=np.float64)
@@ -100,7 +100,7 @@ def maxrl_advantages(rewards: ArrayLike, *, eps: float = 1e-6) -> Floats:
     return centred / (mean + eps) if mean > 0 else np.zeros_like(centred)
 
 
-def has_signal(rewards: ArrayLike) -> bool:
+def rewards_differ(rewards: ArrayLike) -> bool:
     """Whether the rewards [G] of a group differ; otherwise every advantage within it is 0."""
     rewards = np.asarray(rewards, dtype=np.float64)
     return len(rewards) > 1 and bool((rewards != rewards[0]).any())

@@ -23,7 +23,7 @@ _NUM_SUMS = {
     Reduction.EFFECTIVE_FRACTION: 2,
 }
 _NUM_COUNTS = 2 * NUM_BUCKETS
-# The sums of TOKEN_METRICS[i] are at _ENDS[i] .. _ENDS[i + 1], after the counts by age and by context index.
+# TOKEN_METRICS[i] has sums[_ENDS[i] : _ENDS[i + 1]]; before them are the token counts by age and by context index.
 _ENDS = np.cumsum([_NUM_COUNTS, *(_NUM_SUMS[metric.reduction] for metric in TOKEN_METRICS)]).tolist()
 _NUM_MAXIMA = sum(metric.reduction is Reduction.MAX for metric in TOKEN_METRICS)
 
@@ -34,11 +34,11 @@ def _zeros(size: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Diagnostics:
-    """Of zero or more tokens. Add two of them with `+`; reduce over ranks with `to_tensors` and `from_tensors`.
+    """Sums and maxima of zero or more trained tokens. `+` adds two; `to_tensors` is for reduction over ranks.
 
     sums     float64 [S] on the CPU: number of tokens by age [NUM_BUCKETS] and by context index [NUM_BUCKETS], then the
              sums of each of `TOKEN_METRICS`
-    maxima   float64 [M] on the CPU: of each metric with `Reduction.MAX`; 0 without tokens
+    maxima   float64 [M] on the CPU: one for each metric with `Reduction.MAX`; 0 without tokens
     """
 
     sums: Tensor = field(default_factory=lambda: _zeros(_ENDS[-1]))
@@ -75,7 +75,7 @@ class Diagnostics:
         return self.values()["learner/loss"]
 
     def values(self) -> dict[str, float]:
-        """`TOKEN_METRICS` by tag, 0 without tokens; of a family, the members that have tokens."""
+        """The value of each token metric by tag; 0 without tokens. A family has values only for buckets with tokens."""
         found: dict[str, float] = {}
         maxima = iter(self.maxima.tolist())
         for metric, start, end in zip(TOKEN_METRICS, _ENDS[:-1], _ENDS[1:], strict=True):

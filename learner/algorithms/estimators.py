@@ -1,4 +1,4 @@
-"""Advantage estimators: what each sampled token of a batch is credited with. `learner.advantage.use` names one."""
+"""Advantage estimators: they compute the advantage of each trained token. `learner.advantage.use` selects one."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from protocol.extensions import ExtensionPoint
 
 
 class AdvantageEstimator(ABC):
-    """Base class of advantage estimators. `Options` describes their keys in the `[learner.advantage]` section.
+    """Base class of advantage estimators. `Options` declares their keys in the `[learner.advantage]` section.
 
-    `needs_values`: a value head is trained, and `credit.values` is set.
+    `needs_values`: if true, a value head is trained and `credit.values` is set.
     """
 
     Options: ClassVar[type[BaseModel]] = Options
@@ -47,25 +47,27 @@ class AdvantageEstimator(ABC):
 
     @abstractmethod
     def advantages(self, credit: Credit) -> Advantages:
-        """The advantage of every sampled token of a batch, N >= 0 tokens."""
+        """The advantages [N] of the N >= 0 trained tokens of a batch."""
 
 
 class GroupEstimator(AdvantageEstimator):
-    """Base class of estimators that compare the trajectories of a group: write `group_advantages` only."""
+    """Base class of estimators that compare trajectories of a group. Subclasses implement only `group_advantages`."""
 
     @abstractmethod
     def group_advantages(self, rewards: Floats) -> Floats:
         """Advantages float64 [G] of the trajectories of one group from their rewards float64 [G], G >= 1."""
 
     def advantages(self, credit: Credit) -> Advantages:
-        """A_i + A_k [N]: over the trajectories of a group, and over its contexts of one role and turn.
+        """A_i [N], plus A_k if contexts have rewards.
 
-        The KL penalty of a trajectory's tokens is summed and subtracted from its reward. Source of the sum: Feng et al.
-        2025 (GiGPO), with weight 1; contexts are compared by role and turn, since a rewritten memory makes no two
-        states equal.
+        A_i compares trajectory i with the trajectories of its group; A_k compares context k with the contexts of its
+        group that have the same role and turn. The KL penalties of a trajectory's tokens are subtracted from its
+        reward.
+        Source of the sum: Feng et al. 2025 (GiGPO), with weight 1. GiGPO compares equal states; two states with a
+        rewritten memory are never equal, so role and turn are used instead.
         """
-        spent = np.bincount(credit.trajectory, weights=credit.penalty, minlength=len(credit.reward))
-        advantage = self._by_group(credit.reward - spent, credit.group)[credit.trajectory]
+        kl_penalty = np.bincount(credit.trajectory, weights=credit.penalty, minlength=len(credit.reward))
+        advantage = self._by_group(credit.reward - kl_penalty, credit.group)[credit.trajectory]
         if credit.context_reward is not None and len(credit.owner):
             anchors = np.stack([credit.group[credit.owner], credit.role, credit.turn])
             _, anchor = np.unique(anchors, axis=1, return_inverse=True)
@@ -81,7 +83,7 @@ class GroupEstimator(AdvantageEstimator):
 
 
 class GRPO(GroupEstimator):
-    """`grpo_advantages`."""
+    """GRPO: (R - mean) / (std + eps) over the trajectories of a group."""
 
     Options = GrpoOptions
     options: GrpoOptions
@@ -92,7 +94,7 @@ class GRPO(GroupEstimator):
 
 
 class RLOO(GroupEstimator):
-    """`rloo_advantages`."""
+    """RLOO: a trajectory's reward minus the mean reward of the others in its group."""
 
     Options = RlooOptions
 
@@ -101,7 +103,7 @@ class RLOO(GroupEstimator):
 
 
 class MaxRL(GroupEstimator):
-    """`maxrl_advantages`."""
+    """MaxRL: (R - mean) / (mean + eps); rewards must be >= 0."""
 
     Options = MaxrlOptions
     options: MaxrlOptions
@@ -111,7 +113,10 @@ class MaxRL(GroupEstimator):
 
 
 class ReinforcePP(AdvantageEstimator):
-    """Discounted sums of token rewards along each chain, whitened. Source: Hu et al. 2025 (REINFORCE++)."""
+    """REINFORCE++: discounted sums of token rewards along each chain, whitened if `whiten`.
+
+    Source: Hu et al. 2025 (REINFORCE++).
+    """
 
     Options = ReinforceOptions
     options: ReinforceOptions
@@ -123,7 +128,7 @@ class ReinforcePP(AdvantageEstimator):
 
 
 class GAE(AdvantageEstimator):
-    """`generalized_advantages` along each chain, whitened."""
+    """Generalized advantage estimation along each chain with a value head, whitened if `whiten`."""
 
     Options = GaeOptions
     options: GaeOptions
@@ -156,15 +161,15 @@ ADVANTAGES = ExtensionPoint(
 
 
 def make_estimator(config: AdvantageConfig, *, base_dir: Path | None = None) -> AdvantageEstimator:
-    """Raises: ConfigError."""
+    """The estimator that `config` names. Raises: ConfigError."""
     return ADVANTAGES.create(config, base_dir=base_dir)
 
 
 def token_advantages(credit: Credit, config: AdvantageConfig, estimator: AdvantageEstimator) -> Advantages:
-    """float32 [N]: the advantage of every sampled token of a batch, role weights applied.
+    """The advantages, float32 [N], of the trained tokens of a batch, multiplied by role weights.
 
-    Raises: ConfigError if context rewards are to be credited and there are none; ExtensionError if an imported
-    estimator raises, returns another shape or a value that is not finite.
+    Raises: ConfigError if `context_rewards` is `add` and contexts have no rewards; ExtensionError if an imported
+    estimator raises, returns a wrong shape or a value that is not finite.
     """
     if config.context_rewards == "add" and credit.context_reward is None:
         raise ConfigError(
@@ -173,24 +178,29 @@ def token_advantages(credit: Credit, config: AdvantageConfig, estimator: Advanta
     if config.context_rewards == "none":
         credit = replace(credit, context_reward=None)
     with ADVANTAGES.running(config.use):
-        earned = estimator.advantages(credit)
-        _check(earned, num_tokens=credit.num_tokens)
+        found = estimator.advantages(credit)
+        _check(found, num_tokens=credit.num_tokens)
     weight_of_role = np.array([config.role_weights.get(role, 1.0) for role in credit.roles])
-    advantage = earned.advantage * weight_of_role[credit.role[credit.context]]
-    returns = None if earned.returns is None else earned.returns.astype(np.float32)
+    advantage = found.advantage * weight_of_role[credit.role[credit.context]]
+    returns = None if found.returns is None else found.returns.astype(np.float32)
     return Advantages(advantage.astype(np.float32), returns)
 
 
-def _check(earned: Advantages, *, num_tokens: int) -> None:
-    for name, column in (("advantage", earned.advantage), ("returns", earned.returns)):
-        if column is not None and (column.shape != (num_tokens,) or not np.isfinite(column).all()):
-            raise ValueError(f"{name} must be [{num_tokens}] finite numbers, got shape {list(column.shape)}")
+def _check(found: Advantages, *, num_tokens: int) -> None:
+    for name, column in (("advantage", found.advantage), ("returns", found.returns)):
+        if column is None:
+            continue
+        if column.shape != (num_tokens,):
+            raise ValueError(f"{name} must have shape [{num_tokens}], got {list(column.shape)}")
+        if num_bad := int((~np.isfinite(column)).sum()):
+            raise ValueError(f"{name} must be finite, got {num_bad} values that are not")
 
 
 def token_rewards(credit: Credit, chain: Index) -> Floats:
-    """float64 [N]: minus the KL penalty, plus a trajectory's reward at the last token of each policy that acted in it,
-    plus a context's reward at its last token (turn-level rewards).
+    """float64 [N]: the reward of each token.
 
+    It is minus the token's KL penalty. The last token of each chain gets the trajectory's reward in addition, and the
+    last token of each context gets the context's reward (turn-level rewards).
     Sources: Ouyang et al. 2022 (KL in the reward); Zhou et al. 2025 (MEM1) for one chain over all contexts.
     """
     rewards = -credit.penalty
@@ -198,12 +208,12 @@ def token_rewards(credit: Credit, chain: Index) -> Floats:
     rewards[last] += credit.reward[credit.trajectory[last]]
     if credit.context_reward is not None:
         last = last_of(credit.context, num_segments=len(credit.owner))
-        acted = last >= 0
-        rewards[last[acted]] += credit.context_reward[acted]
+        has_tokens = last >= 0
+        rewards[last[has_tokens]] += credit.context_reward[has_tokens]
     return rewards
 
 
 def chains(credit: Credit) -> Index:
-    """int64 [N]: the chain of each token; the tokens that one policy sampled in one trajectory form a chain."""
+    """int64 [N]: the chain number of each token. The tokens that one policy sampled in one trajectory form a chain."""
     keys = credit.trajectory * (credit.policy.max(initial=0) + 1) + credit.policy
     return np.unique(keys, return_inverse=True)[1].astype(np.int64)

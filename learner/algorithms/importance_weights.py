@@ -1,7 +1,7 @@
-"""Off-policy corrections: weights from w = sg(pi_prox / pi_behave), in [0, inf), for tokens of an older policy.
+"""Off-policy corrections: weights in [0, inf) computed from w = sg(pi_prox / pi_behave), without gradient.
 
-Functions are pure, over flat trained tokens [N], without gradient; `segment` int64 [N] names the scope (context or
-trajectory) of each token, None is token scope. A token that a mask drops keeps its part of the loss's denominator.
+All functions are pure and take flat trained tokens [N]. `segment` int64 [N] is the context or trajectory of each token;
+None means that each token is its own scope. A token with weight 0 still counts in the loss's denominator.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ CorrectionScope = Literal["token", "context", "trajectory", "batch"]
 
 
 class Correction(ABC):
-    """Base class of corrections. `Options` describes their keys in an entry of `learner.loss.corrections`.
+    """Base class of corrections. `Options` declares their keys in an entry of `learner.loss.corrections`.
 
-    scope   what a token's weight depends on; an option of this name overrides it. `trajectory` and `batch` cost a
-            forward pass before the step: their tokens may lie in several micro-batches, so pi_prox must be known for
-            all tokens first
+    scope   the tokens that one token's weight depends on; the option `scope`, if there is one, replaces it.
+            `trajectory` and `batch` need one more forward pass per step: the tokens may be in several micro-batches,
+            so pi_prox of all tokens must be computed first
     """
 
     Options: ClassVar[type[BaseModel]] = Options
@@ -46,7 +46,7 @@ class Correction(ABC):
 
     @abstractmethod
     def __call__(self, log_weight: Tensor, *, advantages: Tensor, segment: Tensor | None) -> Tensor:
-        """The factor [N] on the policy loss of each token, >= 0.
+        """The factors [N], >= 0, by which the tokens' policy losses are multiplied.
 
         log_weight [N] = log(pi_prox / pi_behave), without gradient; segment int64 [N]: the context or trajectory of
         each token if that is the scope, else None.
@@ -54,7 +54,7 @@ class Correction(ABC):
 
 
 class Truncate(Correction):
-    """`truncated_weights`."""
+    """Truncated importance sampling: min(w, high)."""
 
     Options = TruncateOptions
     options: TruncateOptions
@@ -65,7 +65,7 @@ class Truncate(Correction):
 
 
 class Mask(Correction):
-    """`masked_weights`."""
+    """Masked importance sampling (IcePop): w if it is in [low, high], else 0."""
 
     Options = MaskOptions
     options: MaskOptions
@@ -76,7 +76,7 @@ class Mask(Correction):
 
 
 class Reject(Correction):
-    """`inside` of the scope's weight, or `without_outliers`."""
+    """Weight 1 if the scope's w is in [low, high], else 0; with `ratio = "worst"`, if each of its tokens' w is."""
 
     Options = RejectOptions
     options: RejectOptions
@@ -90,18 +90,18 @@ class Reject(Correction):
 
 
 class RejectNegative(Correction):
-    """`negative_on_policy`."""
+    """Weight 0 if A < 0 and the scope's mean log(pi_behave / pi_prox) is above `threshold`, else 1."""
 
     Options = RejectNegativeOptions
     options: RejectNegativeOptions
 
     def __call__(self, log_weight: Tensor, *, advantages: Tensor, segment: Tensor | None) -> Tensor:
-        kept = negative_on_policy(log_weight, segment, advantages, threshold=self.options.threshold)
+        kept = without_off_policy_negatives(log_weight, segment, advantages, threshold=self.options.threshold)
         return kept.to(log_weight.dtype)
 
 
 class SecondMoment(Correction):
-    """`second_moment_mask` over the whole batch."""
+    """Weight 0 for the largest log(w)^2 of the batch, until the mean of the rest is <= `threshold`; else 1."""
 
     Options = SecondMomentOptions
     options: SecondMomentOptions
@@ -126,7 +126,7 @@ CORRECTIONS = ExtensionPoint(
 
 
 def make_corrections(configs: Sequence[CorrectionConfig], *, base_dir: Path | None = None) -> tuple[Correction, ...]:
-    """Raises: ConfigError."""
+    """The corrections that `configs` name, in their order. Raises: ConfigError."""
     return tuple(
         CORRECTIONS.create(config, base_dir=base_dir, key=f"learner.loss.corrections[{i}]")
         for i, config in enumerate(configs)
@@ -134,10 +134,10 @@ def make_corrections(configs: Sequence[CorrectionConfig], *, base_dir: Path | No
 
 
 def needs_prepass(corrections: Sequence[Correction]) -> bool:
-    """Whether the weights of a token depend on tokens that may lie in other micro-batches.
+    """Whether a token's weight may depend on tokens of other micro-batches.
 
-    A context always lies in one micro-batch; a trajectory and the batch do not, so the proximal log-probs of the whole
-    batch must be known before the first weight is computed.
+    A context is in one micro-batch; a trajectory or the batch may be in several. Then the proximal log-probs of the
+    whole batch must be computed before the first weight.
     """
     return any(each.scope in ("trajectory", "batch") for each in corrections)
 
@@ -151,11 +151,11 @@ def correction_weights(
     trajectory: Tensor,
     corrections: Sequence[Correction],
 ) -> Tensor:
-    """w~ [N]: the product of the weights of all corrections, each over all given tokens; ones without corrections.
+    """w~ [N]: the product of all corrections' weights; ones without corrections.
 
     proximal, behavior: log-probabilities [N] under the proximal and the behaviour policy; advantages [N];
-    context, trajectory: int64 [N]. The tokens must hold whole scopes: the whole batch if `needs_prepass`.
-    Raises: ExtensionError if an imported correction raises or returns another shape.
+    context, trajectory: int64 [N]. The tokens must include every scope completely: the whole batch if
+    `needs_prepass`. Raises: ExtensionError if an imported correction raises or returns a wrong shape.
     """
     segments = {"context": context, "trajectory": trajectory}
     log_weight = (proximal - behavior).detach()
@@ -170,9 +170,10 @@ def correction_weights(
 
 
 def scoped_log_ratio(log_ratio: Tensor, segment: Tensor | None, *, product: bool = False) -> Tensor:
-    """[N]: the mean of `log_ratio` over each segment, the log of the geometric mean of its ratios.
+    """[N]: the mean of `log_ratio` over the token's segment, which is the log of the ratios' geometric mean.
 
-    With `product` the sum, the log of the whole sequence's ratio, whose variance grows with its length.
+    With `product`, the sum: the log of the segment's ratio, whose variance grows with length. Without `segment`,
+    `log_ratio` itself.
     Source: Zheng et al. 2025 (GSPO), equation 7, applied to pi_prox / pi_behave.
     """
     if segment is None or log_ratio.numel() == 0:
@@ -184,7 +185,7 @@ def scoped_log_ratio(log_ratio: Tensor, segment: Tensor | None, *, product: bool
 
 
 def truncated_weights(log_ratio: Tensor, *, high: float) -> Tensor:
-    """min(w, high) [N]: bounded variance for some bias (truncated importance sampling).
+    """min(w, high) [N] (truncated importance sampling): bounds the variance, adds bias.
 
     Source: Ionides 2008; Espeholt et al. 2018 (IMPALA), the rho of equation 1.
     """
@@ -192,7 +193,7 @@ def truncated_weights(log_ratio: Tensor, *, high: float) -> Tensor:
 
 
 def masked_weights(log_ratio: Tensor, *, low: float, high: float) -> Tensor:
-    """w where low <= w <= high, else 0 [N] (masked importance sampling).
+    """w if low <= w <= high, else 0 [N] (masked importance sampling).
 
     Source: IcePop (Ling team 2025): double-sided masking of the mismatch between training and inference.
     """
@@ -201,14 +202,16 @@ def masked_weights(log_ratio: Tensor, *, low: float, high: float) -> Tensor:
 
 
 def inside(log_ratio: Tensor, *, low: float, high: float) -> Tensor:
-    """bool [N]: low <= w <= high. Over a sequence's ratio: the sequence masks of Liu et al. 2025 ("When speed kills
-    stability"), geometric or product."""
+    """bool [N]: whether low <= w <= high.
+
+    Source for the ratio of a sequence (geometric or product): Liu et al. 2025 ("When speed kills stability").
+    """
     ratio = log_ratio.exp()
     return (ratio >= low) & (ratio <= high)
 
 
 def without_outliers(log_ratio: Tensor, segment: Tensor | None, *, low: float, high: float) -> Tensor:
-    """bool [N]: whether every token of its segment has low <= w <= high: a scope is judged by its worst token.
+    """bool [N]: whether all tokens of the token's segment have low <= w <= high.
 
     Source: Liu et al. 2025 ("When speed kills stability"), the veto on catastrophic tokens.
     """
@@ -218,17 +221,19 @@ def without_outliers(log_ratio: Tensor, segment: Tensor | None, *, low: float, h
     return _segment_sum((~kept).to(log_ratio.dtype), segment)[segment] == 0
 
 
-def negative_on_policy(log_ratio: Tensor, segment: Tensor | None, advantages: Tensor, *, threshold: float) -> Tensor:
-    """bool [N]: false where A < 0 and the mean of log(pi_behave / pi_prox) over the segment is above `threshold`.
+def without_off_policy_negatives(
+    log_ratio: Tensor, segment: Tensor | None, advantages: Tensor, *, threshold: float
+) -> Tensor:
+    """bool [N]: false if A < 0 and the mean of log(pi_behave / pi_prox) over the segment is above `threshold`.
 
-    Source: DeepSeek-AI 2025 (DeepSeek-V3.2), off-policy sequence masking; pi_prox stands for pi_theta, so that what is
-    dropped does not depend on the minibatch.
+    Source: DeepSeek-AI 2025 (DeepSeek-V3.2), off-policy sequence masking, with pi_prox instead of pi_theta, so that
+    the mask does not depend on the minibatch.
     """
     return ~((advantages < 0) & (-scoped_log_ratio(log_ratio, segment) > threshold))
 
 
 def second_moment_mask(log_ratio: Tensor, *, threshold: float) -> Tensor:
-    """bool [N]: drops the largest log(w)^2 of the batch until the mean of the rest is <= `threshold`.
+    """bool [N]: false for the largest log(w)^2 of the batch: as few as make the mean of the rest <= `threshold`.
 
     Equal values are kept or dropped together, so that the order of tokens does not matter.
     Source: Zheng et al. 2025 (M2PO, arXiv 2510.01161), the mask on the second moment of the log-ratio.
@@ -243,5 +248,5 @@ def second_moment_mask(log_ratio: Tensor, *, threshold: float) -> Tensor:
 
 
 def _segment_sum(values: Tensor, segment: Tensor) -> Tensor:
-    """[number of segments]: the sum of `values` [N] over each."""
+    """[number of segments]: the sum of `values` [N] over each segment."""
     return values.new_zeros(int(segment.max()) + 1).index_add_(0, segment, values)

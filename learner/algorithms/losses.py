@@ -1,8 +1,9 @@
-"""The loss of an optimizer step: a policy loss that `learner.loss.use` names, and optional terms.
+"""The loss of an optimizer step: the policy loss that `learner.loss.use` selects, and optional terms.
 
     sum over trained tokens t of weight_t * ( w~_t * policy loss_t  +  KL to a reference  -  entropy  +  value loss )
 
-Everything is over flat trained tokens [N]; sums, never means: the weights hold the denominators, which are global.
+All inputs are flat trained tokens [N]. Token losses are summed, never averaged: the weights contain the denominators,
+which are counted over all ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from protocol.extensions import ExtensionPoint
 
 
 class PolicyLoss(ABC):
-    """Base class of policy losses. `Options` describes their keys in the `[learner.loss]` section."""
+    """Base class of policy losses. `Options` declares their keys in the `[learner.loss]` section."""
 
     Options: ClassVar[type[BaseModel]] = Options
 
@@ -34,16 +35,16 @@ class PolicyLoss(ABC):
 
     @abstractmethod
     def __call__(self, tokens: TokenData) -> tuple[Tensor, Tensor]:
-        """(loss [N], clipped bool [N]) of N >= 0 trained tokens of whole contexts, for minimization.
+        """(loss [N], clipped bool [N]) of N >= 0 trained tokens of whole contexts; the loss is minimized.
 
-        The loss carries gradient through `tokens.log_ratio` or `tokens.logprobs`. It must not be weighted or summed:
-        importance weights, aggregation, KL, entropy and value terms are applied by the caller. `clipped` marks tokens
-        whose clip is binding, for metrics.
+        The gradient flows through `tokens.log_ratio` or `tokens.logprobs`. Return the loss of each token, not weighted
+        and not summed: the caller applies importance and aggregation weights and adds KL, entropy and value terms.
+        `clipped`: whether clipping changes the token's objective; only metrics use it.
         """
 
 
 class PPO(PolicyLoss):
-    """`clipped_surrogate` with r per token."""
+    """PPO: the clipped surrogate of the token's ratio r = pi_theta / pi_prox."""
 
     Options = PpoOptions
     options: PpoOptions
@@ -59,7 +60,7 @@ class PPO(PolicyLoss):
 
 
 class GSPO(PPO):
-    """`clipped_surrogate` with the geometric mean of r over the token's context (`sequence_log_ratio`)."""
+    """GSPO: the clipped surrogate of the geometric mean of r over the token's context."""
 
     Options = GspoOptions
 
@@ -68,7 +69,7 @@ class GSPO(PPO):
 
 
 class CISPO(PolicyLoss):
-    """`cispo`: the clipped ratio is a weight without gradient."""
+    """CISPO: log pi_theta is weighted by the clipped ratio, which has no gradient."""
 
     Options = CispoOptions
     options: CispoOptions
@@ -91,7 +92,7 @@ POLICY_LOSSES = ExtensionPoint(
 
 
 class Loss:
-    """The loss that a `[learner.loss]` section describes. Raises (on creation): ConfigError."""
+    """The loss that the `[learner.loss]` section configures. Raises (on creation): ConfigError."""
 
     def __init__(self, config: LossConfig, *, base_dir: Path | None = None) -> None:
         self.config = config
@@ -100,9 +101,9 @@ class Loss:
     def __call__(self, tokens: TokenData) -> tuple[Tensor, Diagnostics]:
         """(loss [], diagnostics) of N >= 0 trained tokens.
 
-        KL, entropy and value terms have the weight of the aggregation but not w~: a correction drops what a token says
-        about the advantage, not its distance from the reference. Raises: ValueError if a column that the config needs
-        is None; ExtensionError if an imported policy loss raises or returns other shapes.
+        KL, entropy and value terms are multiplied by the aggregation weight but not by w~: a correction applies only to
+        the policy loss. Raises: ValueError if a column that the config needs is None; ExtensionError if an imported
+        policy loss raises or returns wrong shapes.
         """
         config = self.config
         with POLICY_LOSSES.running(config.use):
@@ -147,26 +148,27 @@ def _check_shapes(loss: Tensor, clipped: Tensor, *, num_tokens: int) -> None:
 def clipped_surrogate(
     log_ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(loss [N], clipped bool [N]): -min(r A, clip(r) A) with r = pi_theta / pi_prox; `clipped` where it binds.
+    """(loss [N], clipped bool [N]): -min(r A, clip(r) A) with r = pi_theta / pi_prox; `clipped`: whether
+    the clip changes the objective.
 
     With `dual_clip` c > 1 the loss of a token with A < 0 is at most c |A|.
     Source: Schulman et al. 2017 (PPO), equation 7; decoupled from the behaviour policy: Hilton et al. 2022, equation 5;
     asymmetric bounds: Yu et al. 2025 (DAPO), equation 10; dual clip: Ye et al. 2020 (MOBA games).
     """
     ratio = log_ratio.exp()
-    free = ratio * advantages
-    objective = torch.minimum(free, ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages)
+    unclipped = ratio * advantages
+    objective = torch.minimum(unclipped, ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages)
     if dual_clip is not None:
         objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
-    return -objective, objective != free
+    return -objective, objective != unclipped
 
 
 def sequence_log_ratio(log_ratio: Tensor, context: Tensor) -> Tensor:
-    """[N]: the mean of `log_ratio` over the trained tokens of a context, with the gradient of the token's own.
+    """[N]: the value is the mean of `log_ratio` over the context's trained tokens; the gradient is the token's own.
 
     log s_(i,t) = sg(mean log r) + log r_t - sg(log r_t): its value is the log of the sequence's geometric mean ratio.
-    Source: Zheng et al. 2025 (GSPO), equations 7 and 14 (GSPO-token). Here the sequence is a context; a trajectory's
-    contexts may lie in several micro-batches.
+    Source: Zheng et al. 2025 (GSPO), equations 7 and 14 (GSPO-token). Here the sequence is a context, because
+    the contexts of a trajectory may be in several micro-batches.
     """
     fixed = log_ratio.detach()
     return scoped_log_ratio(fixed, context) + (log_ratio - fixed)
@@ -177,7 +179,7 @@ def cispo(
 ) -> tuple[Tensor, Tensor]:
     """(loss [N], clipped bool [N]): -sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi_theta.
 
-    The weight is clipped, so no token loses its gradient.
+    Only the weight is clipped, so every token keeps its gradient.
     Source: MiniMax 2025 (MiniMax-M1, CISPO), equations 4 and 5.
     """
     ratio = log_ratio.detach().exp()
@@ -186,7 +188,7 @@ def cispo(
 
 
 def approx_kl(logprobs: Tensor, other: Tensor, *, estimator: Literal["k1", "k2", "k3"] = "k3") -> Tensor:
-    """[N]: per-token estimates of KL(p || q) from tokens sampled by p (`logprobs`), q being `other`.
+    """[N]: per-token estimates of KL(p || q) from tokens sampled by p (`logprobs`); q is `other`.
 
     k1 = log p - log q (unbiased); k2 = k1^2 / 2 (biased, never negative); k3 = q/p - 1 - log q/p (unbiased and never
     negative). Raises: ValueError for another estimator.
@@ -204,7 +206,7 @@ def approx_kl(logprobs: Tensor, other: Tensor, *, estimator: Literal["k1", "k2",
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float | None = None) -> Tensor:
-    """[N]: (V - R)^2 / 2; with `clip` the larger of that and the same with V kept within `clip` of V_old.
+    """[N]: (V - R)^2 / 2; with `clip`, the larger of this and the same with V clipped to [V_old - clip, V_old + clip].
 
     Source: Schulman et al. 2017 (PPO), equation 9; the clip: Dhariwal et al. 2017 (PPO2 of OpenAI Baselines).
     """

@@ -1,7 +1,7 @@
 """Returns and advantages along chains of tokens: the tokens of one trajectory that one policy sampled, in order.
 
-Everything is over flat tokens [N] in the order of generation; `chain` int64 [N] names the chain of each, 0 .. K - 1. A
-token's successor is the next of the same chain, whatever contexts lie between them. Computed in float64.
+All inputs are flat tokens [N] in the order of generation; `chain` int64 [N] is each token's chain number, 0 .. K - 1. A
+token's successor is the next token of its chain, which may be in a later context. Computed in float64.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Floats = NDArray[np.float64]
 
 
 def discounted_sums(values: Floats, chain: Index, *, discount: float) -> Floats:
-    """y [N] with y_t = values_t + discount * y of the successor of t, which counts as 0 after a chain's last token."""
+    """y [N]: y_t = values_t + discount * y of t's successor; y_t = values_t for the last token of a chain."""
     if len(values) == 0:
         return np.zeros(0)
     order, column = _aligned(chain)
@@ -45,7 +45,7 @@ def generalized_advantages(
 
 
 def whitened(values: Floats, *, eps: float) -> Floats:
-    """(x - mean) / (std + eps) [N], sample std (ddof 1); unchanged below two values, exactly 0 where all are equal.
+    """(x - mean) / (std + eps) [N], sample std (ddof 1). Fewer than two values are unchanged; equal values give 0.
 
     Source: Hu et al. 2025 (REINFORCE++), the global batch normalisation.
     """
@@ -57,14 +57,14 @@ def whitened(values: Floats, *, eps: float) -> Floats:
 
 
 def last_of(segment: Index, *, num_segments: int) -> Index:
-    """int64 [num_segments]: the index of the last token of each segment, -1 where it has none."""
+    """int64 [num_segments]: the index of the last token of each segment; -1 for a segment without tokens."""
     last = np.full(num_segments, -1, dtype=np.int64)
     np.maximum.at(last, segment, np.arange(len(segment)))
     return last
 
 
 def _aligned(chain: Index) -> tuple[Index, Index]:
-    """(order, column): tokens by chain in their order, and how many of their chain come after each of these."""
+    """(order, column), int64 [N]: token indices by chain, and for each the number of later tokens of its chain."""
     order = np.argsort(chain, kind="stable")
     ends = np.cumsum(np.bincount(chain))
     return order, (ends[chain[order]] - 1 - np.arange(len(chain))).astype(np.int64)

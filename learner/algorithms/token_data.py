@@ -1,4 +1,4 @@
-"""The columns of sampled tokens that advantages, corrections and losses work on: one type for all of them."""
+"""`TokenData`: the columns of sampled tokens that corrections, losses and token metrics read."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class TokenData:
-    """N sampled tokens; of a micro-batch, which holds whole contexts, or of a whole batch. All columns are [N].
+    """N sampled tokens of a batch, or of a micro-batch of whole contexts. All columns are [N].
 
-    Always set; float, unless said otherwise:
+    Always set; float unless stated otherwise:
 
     behavior        log-prob under pi_behave, which sampled the token, at the sampling temperature
     advantages      0 for tokens that are not trained
-    weight          of the aggregation: the loss is the sum of weight * loss of the token
+    weight          aggregation weight: the loss is the sum of weight * token loss
     context         int64, the context of each token, 0 .. C - 1
     trajectory      int64, the trajectory of each token, 0 .. T - 1
     age             int64, learner step minus the version that sampled the token
@@ -26,14 +26,16 @@ class TokenData:
     Set for the loss:
 
     logprobs        log-prob under pi_theta, with gradient
-    entropy         of pi_theta at the token in nats; with gradient only if there is an entropy bonus
+    entropy         entropy of pi_theta at the token, in nats; with gradient only if there is an entropy bonus
     proximal        log-prob under pi_prox, the policy at the start of the step
     importance      w~ >= 0, the importance weight pi_prox / pi_behave after all corrections
 
     None unless the config asks for them:
 
     reference       log-prob under the reference policy (KL)
-    values          of the value head, with gradient; old_values: at the start of the step; returns: their targets
+    values          output of the value head, with gradient
+    old_values      output of the value head at the start of the step
+    returns         targets of the values
     """
 
     behavior: Tensor
@@ -63,9 +65,9 @@ class TokenData:
         return TokenData(**selected)
 
     def column(self, name: str) -> Tensor:
-        """A column that must be set. Raises: ValueError if it is None."""
+        """The column `name`, which must be set. Raises: ValueError if it is None."""
         if (column := getattr(self, name)) is None:
-            raise ValueError(f"{name} [N] must be set here, got None")
+            raise ValueError(f"token column {name} must be set, got None")
         return column
 
     @property

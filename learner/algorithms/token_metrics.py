@@ -1,4 +1,4 @@
-"""What is measured on every trained token: each metric is declared once, together with the values that it reduces.
+"""Metrics of trained tokens. Each is declared once, with the function that computes its values per token.
 
 To add a metric, add one entry to `TOKEN_METRICS`: it is reduced over micro-batches and ranks, written to TensorBoard
 and to metrics.jsonl, and documented in docs/metrics.md (`make docs`).
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from learner.algorithms.token_data import TokenData
 
 NUM_BUCKETS = 16
-"""Number of ages and of context indices that are told apart; the last bucket holds all larger ones."""
+"""Number of buckets by age, and by context index; the last bucket holds all larger values."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenTerms:
-    """What the loss computed for N trained tokens of one micro-batch: float [N] if not stated otherwise.
+    """Values that the loss computed for N trained tokens of one micro-batch; float [N] unless stated otherwise.
 
     loss           [], the sum over these tokens
     clipped        bool: whether the clip of the policy loss changes the token's objective
@@ -66,7 +66,7 @@ class Reduction(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenMetric(Metric):
-    """`values` returns [N], or [] for a TOTAL; None counts as zeros. It runs without gradient."""
+    """`values` computes [N], or [] for a TOTAL, without gradient; None counts as zeros."""
 
     reduction: Reduction  # pyright: ignore[reportIncompatibleVariableOverride]
     values: Callable[[TokenTerms], Tensor | None]
@@ -123,7 +123,7 @@ TOKEN_METRICS = (
         reduction=Reduction.MEAN,
         unit="nats",
         explanation="estimate of KL(π_θ ‖ reference) by `learner.loss.kl_estimator`; 0 without a reference",
-        healthy="increases slowly; jumps mean that the policy leaves the reference's language",
+        healthy="increases slowly; a sudden increase means that the text no longer resembles the reference's",
         values=lambda terms: terms.kl_reference,
     ),
     TokenMetric(
@@ -139,7 +139,7 @@ TOKEN_METRICS = (
         reduction=Reduction.MAX,
         unit="–",
         explanation="w = π_prox/π_behave, before any correction",
-        healthy="not far above the bounds of the corrections, which cut the excess off",
+        healthy="not far above the bounds of the corrections",
         values=lambda terms: terms.importance_weight,
     ),
     TokenMetric(
@@ -147,7 +147,7 @@ TOKEN_METRICS = (
         reduction=Reduction.EFFECTIVE_FRACTION,
         unit="0–1",
         explanation="effective sample size by token, divided by the number of tokens; x is w = π_prox/π_behave before "
-        "any correction, as a correction would hide what it is there for",
+        "any correction, because corrections reduce the mismatch that this metric shows",
         healthy="above 0.9; far below, a few tokens would determine the gradient",
         values=lambda terms: terms.importance_weight,
     ),
@@ -179,7 +179,7 @@ TOKEN_METRICS = (
         name="learner/loss",
         reduction=Reduction.TOTAL,
         unit="–",
-        explanation="the objective; its value says little, as A has mean 0",
+        explanation="the objective; its value carries little information, because A has mean 0",
         healthy="near 0 with one minibatch",
         values=lambda terms: terms.loss,
     ),

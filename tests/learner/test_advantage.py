@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from learner.algorithms.advantages import (
     Credit,
     grpo_advantages,
-    has_signal,
     maxrl_advantages,
+    rewards_differ,
     rloo_advantages,
 )
 from learner.algorithms.returns import discounted_sums, generalized_advantages, whitened
@@ -110,7 +110,7 @@ def test_equal_rewards_give_advantage_exactly_zero(estimator: str, rewards: list
     found = advantages_of(credit, config, values=np.zeros(num)).advantage
     along_tokens = estimator in ("gae", "reinforce_pp")
     assert found.tolist() == (rewards if along_tokens and num == 1 else [0.0] * num)
-    assert not has_signal(rewards)
+    assert not rewards_differ(rewards)
 
 
 def test_trajectories_without_sampled_tokens_count_only_in_their_group() -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 from learner.algorithms.advantages import grpo_advantages, maxrl_advantages, rloo_advantages
 from learner.algorithms.importance_weights import (
     inside,
-    negative_on_policy,
     scoped_log_ratio,
     truncated_weights,
+    without_off_policy_negatives,
     without_outliers,
 )
 from learner.algorithms.losses import approx_kl, cispo, clipped_surrogate, sequence_log_ratio
@@ -200,7 +200,9 @@ def outlier_sequence_mask(row: Row) -> Outputs:
 def off_policy_sequence_mask(row: Row) -> Outputs:
     log_ratio = row.log_ratio("per_token_logps", "sampling_per_token_logps")
     advantages = row.tensor("advantages")[row.segment]
-    kept = negative_on_policy(log_ratio, row.segment, advantages, threshold=row.param("threshold", float("inf")))
+    kept = without_off_policy_negatives(
+        log_ratio, row.segment, advantages, threshold=row.param("threshold", float("inf"))
+    )
     return {"mask": row.per_sequence(kept)}
 
 
