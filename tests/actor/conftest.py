@@ -22,7 +22,7 @@ from protocol.transport import Transport
 
 
 class ScriptedEngine:
-    """Speaks SGLang's HTTP API. `reply` queues the tokens that it returns; it keeps every request that it gets."""
+    """Implements SGLang's HTTP API. `reply` queues the tokens of a response; `requests` are all received requests."""
 
     def __init__(self) -> None:
         self.requests: list[dict] = []
@@ -42,7 +42,7 @@ class ScriptedEngine:
         has_spans: bool = True,
         **meta: object,
     ) -> None:
-        """Queues tokens. By default they stop at the last id and are of `weight_version`; token k has log-prob -k/8."""
+        """Queues a response; by default it stops at the last id, all of `weight_version`. Token k: log-prob -k/8."""
         spans = [(self.weight_version, 0, len(ids))] if spans is None else spans
         info = {
             "id": "x",
@@ -74,7 +74,7 @@ class ScriptedEngine:
         self._replies.append((status, {"error": {"message": message}}))
 
     def hang_once(self) -> None:
-        """The next request gets no answer."""
+        """The next queued response is never sent."""
         self._replies.append((0, None))
 
     async def generate(self, request: web.Request) -> web.Response:
@@ -128,9 +128,9 @@ async def engine(start_engine) -> ScriptedEngine:
 
 
 class ScriptedRetriever:
-    """Returns `top_n` passages that contain the query for each query; or an error, or no answer.
+    """Returns, for each query, `top_n` passages that contain the query; or returns an error, or does not reply.
 
-    It answers requests in batches of `batch_size`: a batch is held back until it is complete.
+    Replies are sent in batches of `batch_size`: a batch waits until it is complete.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -201,7 +201,7 @@ def toy_tokenizer(toy_folder: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def chat_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Byte-level BPE with Qwen2's chat tokens."""
     folder = tmp_path_factory.mktemp("chat")
     fast = FastTokenizer(models.BPE())
@@ -217,4 +217,9 @@ def chat_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     fast.train_from_iterator(["the memory of the question and the answer <memory> </memory> <think>"] * 4, trainer)
     fast.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
-    return Tokenizer.load(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(chat_folder: Path) -> Tokenizer:
+    return Tokenizer.load(chat_folder)

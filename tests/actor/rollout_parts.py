@@ -1,4 +1,4 @@
-"""A scripted workflow, a one-token engine and a rollout of them, for the tests of actor/rollout.py."""
+"""A scripted workflow, a one-token engine and a rollout that uses both, for the tests of actor/rollout.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Play = Callable[[int, Session], Awaitable[object]]
 
 
 class Scripted(Workflow):
-    """A workflow whose episode number k is `play(k, session)`, in the order in which episodes start."""
+    """A workflow that calls `play(k, session)` for the k-th episode that starts."""
 
     def __init__(self, play: Play, *, tools: Mapping[str, Tool] | None = None) -> None:
         super().__init__(Options(), tools=tools or {}, context_tokens=64)
@@ -42,7 +42,7 @@ class Scripted(Workflow):
 
 
 class OneTokenEngine:
-    """Implements `Generator`: every request gets the end token, sampled by version 0."""
+    """Implements `Generator`: returns the end token, sampled by version 0, for every request."""
 
     async def generate(
         self, input_ids: Sequence[int], sampling: SamplingParams, *, min_version: int, prefer: str = "", rid: str = ""
@@ -58,7 +58,7 @@ class OneTokenEngine:
 
 
 class SomeTask(Task):
-    """Questions q0, q1, q2 in turn, all with the answer `zuka`; `question` raises at the cursors `raises_at`."""
+    """Questions q0, q1, q2 in rotation, all with the answer `zuka`; `question` raises at the cursors `raises_at`."""
 
     def __init__(self, *, raises_at: Sequence[int] = ()) -> None:
         super().__init__(Options(), split="train", seed=0)

@@ -1,4 +1,4 @@
-"""The search tool for tests, with a retriever that finds nothing unless another one is given."""
+"""Search tools for tests; the default retriever returns no passages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FUNCTION = "wikipedia_search"
 
 
 class NoSearch:
-    """Implements `Searcher`: it finds nothing."""
+    """Implements `Searcher`: returns no passages."""
 
     async def search(self, queries: Sequence[str], *, top_n: int, collection: str = "") -> list[list[Passage]]:
         return [[] for _ in queries]
@@ -31,5 +31,5 @@ def chat_rendering(*, fidelity: Fidelity = "mended", top_n: int = 5) -> ChatRend
 
 
 def search_call(query: str, **arguments: object) -> ToolCall:
-    """The call of the search tool that a rendering reads for `query`."""
+    """The call of the search tool that a rendering parses for `query`."""
     return ToolCall(FUNCTION, {"query": query, **arguments})

@@ -1,4 +1,4 @@
-"""Actors and engines that are started by hand with an incomplete config fail with one sentence; they do not wait."""
+"""Actors and engines started by hand with an incomplete config fail at once with a one-sentence error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine pool against scripted HTTP servers: which engine gets a request, and what is retried."""
+"""The engine pool against scripted HTTP servers: choice of the engine, and retries."""
 
 import asyncio
 

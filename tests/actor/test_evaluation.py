@@ -1,4 +1,4 @@
-"""`palimpsest eval`: its files are checked before the work and written after it."""
+"""`palimpsest eval`: output files are checked before the first request and written at the end."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ async def pool(engine: ScriptedEngine) -> AsyncIterator[EnginePool]:
 
 
 class Stage:
-    """One rendering with its tokenizer, the workflow with it, and a policy whose texts are queued."""
+    """A rendering, its tokenizer, a workflow that uses them, and an engine that returns queued texts."""
 
     def __init__(
         self,
@@ -55,8 +55,8 @@ class Stage:
         self.kind, self.rendering, self.tokenizer = kind, rendering, tokenizer
         self.failures: dict[str, int] = {}
 
-    def say(self, *texts: str) -> None:
-        """Queues texts of the policy. A text without the end token is cut off at its token limit."""
+    def queue(self, *texts: str) -> None:
+        """Queues responses of the policy. A text without the end token has finish reason `length`."""
         for text in texts:
             ids = self.tokenizer.encode(text)
             ended = text.endswith(self.rendering.end_token)
@@ -70,7 +70,7 @@ class Stage:
         top_n: int = 5,
         **options: object,
     ) -> tuple[Episode, tuple[Context, ...]]:
-        """One episode. `options` are those of the workflow; `failures` then has the counts of failures by kind."""
+        """Runs one episode. `options`: of the workflow. Sets `failures`: counts of failures by kind."""
         episodes = Episodes(
             workflow=MemSearcher(
                 MemSearcherOptions.model_validate({"rendering": self.kind, **options}),
@@ -133,9 +133,9 @@ def test_a_workflow_without_tools_is_refused() -> None:
 
 
 async def test_a_toy_episode_of_three_contexts(toy: Stage, retriever: ScriptedRetriever) -> None:
-    toy.say("zuka founder <search> zuka founder <end>", "zuka founder kami <end>")
-    toy.say("founder birthplace <search> kami birthplace <end>", "kami birthplace pelu <end>")
-    toy.say("birthplace ? <answer> pelu <end>")
+    toy.queue("zuka founder <search> zuka founder <end>", "zuka founder kami <end>")
+    toy.queue("founder birthplace <search> kami birthplace <end>", "kami birthplace pelu <end>")
+    toy.queue("birthplace ? <answer> pelu <end>")
     episode, contexts = await toy.play(top_n=3)
 
     assert (episode.status, episode.answer) == (Status.COMPLETED, "pelu")
@@ -157,8 +157,8 @@ async def test_a_toy_episode_of_three_contexts(toy: Stage, retriever: ScriptedRe
 
 async def test_a_chat_episode_is_token_exact(chat: Stage) -> None:
     r = chat.rendering
-    chat.say(r.write_action_search("hm", ["zuka founder"]), r.write_memory("the founder is kami"))
-    chat.say(r.write_answer("sure", "peru"))
+    chat.queue(r.write_action_search("hm", ["zuka founder"]), r.write_memory("the founder is kami"))
+    chat.queue(r.write_answer("sure", "peru"))
     episode, contexts = await chat.play()
 
     assert (episode.status, episode.answer) == (Status.COMPLETED, "peru")
@@ -179,8 +179,8 @@ async def test_a_chat_episode_is_token_exact(chat: Stage) -> None:
 
 async def test_several_calls_of_a_turn_are_sent_concurrently(chat: Stage, retriever: ScriptedRetriever) -> None:
     retriever.batch_size = 3  # no call is answered before all three have arrived
-    chat.say(chat.rendering.write_action_search("hm", ["a", "b", "a"]), chat.rendering.write_memory("m"))
-    chat.say(chat.rendering.write_answer("t", "x"))
+    chat.queue(chat.rendering.write_action_search("hm", ["a", "b", "a"]), chat.rendering.write_memory("m"))
+    chat.queue(chat.rendering.write_answer("t", "x"))
     episode, _ = await chat.play(top_n=2)
     assert sorted(list(r.queries) for r in retriever.requests) == [["a"], ["a"], ["b"]]
     assert episode.transcripts[0].count("<tool_response>") == 3
@@ -194,8 +194,8 @@ def call(arguments: str) -> str:
 async def test_a_bad_call_is_answered_with_an_error_and_the_trajectory_continues(
     chat: Stage, retriever: ScriptedRetriever
 ) -> None:
-    chat.say("t</think><tool_call>{</tool_call>" + call('{"query": "ok"}') + "<|im_end|>")
-    chat.say(chat.rendering.write_memory("m"), chat.rendering.write_answer("t", "x"))
+    chat.queue("t</think><tool_call>{</tool_call>" + call('{"query": "ok"}') + "<|im_end|>")
+    chat.queue(chat.rendering.write_memory("m"), chat.rendering.write_answer("t", "x"))
     episode, _ = await chat.play()
     assert (episode.status, episode.answer) == (Status.FORMAT_ERROR, "x")
     assert "not valid JSON" in episode.reason
@@ -212,35 +212,35 @@ async def test_a_bad_call_is_answered_with_an_error_and_the_trajectory_continues
         (None, r"t</think></tool_call> a <tool_call> \boxed{x}"),
     ],
 )
-async def test_rules_that_mended_checks_and_paper_does_not(
+async def test_fidelity_mended_checks_rules_that_paper_does_not(
     chat: Stage, fidelity: Fidelity, first: str | None, last: str
 ) -> None:
     if first:
-        chat.say(f"{first}<|im_end|>", chat.rendering.write_memory("m"))
-    chat.say(f"{last}<|im_end|>")
+        chat.queue(f"{first}<|im_end|>", chat.rendering.write_memory("m"))
+    chat.queue(f"{last}<|im_end|>")
     episode, _ = await chat.play(fidelity=fidelity)
     expected = Status.COMPLETED if fidelity == "paper" else Status.FORMAT_ERROR
     assert (episode.status, episode.answer, bool(episode.reason)) == (expected, "x", fidelity == "mended")
 
 
 @pytest.mark.parametrize("fidelity", ["paper", "mended"])
-async def test_paper_and_mended_refuse_a_thought_that_does_not_end(chat: Stage, fidelity: Fidelity) -> None:
-    chat.say(r"t \boxed{x}<|im_end|>")
+async def test_both_fidelities_refuse_a_thought_that_does_not_end(chat: Stage, fidelity: Fidelity) -> None:
+    chat.queue(r"t \boxed{x}<|im_end|>")
     episode, _ = await chat.play(fidelity=fidelity)
     assert (episode.status, episode.answer) == (Status.FORMAT_ERROR, "x")
 
 
 async def test_a_configured_top_n_above_the_policys_maximum_is_kept(chat: Stage, retriever: ScriptedRetriever) -> None:
-    asked = call('{"query": "a", "top_n": 999}')
-    chat.say(f"t</think>{asked}<|im_end|>", chat.rendering.write_memory("m"))
-    chat.say(chat.rendering.write_answer("t", "x"))
+    search = call('{"query": "a", "top_n": 999}')
+    chat.queue(f"t</think>{search}<|im_end|>", chat.rendering.write_memory("m"))
+    chat.queue(chat.rendering.write_answer("t", "x"))
     await chat.play(top_n=30)
     assert retriever.requests[0].top_n == 30
 
 
 async def test_no_search_is_sent_if_all_calls_are_bad(chat: Stage, retriever: ScriptedRetriever) -> None:
-    chat.say(f"t</think>{call('{}')}<|im_end|>", chat.rendering.write_memory("m"))
-    chat.say(chat.rendering.write_answer("t", "x"))
+    chat.queue(f"t</think>{call('{}')}<|im_end|>", chat.rendering.write_memory("m"))
+    chat.queue(chat.rendering.write_answer("t", "x"))
     assert (await chat.play())[0].status == Status.COMPLETED
     assert not retriever.requests
 
@@ -250,14 +250,14 @@ async def test_top_n_has_a_default_and_a_maximum(
     chat: Stage, retriever: ScriptedRetriever, fidelity: str, default: int
 ) -> None:
     calls = call('{"query": "a"}') + call('{"query": "b", "top_n": 3}') + call('{"query": "c", "top_n": 999}')
-    chat.say(f"t</think>{calls}<|im_end|>", chat.rendering.write_memory("m"), chat.rendering.write_answer("t", "x"))
+    chat.queue(f"t</think>{calls}<|im_end|>", chat.rendering.write_memory("m"), chat.rendering.write_answer("t", "x"))
     await chat.play(top_n=4, fidelity=fidelity)
     assert {tuple(r.queries): r.top_n for r in retriever.requests} == {("a",): default, ("b",): 3, ("c",): MAX_TOP_N}
 
 
 async def test_calls_above_the_limit_of_a_turn_are_not_sent(chat: Stage, retriever: ScriptedRetriever) -> None:
-    chat.say(chat.rendering.write_action_search("t", [f"q{k}" for k in range(MAX_CALLS + 2)]))
-    chat.say(chat.rendering.write_memory("m"), chat.rendering.write_answer("t", "x"))
+    chat.queue(chat.rendering.write_action_search("t", [f"q{k}" for k in range(MAX_CALLS + 2)]))
+    chat.queue(chat.rendering.write_memory("m"), chat.rendering.write_answer("t", "x"))
     episode, _ = await chat.play(top_n=1)
     assert sorted(query for r in retriever.requests for query in r.queries) == [f"q{k}" for k in range(MAX_CALLS)]
     assert all(len(r.queries) == 1 for r in retriever.requests)
@@ -273,7 +273,7 @@ async def test_calls_above_the_limit_of_a_turn_are_not_sent(chat: Stage, retriev
     ],
 )
 async def test_actions_that_end_the_trajectory(chat: Stage, text: str, status: Status) -> None:
-    chat.say(text)
+    chat.queue(text)
     episode, contexts = await chat.play()
     assert (episode.status, episode.answer) == (status, None)
     assert episode.reason
@@ -286,8 +286,8 @@ async def test_a_stop_at_a_foreign_token_is_a_format_error(toy: Stage) -> None:
 
 
 async def test_a_search_in_the_last_turn_is_not_sent(toy: Stage, retriever: ScriptedRetriever) -> None:
-    toy.say("zuka founder <search> zuka founder <end>", "zuka founder kami <end>")
-    toy.say("zuka founder <search> zuka founder <end>")
+    toy.queue("zuka founder <search> zuka founder <end>", "zuka founder kami <end>")
+    toy.queue("zuka founder <search> zuka founder <end>")
     episode, contexts = await toy.play(max_turns=2)
     assert episode.status == Status.OVER_BUDGET
     assert len(contexts) == 2
@@ -296,15 +296,15 @@ async def test_a_search_in_the_last_turn_is_not_sent(toy: Stage, retriever: Scri
 
 @pytest.mark.parametrize("text", ["<end>", "<search> zuka <end>"])
 async def test_an_empty_or_malformed_memory_is_a_format_error(toy: Stage, text: str) -> None:
-    toy.say("zuka founder <search> zuka founder <end>", text)
+    toy.queue("zuka founder <search> zuka founder <end>", text)
     assert (await toy.play())[0].status == Status.FORMAT_ERROR
 
 
 async def test_a_memory_of_exactly_the_limit_is_kept(chat: Stage) -> None:
     memory = "the question and the answer"
     exact = len(chat.tokenizer.encode(memory))
-    chat.say(chat.rendering.write_action_search("t", ["a"]), chat.rendering.write_memory(memory))
-    chat.say(chat.rendering.write_answer("t", "x"))
+    chat.queue(chat.rendering.write_action_search("t", ["a"]), chat.rendering.write_memory(memory))
+    chat.queue(chat.rendering.write_answer("t", "x"))
     episode, _ = await chat.play(memory_tokens=exact, memory_overflow="fail")
     assert episode.memories == (memory,)
     asked_for = chat.engine.requests[1]["sampling_params"]["max_new_tokens"]
@@ -312,15 +312,15 @@ async def test_a_memory_of_exactly_the_limit_is_kept(chat: Stage) -> None:
 
 
 @pytest.mark.parametrize("memory", ["m", "the question", "é 漢 .", "the memory of the question and the answer\n- and"])
-async def test_frame_tokens_is_not_less_than_what_the_frame_takes(chat_tokenizer: Tokenizer, memory: str) -> None:
+async def test_frame_tokens_is_not_less_than_the_tokens_of_a_frame(chat_tokenizer: Tokenizer, memory: str) -> None:
     rendering = chat_rendering()
     limit = len(chat_tokenizer.encode(memory)) + frame_tokens(rendering, chat_tokenizer)
     assert len(chat_tokenizer.encode(rendering.write_memory(memory))) <= limit
 
 
 async def test_a_memory_above_the_limit_is_truncated(chat: Stage) -> None:
-    chat.say(chat.rendering.write_action_search("t", ["a"]), "<memory>\nthe question and the answer and")
-    chat.say(chat.rendering.write_answer("t", "x"))
+    chat.queue(chat.rendering.write_action_search("t", ["a"]), "<memory>\nthe question and the answer and")
+    chat.queue(chat.rendering.write_answer("t", "x"))
     episode, _ = await chat.play(memory_tokens=3)
     (memory,) = episode.memories
     assert memory
@@ -334,15 +334,15 @@ async def test_a_memory_above_the_limit_is_truncated(chat: Stage) -> None:
 async def test_a_memory_above_the_limit_ends_the_trajectory_if_it_is_not_truncated(
     chat: Stage, options: dict[str, Any], text: str
 ) -> None:
-    chat.say(chat.rendering.write_action_search("t", ["a"]), text)
+    chat.queue(chat.rendering.write_action_search("t", ["a"]), text)
     episode, _ = await chat.play(memory_tokens=2, **options)
     assert episode.status == Status.OVER_BUDGET
 
 
 async def test_passages_are_shortened_so_that_the_memory_fits(chat: Stage, retriever: ScriptedRetriever) -> None:
     retriever.text = "{query} " + "the answer and the question " * 100
-    chat.say(chat.rendering.write_action_search("t", ["a"]), chat.rendering.write_memory("m"))
-    chat.say(chat.rendering.write_answer("t", "x"))
+    chat.queue(chat.rendering.write_action_search("t", ["a"]), chat.rendering.write_memory("m"))
+    chat.queue(chat.rendering.write_answer("t", "x"))
     prompt = len(chat.tokenizer.encode(chat.rendering.prompt(QUESTION.text, "")))
     episode, contexts = await chat.play(context_tokens=prompt + 400, memory_tokens=64)
     assert episode.status == Status.COMPLETED
@@ -358,7 +358,7 @@ async def test_an_observation_that_cannot_fit_ends_the_trajectory(
     chat: Stage, retriever: ScriptedRetriever, fidelity: str, room: int
 ) -> None:
     retriever.text = "{query} " + "the answer and the question " * 100
-    chat.say(chat.rendering.write_action_search("t", ["a"]))
+    chat.queue(chat.rendering.write_action_search("t", ["a"]))
     prompt = len(chat.tokenizer.encode(chat.rendering.prompt(QUESTION.text, "")))
     episode, _ = await chat.play(context_tokens=prompt + room, memory_tokens=64, fidelity=fidelity)
     assert episode.status == Status.OVER_BUDGET
@@ -372,17 +372,17 @@ async def test_a_prompt_that_fills_the_context_ends_the_trajectory(toy: Stage) -
 
 
 async def test_a_retriever_error_fails_the_trajectory(toy: Stage, retriever: ScriptedRetriever) -> None:
-    retriever.error = "index is gone"
-    toy.say("zuka founder <search> zuka founder <end>")
+    retriever.error = "index is missing"
+    toy.queue("zuka founder <search> zuka founder <end>")
     episode, _ = await toy.play()
     assert (episode.status, toy.failures) == (Status.FAILED, {"SearchFailed": 1})
-    assert "index is gone" in episode.reason
-    assert "gone" not in episode.transcripts[0]
+    assert "index is missing" in episode.reason
+    assert "missing" not in episode.transcripts[0]
 
 
 async def test_a_retriever_that_does_not_answer_fails_the_trajectory(toy: Stage, retriever: ScriptedRetriever) -> None:
     retriever.silent = True
-    toy.say("zuka founder <search> zuka founder <end>")
+    toy.queue("zuka founder <search> zuka founder <end>")
     episode, _ = await toy.play()
     assert (episode.status, toy.failures) == (Status.FAILED, {"SearchFailed": 1})
 
@@ -404,7 +404,7 @@ async def test_an_engine_error_fails_the_trajectory(
 
 
 async def test_the_collection_of_a_question_is_searched(toy: Stage, retriever: ScriptedRetriever) -> None:
-    toy.say("zuka founder <search> zuka founder <end>", "zuka founder kami <end>", "? <answer> pelu <end>")
+    toy.queue("zuka founder <search> zuka founder <end>", "zuka founder kami <end>", "? <answer> pelu <end>")
     await toy.play(Question("q", QUESTION.text, ("x",), {"collection": "world-7"}))
     assert retriever.requests[0].collection == "world-7"
 

@@ -61,7 +61,7 @@ def test_the_end_token_of_the_rendering_must_be_in_the_tokenizer(tmp_path: Path,
     write_model(tmp_path, vocab_size=98)
     options = MemSearcherOptions.model_validate({"rendering": rendering})
     workflow = MemSearcher(options, tools={"search": search_tool()}, context_tokens=6_000)
-    tokenizer = Tokenizer.load(tmp_path)  # of the toy: it has <end> and no chat tokens
+    tokenizer = Tokenizer.load(tmp_path)  # the toy tokenizer: it has <end>, but no chat tokens
     if rendering == "toy":
         workflow.check(tokenizer)
     else:
@@ -83,7 +83,7 @@ def make_config(model: Path, *, retriever: dict[str, object], **workflow: object
 
 
 async def open_for_training(config: Config) -> None:
-    """Opens what an actor opens before its first lease, and closes it."""
+    """Opens the resources that an actor opens before its first lease, and closes them."""
     async with AsyncExitStack() as stack:
         await open_parts(config, stack, split="train", sampling=SamplingParams(), run_id="run", max_trajectories=1)
 

@@ -1,4 +1,4 @@
-"""GroupRollout: a lease becomes a group of G episodes of one question, with a bound on concurrent episodes."""
+"""GroupRollout: rolls out a lease as a group of G episodes of one question; concurrent episodes are bounded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WAIT_S = 20.0
 
 
 class GatedWorkflow(Workflow):
-    """A workflow without a model: each episode waits for `go` and returns the next of `outcomes`."""
+    """A workflow without a model: each episode waits for the event `go` and returns the next of `outcomes`."""
 
     def __init__(self, outcomes: Sequence[tuple[str, Status]]) -> None:
         super().__init__(Options(), tools={}, context_tokens=64)
@@ -82,7 +82,7 @@ async def test_a_cancelled_rollout_frees_its_slots(tmp_path: Path) -> None:
         await rollout(lease(group_size=2))
 
 
-async def test_context_rewards_are_those_of_the_contexts(tmp_path: Path) -> None:
+async def test_each_context_gets_its_own_reward(tmp_path: Path) -> None:
     async def play(index: int, session: Session) -> Episode:
         await answer(session)
         await answer(session)

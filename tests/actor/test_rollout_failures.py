@@ -1,4 +1,4 @@
-"""What a workflow, reward, tool or task raises ends its own trajectories as FAILED and nothing else.
+"""An exception in a workflow, reward, tool or task sets its own trajectories to FAILED and has no other effect.
 
 The group is still returned and can be sent. `Episodes.failures` counts failures by kind.
 """
@@ -30,7 +30,7 @@ WAIT_S = 20.0
 
 
 class ChosenReward(Reward):
-    """A reward that returns `value` for the answer `odd` and Score(1) for others; an exception is raised."""
+    """A reward that returns `value` (or raises it) for the answer `odd`, and returns Score(1) for other answers."""
 
     def __init__(self, value: object) -> None:
         super().__init__(Options())
@@ -45,7 +45,7 @@ class ChosenReward(Reward):
 
 
 class RaisingTool(Tool):
-    """A tool whose every call raises `error`."""
+    """A tool that raises `error` at every call."""
 
     schema = MappingProxyType({"name": "broken", "description": "", "parameters": {}})
 
@@ -194,7 +194,7 @@ async def test_the_reward_is_not_called_for_a_failed_trajectory(tmp_path: Path) 
     ("error", "kind", "words"),
     [
         (ZeroDivisionError("tool"), "tool_ZeroDivisionError", "RaisingTool raised ZeroDivisionError: tool"),
-        (RemoteError("gone"), "RemoteError", "RemoteError: gone"),
+        (RemoteError("no index"), "RemoteError", "RemoteError: no index"),
         (EngineRefused("too long"), "EngineRefused", "EngineRefused: too long"),
     ],
 )
@@ -261,7 +261,7 @@ async def test_a_failed_task_is_logged_with_its_import_path(tmp_path: Path, capl
 
 
 async def test_values_of_user_code_that_cannot_be_sent_fail_their_trajectory_only(tmp_path: Path) -> None:
-    """An answer with half a surrogate pair, a stat that is not a number: the group can be sent all the same."""
+    """An answer with half a surrogate pair, or a stat that is not a number: the group can still be sent."""
 
     async def episode(index: int, session: Session) -> Episode:
         bad: dict[int, dict[str, Any]] = {

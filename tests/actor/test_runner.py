@@ -1,4 +1,4 @@
-"""The runner on a real socket, with the test in the role of the coordinator."""
+"""The runner on a real socket; the test plays the coordinator."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STATUS = RunStatus(run_id="run", step=0, num_steps=1, engines=[])
 class RunnerUnderTest:
     """A runner, the coordinator's socket, and a rollout that ends when the test calls `finish`.
 
-    `rollout_error`: the rollout raises it. `num_heartbeats` counts heartbeats that were made, also unsent ones.
+    If `rollout_error` is set, the rollout raises it. `num_heartbeats` includes heartbeats that could not be sent.
     """
 
     resend_s: float
@@ -53,7 +53,7 @@ class RunnerUnderTest:
         self.running = asyncio.create_task(self.runner.run())
 
     def _counters(self) -> dict[str, float]:
-        """The runner calls this once for each heartbeat, also for those that cannot be sent."""
+        """Called by the runner once per heartbeat, also if the heartbeat cannot be sent."""
         self.num_heartbeats += 1
         return {"busy": 1.0}
 
@@ -156,7 +156,7 @@ async def test_a_group_is_not_sent_again_before_a_run_status(stage: RunnerUnderT
 
 
 @pytest.mark.parametrize("resend_s", [0.0])
-async def test_after_an_absence_of_the_learner_all_groups_arrive_without_a_flood(stage: RunnerUnderTest) -> None:
+async def test_when_the_learner_returns_all_groups_arrive_without_a_burst_of_heartbeats(stage: RunnerUnderTest) -> None:
     """The absence lasts 50 heartbeats: they are dropped, not queued, and no group is lost."""
     await stage.receive(Heartbeat)
     await stage.lease(1)
@@ -242,7 +242,7 @@ async def test_unexpected_and_malformed_messages_are_ignored(stage: RunnerUnderT
 
 
 async def test_an_exception_in_a_rollout_ends_the_actor(stage: RunnerUnderTest) -> None:
-    """The process ends with the error, its leases are freed, and the launcher restarts it: a defect is not hidden."""
+    """The process ends with the error, its leases are freed, and the launcher restarts it: the error is not hidden."""
     stage.rollout_error = ZeroDivisionError()
     await stage.receive(Heartbeat)
     await stage.lease(1)

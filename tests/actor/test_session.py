@@ -98,7 +98,7 @@ async def test_a_failed_generation_records_nothing(engine, pool, toy_tokenizer) 
 
 
 @pytest.mark.parametrize("version", ["default", "other:1:0"])
-async def test_a_version_that_is_not_of_the_run_is_refused(engine, pool, toy_tokenizer, version: str) -> None:
+async def test_a_version_of_another_run_is_refused(engine, pool, toy_tokenizer, version: str) -> None:
     engine.weight_version = version
     engine.reply([END])
     s = session(pool, toy_tokenizer)
@@ -195,7 +195,7 @@ class Echo(Tool):
         return Observation(text=f"{arguments} {context.question.id} {context.episode_id}")
 
 
-async def test_a_tool_call_sees_the_episode_is_counted_and_is_not_appended(pool, toy_tokenizer) -> None:
+async def test_a_tool_call_gets_the_episode_is_counted_and_is_not_appended(pool, toy_tokenizer) -> None:
     s = session(pool, toy_tokenizer, question=Question("q3", "who?", ()), rid="4.0.1")
     s.open_context([7])
     observation = await s.call(Echo(Options(), services=Services()), {"a": 1})

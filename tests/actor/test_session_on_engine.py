@@ -119,7 +119,7 @@ async def test_greedy_tokens_are_reproduced(models, pool) -> None:
 
 
 def save_chain(folder: Path, chain: str) -> Path:
-    """A model whose next token depends on the last one only, as in the words of `chain`, `<end>` after all others."""
+    """Saves a model that predicts the next word of `chain` from the last token only, and `<end>` after other tokens."""
     config = Qwen2Config.from_pretrained(save_model(folder, 0), hidden_size=128, tie_word_embeddings=False)
     model = Qwen2ForCausalLM(config)
     ids = Tokenizer.load(folder).encode(chain)
@@ -139,7 +139,9 @@ def save_chain(folder: Path, chain: str) -> Path:
 @pytest.mark.parametrize(
     ("missing", "reason"), [((0, 0), "no answer"), ((1, 0), "an action of 3"), ((0, 1), "a memory")]
 )
-async def test_a_piece_of_exactly_its_limit_is_complete(tmp_path: Path, missing: tuple[int, int], reason: str) -> None:
+async def test_a_piece_as_long_as_its_token_limit_is_complete(
+    tmp_path: Path, missing: tuple[int, int], reason: str
+) -> None:
     folder = save_chain(tmp_path, "<think> <search> zu ka <end> <memory> pe lu")
     options = MemSearcherOptions(
         rendering="toy",
@@ -183,5 +185,5 @@ async def test_a_weight_update_during_generation_splits_the_version_span(models,
     context = s.close_context()
     assert [span.publication for span in context.policy_versions] == [0, 1]
     for span in context.policy_versions:
-        # With retract, tokens after the boundary match the new version exactly: their KV was made by it.
+        # With retract, tokens after the boundary match the new version exactly: it computed their KV cache.
         assert mismatch(models[span.publication], context, np.arange(span.start, span.end)) < 1e-4

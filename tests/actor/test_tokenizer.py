@@ -30,19 +30,20 @@ def test_truncation_drops_a_character_that_is_cut(chat_tokenizer: Tokenizer) -> 
         ({"tokenizer.json": None, "tokenizer_config.json": json.dumps({"eos_token": "<nope>"})}, "<nope>"),
     ],
 )
-def test_a_folder_that_cannot_be_used(tmp_path: Path, toy_folder: Path, files: dict, word: str) -> None:
+def test_an_unusable_folder_is_refused(tmp_path: Path, toy_folder: Path, files: dict, word: str) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text((toy_folder / name).read_text() if text is None else text)
     with pytest.raises(DataError, match=word):
         Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["toy_tokenizer", "chat_tokenizer"])
-def test_it_agrees_with_transformers(request: pytest.FixtureRequest, name: str) -> None:
+@pytest.mark.parametrize("name", ["toy_folder", "chat_folder"])
+def test_ids_and_texts_equal_those_of_transformers(request: pytest.FixtureRequest, name: str) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    ours: Tokenizer = request.getfixturevalue(name)
-    theirs = PreTrainedTokenizerFast(tokenizer_object=ours._fast, eos_token=ours.eos_token)
+    folder: Path = request.getfixturevalue(name)
+    ours = Tokenizer.load(folder)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token=ours.eos_token)
     text = f"what is zuka founder ? <memory> none <think> the answer, and é 漢{ours.eos_token}"
     ids = ours.encode(text)
     assert ids == theirs.encode(text, add_special_tokens=False)

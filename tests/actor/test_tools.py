@@ -1,4 +1,4 @@
-"""The search tool: which arguments it refuses, what it asks the retriever for, what it returns."""
+"""The search tool: refused arguments, requests to the retriever, results."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ async def test_top_n_has_a_default_and_a_maximum(
 @pytest.mark.parametrize(
     ("metadata", "expected"), [({}, "default"), ({"collection": "world-7"}, "world-7"), ({"hops": "2"}, "default")]
 )
-async def test_the_collection_of_the_question_overrides_that_of_the_tool(
+async def test_the_collection_of_the_question_overrides_the_collection_of_the_tool(
     search: SearchClient, retriever: ScriptedRetriever, metadata: dict[str, str], expected: str
 ) -> None:
     context = ToolContext(question=Question("q0", "who?", (), metadata), episode_id="")
@@ -75,8 +75,8 @@ async def test_the_collection_of_the_question_overrides_that_of_the_tool(
 
 
 async def test_a_retriever_error_is_raised(search: SearchClient, retriever: ScriptedRetriever) -> None:
-    retriever.error = "index is gone"
-    with pytest.raises(SearchFailed, match="index is gone"):
+    retriever.error = "index is missing"
+    with pytest.raises(SearchFailed, match="index is missing"):
         await search_tool(search).call({"query": "a"}, CONTEXT)
 
 

@@ -34,11 +34,11 @@ async def test_logprobs_match_in_a_mixed_batch(
     """More requests than rows, with different prompt and output lengths: sequences start and end at any step."""
     model_path = make_folder(seed=3, architecture=architecture, tied=tied)
     client: Client = await serve(model_path, max_running_requests=5)
-    asked = prompts(16)
+    requests = prompts(16)
     answers = await asyncio.gather(
-        *(client.generate(p, max_new_tokens=1 + 3 * i, temperature=0.7) for i, p in enumerate(asked))
+        *(client.generate(p, max_new_tokens=1 + 3 * i, temperature=0.7) for i, p in enumerate(requests))
     )
-    for i, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
+    for i, (prompt, answer) in enumerate(zip(requests, answers, strict=True)):
         assert len(answer["output_ids"]) == 1 + 3 * i
         assert_parity(model_path, prompt, answer, temperature=0.7)
 
@@ -61,8 +61,8 @@ async def test_a_retracted_request_continues_with_the_new_weights(
     client: Client, folder: Path, new_weights: Path
 ) -> None:
     """Tokens before the boundary match the old weights; tokens after it match the new weights on the whole prefix."""
-    asked = prompts(4, seed=1)
-    running = [asyncio.create_task(client.generate(p, max_new_tokens=400)) for p in asked]
+    requests = prompts(4, seed=1)
+    running = [asyncio.create_task(client.generate(p, max_new_tokens=400)) for p in requests]
     await client.until_running(4)
     assert (await client.post("/pause_generation", {"mode": "retract"})).status == 200
     assert await client.num_running() == 0
@@ -72,7 +72,7 @@ async def test_a_retracted_request_continues_with_the_new_weights(
     assert not any(task.done() for task in running)
     assert (await client.post("/continue_generation")).status == 200
 
-    for prompt, answer in zip(asked, await asyncio.gather(*running), strict=True):
+    for prompt, answer in zip(requests, await asyncio.gather(*running), strict=True):
         old, new = answer["meta_info"]["weight_versions"]
         boundary = old["end"]
         assert (old, new) == (
@@ -92,8 +92,8 @@ async def test_version_spans_are_exact_across_many_updates(serve: Callable, fold
     """With few rows and eight updates, each token was sampled by the weights that its span states."""
     client: Client = await serve(folder, max_running_requests=6)
     paths = {"default": folder} | {f"v{k}": new_weights if k % 2 == 0 else folder for k in range(8)}
-    asked = prompts(20, seed=4)
-    running = [asyncio.create_task(client.generate(p, max_new_tokens=200)) for p in asked]
+    requests = prompts(20, seed=4)
+    running = [asyncio.create_task(client.generate(p, max_new_tokens=200)) for p in requests]
     for k in range(8):
         await client.until_running(1)
         await client.post("/pause_generation", {"mode": "retract"})
@@ -101,7 +101,7 @@ async def test_version_spans_are_exact_across_many_updates(serve: Callable, fold
         assert (await client.post("/update_weights_from_disk", update)).status == 200
         await client.post("/continue_generation")
     num_spans = 0
-    for prompt, answer in zip(asked, await asyncio.gather(*running), strict=True):
+    for prompt, answer in zip(requests, await asyncio.gather(*running), strict=True):
         under = {path: reference_logprobs(path, prompt, answer["output_ids"]) for path in (folder, new_weights)}
         logprobs = sampled_logprobs(answer)
         spans = answer["meta_info"]["weight_versions"]
@@ -112,7 +112,7 @@ async def test_version_spans_are_exact_across_many_updates(serve: Callable, fold
             expected = under[paths[span["version"]]][tokens]
             torch.testing.assert_close(logprobs[tokens], expected, atol=TOLERANCE, rtol=0)
         num_spans += len(spans)
-    assert num_spans > len(asked)
+    assert num_spans > len(requests)
 
 
 async def test_a_pause_in_place_keeps_the_kv_cache(client: Client, folder: Path, new_weights: Path) -> None:
@@ -203,11 +203,11 @@ async def test_output_that_is_not_finite_aborts_and_does_not_affect_later_reques
             weights[name] = torch.full_like(weights[name], 3e38)
     save_file(weights, tmp_path / "model.safetensors")
     assert (await client.post("/update_weights_from_disk", {"model_path": str(tmp_path)})).status == 200
-    asked = prompts(6)
-    for answer in await asyncio.gather(*(client.generate(p, max_new_tokens=10) for p in asked)):
+    requests = prompts(6)
+    for answer in await asyncio.gather(*(client.generate(p, max_new_tokens=10) for p in requests)):
         assert answer["meta_info"]["finish_reason"]["type"] == "abort"
         assert "finite" in answer["meta_info"]["finish_reason"]["message"]
     assert (await client.post("/update_weights_from_disk", {"model_path": str(folder)})).status == 200
-    answers = await asyncio.gather(*(client.generate(p, max_new_tokens=70) for p in asked))
-    for prompt, answer in zip(asked, answers, strict=True):
+    answers = await asyncio.gather(*(client.generate(p, max_new_tokens=70) for p in requests))
+    for prompt, answer in zip(requests, answers, strict=True):
         assert_parity(folder, prompt, answer)

@@ -1,4 +1,4 @@
-"""Which tokens are sampled, with which log-probs, and how a sequence ends."""
+"""Sampled tokens, their log-probs, and the ends of sequences."""
 
 from __future__ import annotations
 

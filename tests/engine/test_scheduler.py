@@ -95,7 +95,7 @@ def test_bounds_order_and_rows_hold_under_any_calls(script: list[tuple]) -> None
             case "end_hold":
                 scheduler.end_hold()
             case "abort" if values[0] < len(everything):
-                everything[values[0]].abort("gone")
+                everything[values[0]].abort("cancelled")
                 scheduler.drop_finished()
     scheduler.resume()
     scheduler.end_hold()

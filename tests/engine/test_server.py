@@ -200,8 +200,8 @@ async def test_model_info_and_server_info(client: Client, folder: Path) -> None:
 
 
 async def test_context_length_lowers_the_models_own_and_never_raises_it(serve: Callable, folder: Path) -> None:
-    for asked, served in ((64, 64), (CONTEXT_LENGTH + 1, CONTEXT_LENGTH)):
-        client: Client = await serve(folder, context_length=asked)
+    for requested, served in ((64, 64), (CONTEXT_LENGTH + 1, CONTEXT_LENGTH)):
+        client: Client = await serve(folder, context_length=requested)
         assert (await client.get("/server_info")).body["context_length"] == served
         reply = await client.post("/generate", {"input_ids": [1] * served})
         assert (reply.status, str(served) in reply.body["error"]["message"]) == (400, True)

@@ -1,4 +1,4 @@
-"""The code of docs/extending.md, in a package outside the repository, trains by import paths only."""
+"""The code of docs/extending.md, in a package outside the repository, is used in runs by import paths only."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def steps_of(run: Path) -> list[dict]:
 
 @pytest.fixture
 def agent(tmp_path: Path) -> Path:
-    """What `palimpsest init` writes."""
+    """Returns the agent folder that `palimpsest init` wrote."""
     folder = tmp_path / "my-agent"
     done = palimpsest("init", folder, path=tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -101,7 +101,7 @@ def test_a_loss_an_estimator_and_a_correction_outside_the_repository_train_three
         ("workflow.tools=['lookup']", "needs the tool 'lookup', but no [[tool]] has this name"),
     ],
 )
-def test_a_wrong_extension_is_one_sentence_before_any_role_starts(
+def test_an_invalid_extension_is_refused_with_one_sentence_before_any_role_starts(
     agent: Path, tmp_path: Path, override: str, sentence: str
 ) -> None:
     done = palimpsest("up", agent / "run.toml", "--set", override, path=agent, cwd=tmp_path)
@@ -112,8 +112,8 @@ def test_a_wrong_extension_is_one_sentence_before_any_role_starts(
     assert logs == {"check.log"}
 
 
-def test_an_error_in_an_episode_fails_the_trajectory_and_the_actor_lives(agent: Path, tmp_path: Path) -> None:
-    """The reward raises on one trajectory in about four; the run reaches its steps, the failures are counted."""
+def test_an_error_in_an_episode_fails_the_trajectory_and_the_actor_continues(agent: Path, tmp_path: Path) -> None:
+    """The reward raises for about one trajectory in four; the run completes, and the failures are counted."""
     code = blocks()["agent.py"].replace(
         "        right = float(",
         "        if len(episode.answer or '') % 4 == 0:\n            raise KeyError('judge')\n        right = float(",

@@ -1,5 +1,5 @@
-"""Every decoder of input from another process, on mutated valid messages: it raises only its typed errors, and memory
-does not grow."""
+"""Every decoder of input from another process, on mutated valid messages: it raises only its typed errors, and
+memory does not grow."""
 
 from __future__ import annotations
 

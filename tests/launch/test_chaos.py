@@ -100,7 +100,7 @@ async def test_a_slowed_process_is_stopped_for_nine_tenths_of_each_cycle() -> No
     done = asyncio.Event()
 
     async def record(seconds: float) -> None:
-        """Waits until the process has changed its state, instead of the seconds."""
+        """Replaces the sleep of `seconds`: waits until the process has changed its state."""
         expected = not cycle[-1][0] if cycle else True
         while is_stopped(victim.pid) != expected:  # noqa: ASYNC110 (another process)
             await asyncio.sleep(0)
@@ -139,7 +139,7 @@ async def test_cut_also_breaks_new_connections() -> None:
 
 
 def test_eligible_processes_are_restartable_idle_and_not_near_the_restart_limit() -> None:
-    """Only processes of the chosen roles that the launcher restarts; never one that another kill would exhaust."""
+    """Eligible: restarted by the launcher, of a chosen role, and not one kill away from the restart limit."""
     names = ("learner", "actor-0", "actor-12", "engine-0", "sglang-0", "eval-before-greedy")
     running: dict[str, int] = dict.fromkeys(names, 1)
     roles, max_restarts = ("actor", "learner"), RestartPolicy().max_restarts

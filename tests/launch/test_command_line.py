@@ -38,7 +38,7 @@ def test_a_script_on_the_path_is_named_by_its_name(checkout: Path, monkeypatch: 
     assert command_line("palimpsest", "demo", argv0=str(scripts / "palimpsest")) == "palimpsest demo"
 
 
-def test_another_script_of_the_same_name_on_the_path_is_not_meant(
+def test_a_path_is_printed_if_another_script_of_the_same_name_is_on_path(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = checkout / "other"

@@ -57,7 +57,7 @@ def assert_metrics_are_declared(run_dir: Path) -> None:
     assert named - tags == {"staleness/histogram"}
 
 
-def test_a_tiny_run_through_everything(tmp_path: Path) -> None:
+def test_a_tiny_run_of_all_roles_completes(tmp_path: Path) -> None:
     """Two steps of an untrained model; retriever, engine, actor and learner are processes on real sockets."""
     run = make_tiny_run(tmp_path)
     log = tmp_path / "up.log"
@@ -79,7 +79,7 @@ def test_a_tiny_run_through_everything(tmp_path: Path) -> None:
 
 
 def test_two_ranks_with_learning_rate_0_agree_with_the_engine(tmp_path: Path) -> None:
-    """If a learner of two ranks published other weights than it trains, the mismatch would not be flat."""
+    """If the weights that two ranks publish differed from the trained ones, the mismatch would not be flat."""
     run = make_tiny_run(tmp_path)
     log = tmp_path / "up.log"
     with launched("up", run.config, "--check-drift", "--set", "learner.ranks=2", log=log) as process:

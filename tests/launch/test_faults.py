@@ -18,16 +18,16 @@ from tests.launch.tiny_run import make_tiny_run
 
 NUM_STEPS = 4
 BATCH_SIZE = 2
-# These fault points are reached once in a run, or only in its last steps.
+# Prefixes of fault points that a run passes once, or only in its last steps.
 ONCE = ("store.claim", "store.end", "store.retention", "run.finished")
 QUICK = {"store.group.durable"}
 
 
-def slow_but(quick: set[str]) -> list[object]:
+def all_slow_except(quick: set[str]) -> list[object]:
     return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in faults.FAULT_POINTS]
 
 
-@pytest.mark.parametrize("name", slow_but(QUICK))
+@pytest.mark.parametrize("name", all_slow_except(QUICK))
 def test_a_run_completes_without_losses_when_a_process_dies(tmp_path: Path, name: str) -> None:
     run = make_tiny_run(tmp_path)
     log = tmp_path / "up.log"
@@ -48,7 +48,7 @@ def test_a_run_completes_without_losses_when_a_process_dies(tmp_path: Path, name
 
 
 def reach(fault: str, *points: str) -> tuple[int, str]:
-    """(exit status, stderr) of a process that reaches the fault points `points` in order."""
+    """Returns (exit status, stderr) of a process that passes the fault points `points` in order."""
     code = f"from protocol.fault_injection import fault_point\nfor name in {points!r}: fault_point(name)"
     environment = {**os.environ, faults.VARIABLE: fault}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

@@ -31,12 +31,12 @@ def python(name: str, code: str) -> ProcessSpec:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(WAIT_S):
-        while not condition():  # noqa: ASYNC110 (what happens is in other processes)
+        while not condition():  # noqa: ASYNC110 (the condition depends on other processes)
             await asyncio.sleep(0.01)
 
 
 def alive(pid: int) -> bool:
-    """A zombie is not alive."""
+    """False for a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -144,8 +144,10 @@ async def test_run_raises_the_error_of_the_process(tmp_path: Path) -> None:
             await supervisor.run(python("bad", "1 / 0"))
         with pytest.raises(RunFailed, match="killed by SIGKILL"):
             await supervisor.run(python("shot", "import os; os.kill(os.getpid(), 9)"))
-        with pytest.raises(UserError, match=r"^bad: say so$"):
-            await supervisor.run(python("bad", "import sys; print('error: say so', file=sys.stderr); sys.exit(2)"))
+        with pytest.raises(UserError, match=r"^bad: no such file$"):
+            await supervisor.run(
+                python("bad", "import sys; print('error: no such file', file=sys.stderr); sys.exit(2)")
+            )
 
 
 async def test_run_ends_when_another_process_stops_the_run(tmp_path: Path) -> None:
