@@ -32,7 +32,7 @@ class Actors(dict[str, Actor]):
         self._heap: list[tuple[int, str]] = []
 
     def queue(self, name: str, *, num_outstanding: int) -> None:
-        """Updates the actor's place in the queue. Free credits: `capacity` minus `num_outstanding` (its running leases).
+        """Updates the actor's place in the queue. Free credits: `capacity` - `num_outstanding` (running leases).
 
         Does nothing if the actor is not connected or its free credits have not changed.
         """

@@ -66,7 +66,7 @@ def _problem(group: GroupView, *, rules: Rules, publications: Mapping[int, int],
     sampled_by = np.unique(group.spans[:, 2].astype(np.int64) << 32 | group.spans[:, 3])
     for version, publication in zip((sampled_by >> 32).tolist(), (sampled_by & 0xFFFFFFFF).tolist(), strict=True):
         if publications.get(publication) != version or version > step:
-            return f"publication {publication} of version {version} does not exist in this run"
+            return f"publication {publication} of version {version} is not known to this run"
         if version < min_version:
             return f"versions must be >= {min_version} for this lease, got {version}"
     return ""

@@ -48,8 +48,8 @@ class GroupReceived:
 
 @dataclass(frozen=True, slots=True)
 class SlotChanged:
-    """A question changed its slot at learner step `step`: a straggler moves to a later slot, the group that overtook it to
-    an earlier slot."""
+    """A question changed its slot at learner step `step`. A straggler moves to a later slot, the group that
+    overtakes it to an earlier one."""
 
     kind: ClassVar[str] = ""
     step: int

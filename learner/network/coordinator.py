@@ -1,4 +1,4 @@
-"""The coordinator: feeds messages and ticks to the scheduler, stores its decisions, then sends its messages.
+"""The coordinator: passes messages and ticks to the scheduler, stores its decisions, then sends its messages.
 
     actors ─► ROUTER ─► serve ────┐
               every 0.25 s: tick ─┼─► Scheduler ─► Decision ─► Store: one transaction ─► ROUTER ─► actors
@@ -13,8 +13,8 @@
                                                                            batch; room on disk   a tick that retries
 
 Everything runs in the event loop of the network thread. A decision is committed in one transaction before any of its
-messages is sent. While the disk is full no decision is made: heartbeats are answered, actors keep their groups, and
-every acknowledged group is in the store.
+messages is sent, so every acknowledged group is in the store. While the disk is full, no group is accepted and no lease
+granted; heartbeats are answered, and actors keep their groups.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _TICK_S = 0.25
 
 
 class Coordinator:
-    """Owns the scheduler. `full_retry_s`: time after which writing to a full disk is tried again."""
+    """Runs the scheduler on real sockets and the store. `full_retry_s`: pause before a failed write is retried."""
 
     def __init__(
         self,
@@ -64,8 +64,8 @@ class Coordinator:
         self._router = router
         self._store = store
         self._engines = engines
-        # Seconds since the epoch, because leases store their grant time across restarts; advanced by the monotonic
-        # clock, so that setting the system clock does not expire all leases.
+        # Times are seconds since the epoch, because grant times of leases are stored and must be valid after a restart.
+        # They advance with the monotonic clock, so that a change of the system clock does not expire all leases.
         self._epoch_s = time.time() - time.monotonic()
         self._scheduler = Scheduler(
             lease_table,
@@ -91,13 +91,13 @@ class Coordinator:
 
     @property
     def num_dropped(self) -> int:
-        """Messages of peers over their rate limit that were dropped unread."""
+        """Number of messages that were dropped unread because their peer exceeded its rate limit."""
         return self._router.num_dropped
 
     # --- called by the training loop, run in the network thread ---
 
     async def next_batch(self) -> list[TrajectoryGroup]:
-        """The current step's groups in slot order. Waits until all of them are durable."""
+        """Waits until all groups of the current step are durable. Returns them in slot order."""
         while (cursors := self._scheduler.lease_table.ready_batch()) is None:
             self._batch_ready.clear()
             await self._batch_ready.wait()
@@ -108,35 +108,35 @@ class Coordinator:
         return [self._store.group(cursor) for cursor in self._store.batch(step)]
 
     async def commit_batch(self, cursors: Sequence[int]) -> None:
-        """Logs the current step as trained on these groups, durably. Waits while the disk is full.
+        """Writes the current step's batch to the log, durably. Waits while the disk is full.
 
-        Call it before the step's version is published.
+        Call it before the version that the step made is published.
         """
-        while not self._carry_out(self._scheduler.on_batch_trained(cursors)):
+        while not self._commit_and_send(self._scheduler.on_batch_trained(cursors)):
             await self._has_room.wait()
 
     async def new_publication(self, version: int) -> int:
-        """A publication id that this run has never used. Waits while the disk is full."""
-        while (publication := self._durably(lambda: self._store.new_publication(version))) is None:
+        """Returns a publication id that this run has not used before. Waits while the disk is full."""
+        while (publication := self._write_or_pause(lambda: self._store.new_publication(version))) is None:
             await self._has_room.wait()
         self._scheduler.on_publication(publication, version=version)
         return publication
 
     async def drop_old_tokens(self, *, checkpoint_step: int, keep_steps: int | None, keep_bytes: int | None) -> None:
-        """Drops the tokens of old batches (`expired_steps`), but none that a resume from `checkpoint_step` needs."""
+        """Drops the tokens of old batches. The arguments are those of `expired_steps`."""
         steps = expired_steps(
             self._store, checkpoint_step=checkpoint_step, keep_steps=keep_steps, keep_bytes=keep_bytes
         )
         for step in steps:
-            self._durably(lambda step=step: drop_tokens(self._store, step))
+            self._write_or_pause(lambda step=step: drop_tokens(self._store, step))
             await asyncio.sleep(0)  # lets the other tasks handle messages between two steps
 
     async def drain(self, reason: str) -> None:
-        """The run is over: tells every actor to leave, now and in answer to each heartbeat."""
-        self._carry_out(self._scheduler.drain(reason))
+        """Ends the run: sends `Drain` to every actor now, and as the reply to each later heartbeat."""
+        self._commit_and_send(self._scheduler.drain(reason))
 
     async def gauges(self) -> dict[str, float]:
-        """Metric tag → value: queue lengths and the peers' own counters, for metrics and the live view."""
+        """Metric tag → value: queue lengths, and the sums of the counters that actors and engines report."""
         now_s, scheduler, lease_table = time.monotonic(), self._scheduler, self._scheduler.lease_table
         gauges = {f"queue/{state.value}": float(count) for state, count in lease_table.counts().items()}
         capacity = sum(actor.capacity for actor in scheduler.actors.values())
@@ -172,8 +172,8 @@ class Coordinator:
                     log.warning("refused a message: %s", error)
 
     def engines_changed(self) -> None:
-        """An engine has joined, left or committed a version."""
-        self._carry_out(self._scheduler.on_engines(self._serving(), now_s=self._now_s()))
+        """Call it if an engine has connected or committed a version."""
+        self._commit_and_send(self._scheduler.on_engines(self._serving(), now_s=self._now_s()))
 
     def _on(self, peer: bytes, message: Message, frames: Sequence[Buffer]) -> None:
         scheduler, now_s = self._scheduler, self._now_s()
@@ -186,7 +186,7 @@ class Coordinator:
                 decision = scheduler.on_goodbye(message, now_s=now_s)
             case _:
                 raise ProtocolError(f"the coordinator does not accept messages of kind {message.kind}")
-        self._carry_out(decision)
+        self._commit_and_send(decision)
 
     async def _tick(self) -> None:
         while True:
@@ -194,11 +194,11 @@ class Coordinator:
             if not self._has_room.is_set() and self._now_s() > self._retry_at_s:
                 self._scheduler.resume()
                 self._has_room.set()
-            self._carry_out(self._scheduler.on_tick(self._serving(), now_s=self._now_s()))
+            self._commit_and_send(self._scheduler.on_tick(self._serving(), now_s=self._now_s()))
 
-    def _carry_out(self, decision: Decision) -> bool:
+    def _commit_and_send(self, decision: Decision) -> bool:
         """Commits the records, then sends the messages. False if the disk is full: nothing was stored or sent."""
-        if self._durably(lambda: self._commit(decision)) is None:
+        if self._write_or_pause(lambda: self._commit(decision)) is None:
             return False
         undelivered = []
         for send in decision.sends:
@@ -208,7 +208,7 @@ class Coordinator:
             elif isinstance(send.message, Lease) and not sent:
                 undelivered.append(send.message.lease_id)
         if undelivered:
-            self._carry_out(self._scheduler.on_undelivered(undelivered, now_s=self._now_s()))
+            self._commit_and_send(self._scheduler.on_undelivered(undelivered, now_s=self._now_s()))
         return True
 
     def _commit(self, decision: Decision) -> bool:
@@ -220,8 +220,8 @@ class Coordinator:
                 self._batch_ready.set()
         return True
 
-    def _durably(self, write: Callable[[], T]) -> T | None:
-        """What `write` returns. If the disk is full: None, and no decision is made for `full_retry_s`."""
+    def _write_or_pause(self, write: Callable[[], T]) -> T | None:
+        """Returns the result of `write`; if the disk is full, pauses the scheduler and returns None."""
         try:
             return write()
         except StoreFullError as error:
@@ -241,7 +241,7 @@ class Coordinator:
             return None
 
     def _encode(self, message: Message) -> bytes:
-        """Encodes a message; the same object (a status for every actor) is encoded once."""
+        """Encodes a message; caches the last one, because all actors get the same `RunStatus` object."""
         if self._encoded is None or self._encoded[0] is not message:
             self._encoded = message, encode(message)
         return self._encoded[1]

@@ -6,8 +6,8 @@
                                                          ────► PUB (announcements) ─► weight agents
 
 The main thread waits for the result of `run`; the two threads share nothing else. The store is used by the network
-thread only. If a task of the network thread fails, `on_death` is called at once, and the next `run` and the exit of the
-context manager raise its error.
+thread only. If a task of the network thread fails, `on_death` is called in that thread, and the next `run` and the
+exit of the context manager raise the error.
 """
 
 from __future__ import annotations
@@ -38,12 +38,17 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 THREAD_NAME = "network"
-# Time after which writing to a full disk is tried again.
+# Pause before a write to a full disk is retried.
 FULL_RETRY_S = 2.0
 
 
 class NetworkThread:
-    """Use as a context manager. Raises (on entry): UnreachableError, SecurityError, DataError."""
+    """A context manager that starts and stops the thread.
+
+    on_death  called in the network thread if one of its tasks fails, so that the main thread can be interrupted
+
+    Raises (on entry): UnreachableError, SecurityError, DataError.
+    """
 
     def __init__(
         self,
@@ -89,7 +94,10 @@ class NetworkThread:
             raise PalimpsestError(f"the network thread failed: {self._error!r}") from self._error
 
     def run(self, coroutine: Coroutine[object, object, T], *, timeout_s: float | None = None) -> T:
-        """Runs the coroutine in the network thread; its result. Raises: PalimpsestError if the thread failed."""
+        """Runs the coroutine in the network thread and returns its result.
+
+        Raises: PalimpsestError if the network thread failed; TimeoutError.
+        """
         try:
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         except RuntimeError as error:  # its event loop is closed
@@ -98,9 +106,10 @@ class NetworkThread:
         return future.result(timeout_s)
 
     def publish(self, data: bytes, *, version: int, canary: CanaryFields | None = None) -> int:
-        """Publishes weights (the bytes of a safetensors file) and returns the publication id, which is durable first.
+        """Publishes weights (the bytes of a safetensors file) and returns their publication id.
 
-        Encodes the delta in the calling thread: a large model takes seconds, in which the network thread must answer.
+        The id is durable before the weights are offered. The delta is encoded in the calling thread, because that takes
+        seconds for a large model and the network thread must answer messages meanwhile.
         """
         publication = self.run(self.coordinator.new_publication(version))
         offer = self._series.make_offer(data, publication=publication, version=version, canary=canary)
@@ -120,7 +129,7 @@ class NetworkThread:
         return self.publisher.announce_address
 
     async def wait_committed(self, version: int, *, timeout_s: float) -> bool:
-        """Waits until every serving engine has committed `version`. False if that takes longer than `timeout_s`."""
+        """Waits until every serving engine has committed `version`. Returns False after `timeout_s`."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         while (lowest := self.engines.lowest_version(now_s=loop.time())) is None or lowest < version:

@@ -1,12 +1,12 @@
-"""Offers weights in checksummed chunks, which the weight agent of each engine fetches at its own pace.
+"""The publisher: offers weights in checksummed chunks; the weight agent of each engine requests them one by one.
 
     training loop ─► Series.make_offer (main thread) ─► announce ─► Announcement on PUB
     weight agents ─► ROUTER ─► serve ─► ROUTER:    EngineReport    ─► EngineReply (newest publication)
                                                    ManifestRequest ─► Manifest
                                                    ChunkRequest    ─► Chunk
-    serve consumes requests, produces replies and engine states, waits for a request; unblocked by ROUTER.
+    serve   consumes: requests   produces: replies, engine states   waits for: a request   unblocked by: ROUTER
 
-An offer has deltas and snapshots of a safetensors file: `learner.network.weight_deltas`.
+weight_deltas.py makes the offers: deltas and snapshots of a safetensors file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_REQUEST_BYTES = 1 << 20
 
 
 class Publisher:
-    """The learner's side of weight publication. Runs in the network thread."""
+    """Announces publications and answers the requests of weight agents. Runs in the network thread."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Publisher:
 
     @property
     def num_dropped(self) -> int:
-        """Messages of peers over their rate limit that were dropped unread."""
+        """Number of messages that were dropped unread because their peer exceeded its rate limit."""
         return self._router.num_dropped
 
     async def announce(self, offer: Offer) -> None:

@@ -2,11 +2,11 @@
 
     snapshot 4 ─► delta 5 ─► delta 6 ─► delta 7
 
-    an agent that holds publication 6 fetches delta 7; one that holds nothing fetches snapshot 4 and deltas 5 to 7
+    an agent with publication 6 fetches delta 7; an agent without weights fetches snapshot 4 and deltas 5 to 7
 
-A snapshot is made when the deltas since the last one have more than a quarter of its bytes. So an agent that joins late
-never fetches more than 1.25 snapshots; if nearly every weight changes, each publication has a snapshot. The last two
-snapshots and all later parts are kept, so that an agent can finish a fetch that it has begun. Memory: the newest
+A snapshot is made when the deltas since the last snapshot have more than a quarter of its bytes. So a new agent fetches
+at most 1.25 times the bytes of a snapshot; if nearly every weight changes, each publication has a snapshot. The newest
+two snapshots and all later parts are kept, so that an agent can finish a fetch that it has begun. Memory: the newest
 weights uncompressed, and at most 2.5 compressed snapshots.
 """
 
@@ -20,7 +20,7 @@ from protocol.messages import CanaryFields, Manifest, PartFields, TensorFields
 
 CHUNK_BYTES = 8 << 20
 NOTHING = -1
-"""The base of a snapshot, and what an agent holds before its first publication."""
+"""Stands for "no publication": the base of a snapshot, and the publication of an agent without weights."""
 _CHAIN_LIMIT = 0.25
 _KEPT_SNAPSHOTS = 2
 _HALF_WORDS = ("BF16", "F16")
@@ -36,8 +36,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A publication: its manifest (request_id 0, without parts), and the parts that lead to it: a snapshot, a delta,
-    or both."""
+    """A publication. `manifest`: request_id 0, no parts. `parts`: a snapshot, a delta from the previous publication, or
+    both."""
 
     manifest: Manifest
     parts: tuple[Part, ...]
@@ -45,7 +45,7 @@ class Offer:
 
 @dataclass(slots=True)
 class Series:
-    """Makes offers of successive weights. Takes seconds for gigabytes. Not thread-safe."""
+    """Encodes successive weights as offers. Not thread-safe."""
 
     run_id: str
     chunk_bytes: int = CHUNK_BYTES
@@ -54,7 +54,10 @@ class Series:
     _chain_bytes: int = field(default=0, init=False)
 
     def make_offer(self, data: bytes, *, publication: int, version: int, canary: CanaryFields | None = None) -> Offer:
-        """`data`: the bytes of a safetensors file, kept until the next call, whose delta is relative to them."""
+        """Encodes one publication; takes seconds for gigabytes. `data`: the bytes of a safetensors file.
+
+        `data` stays in memory until the next call, which encodes its delta relative to it.
+        """
         tensors = _tensors(data)
         half_bytes = sum(tensor.num_bytes for tensor in tensors if tensor.dtype in _HALF_WORDS)
         manifest = Manifest(
@@ -98,7 +101,7 @@ class Series:
 
 
 class Publications:
-    """The offers that are kept, and for each of them the parts with the fewest bytes."""
+    """The offers that agents can fetch now."""
 
     def __init__(self) -> None:
         self._offers: dict[int, Offer] = {}
@@ -106,7 +109,7 @@ class Publications:
 
     @property
     def num_bytes(self) -> int:
-        """The compressed bytes of all parts that are kept."""
+        """Compressed size of all kept parts."""
         return sum(len(part.payload) for part in self._parts.values())
 
     @property
@@ -114,7 +117,7 @@ class Publications:
         return self._offers[max(self._offers)].manifest if self._offers else None
 
     def add(self, offer: Offer) -> None:
-        """Adds an offer and removes everything before the last but one snapshot."""
+        """Adds an offer and removes all parts before the second newest snapshot."""
         self._offers[offer.manifest.publication] = offer
         self._parts.update({(part.fields.base, part.fields.publication): part for part in offer.parts})
         snapshots = sorted(publication for base, publication in self._parts if base == NOTHING)
@@ -123,9 +126,9 @@ class Publications:
         self._parts = {key: part for key, part in self._parts.items() if key[1] >= oldest}
 
     def manifest(self, publication: int, *, held: int) -> Manifest | None:
-        """The manifest with the parts that lead from publication `held` to `publication` in the fewest bytes.
+        """The manifest with the parts to fetch, in order: the chain from `held` to `publication` with the fewest bytes.
 
-        None if `publication` is not kept.
+        Returns None if `publication` is not kept.
         """
         offer = self._offers.get(publication)
         if offer is None:
@@ -147,7 +150,7 @@ class Publications:
         return offer.manifest.model_copy(update={"parts": parts})
 
     def chunk(self, *, base: int, publication: int, index: int) -> memoryview | None:
-        """A chunk of the part from `base` to `publication`; None if there is none."""
+        """Chunk `index` of the part from `base` to `publication`; None if there is no such chunk."""
         part = self._parts.get((base, publication))
         offer = self._offers.get(publication)
         if part is None or offer is None or index >= len(part.fields.chunk_checksums):

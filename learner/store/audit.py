@@ -1,8 +1,8 @@
-"""`palimpsest audit`: recomputes from the store alone the outcome of every lease and the age of every trained token.
+"""`palimpsest audit`: checks the guarantees of a run with the data of its store only.
 
-It uses no counter: states are counted from entries, ages are computed from the spans of the stored groups and the step
-of their batch, and every batch must have B different groups, each trained once. For groups whose tokens were dropped
-(`learner.retention`) it reads the stored tally.
+It uses no metrics. It counts questions by state, computes the age of each trained token from the step of its batch and
+the version in its span, and checks that every batch has B different groups, each trained once. For groups whose tokens
+were dropped (`learner.retention`), it reads the stored tally.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 class Audit:
     """The result of an audit. `problems` is empty if every guarantee holds.
 
-    leased = trained + buffered + skipped + expired + running, in questions; `expired` are those that wait to be issued
-    again. Ages are those of trained tokens, in learner steps. `num_tokens_masked`: over-age tokens of overtaken
-    stragglers, which were not trained.
+    num_leased = num_trained + num_buffered + num_skipped + num_expired + num_running, in questions
+
+    num_expired          questions that wait to be issued again
+    num_groups_lost      acknowledged groups that are not in the store
+    num_tokens_masked    over-age tokens of overtaken stragglers; they were not trained
+    staleness_max, mean  age of the trained tokens, in learner steps
     """
 
     run_id: str
@@ -72,7 +75,7 @@ def _audit(store: Store) -> Audit:
     batch_size, bound = int(meta["groups_per_batch"]), int(meta["staleness_bound"])
     states = dict(store.query("SELECT state, count(*) FROM entries GROUP BY state"))
     leased = store.query("SELECT count(DISTINCT cursor) FROM leases")[0][0]
-    trained = _walk(store, bound, last_context_only=meta.get("ablation") == "last-context")
+    trained = _count_trained(store, bound, last_context_only=meta.get("ablation") == "last-context")
     problems = [*_check_batches(store, batch_size), *_check_entries(store), *trained.problems(bound)]
     if leased != sum(states.values()):
         problems.append(f"{leased} questions were leased, but {sum(states.values())} are accounted for")
@@ -115,14 +118,14 @@ def _check_batches(store: Store, batch_size: int) -> list[str]:
     if sorted(sizes) != list(range(len(sizes))):
         problems.append(f"the log of batches has a gap: steps {sorted(sizes)[:3]} … of {len(sizes)}")
     problems += [f"batch {step} has {n} groups, not {batch_size}" for step, n in sizes.items() if n != batch_size]
-    absent = store.query("SELECT count(*) FROM batches WHERE cursor NOT IN (SELECT cursor FROM groups)")[0][0]
-    if absent:
-        problems.append(f"{absent} groups were trained that are not in the store")
-    early = store.query(
+    num_missing = store.query("SELECT count(*) FROM batches WHERE cursor NOT IN (SELECT cursor FROM groups)")[0][0]
+    if num_missing:
+        problems.append(f"{num_missing} groups were trained that are not in the store")
+    num_misplaced = store.query(
         "SELECT count(*) FROM batches JOIN entries USING (cursor) WHERE entries.slot / ? != batches.step", batch_size
     )[0][0]
-    if early:
-        problems.append(f"{early} groups were trained in another batch than their slot's")
+    if num_misplaced:
+        problems.append(f"{num_misplaced} groups were trained in another batch than the one of their slot")
     return problems
 
 
@@ -142,13 +145,15 @@ def _check_entries(store: Store) -> list[str]:
         "questions are in another slot than they were leased for": f"slot >= 0 AND slot != ({leased_slot}) "
         f"AND NOT EXISTS ({moved_there})",
     }
-    counts = {what: store.query(f"SELECT count(*) FROM entries WHERE {where}")[0][0] for what, where in checks.items()}
-    return [f"{count} {what}" for what, count in counts.items() if count]
+    counts = {
+        problem: store.query(f"SELECT count(*) FROM entries WHERE {where}")[0][0] for problem, where in checks.items()
+    }
+    return [f"{count} {problem}" for problem, count in counts.items() if count]
 
 
 @dataclass(slots=True)
-class _Trained:
-    """Counts over the groups of the logged batches. `ages`: age in steps → number of trained tokens."""
+class _TrainedCounts:
+    """Counts over the groups of all trained batches. `ages`: age in steps → number of trained tokens."""
 
     num_masked: int = 0
     num_trajectories: int = 0
@@ -167,14 +172,14 @@ class _Trained:
             "spans name a publication that was never made": self.num_unknown_spans,
             "tokens come from a version that did not exist yet": sum(n for age, n in self.ages.items() if age < 0),
         }
-        return [f"{count} {what}" for what, count in checks.items() if count]
+        return [f"{count} {problem}" for problem, count in checks.items() if count]
 
 
-def _walk(store: Store, bound: int, *, last_context_only: bool) -> _Trained:
-    """Counts every group of every batch, from its tokens or its tally."""
+def _count_trained(store: Store, bound: int, *, last_context_only: bool) -> _TrainedCounts:
+    """Reads every group of every trained batch, or its tally if its tokens were dropped."""
     publications = store.publications()
     overtaken = {row[0] for row in store.query("SELECT cursor FROM moves WHERE to_slot > from_slot")}
-    trained = _Trained()
+    trained = _TrainedCounts()
     for step in range(store.num_batches()):
         for cursor in store.batch(step):
             tally = _tally(store, cursor, last_context_only=last_context_only)
@@ -193,7 +198,7 @@ def _walk(store: Store, bound: int, *, last_context_only: bool) -> _Trained:
 
 
 def _tally(store: Store, cursor: int, *, last_context_only: bool) -> Tally | None:
-    """The tally of a group; None if it is not stored."""
+    """The tally of a group, computed from its tokens or read if they were dropped; None if there is no such group."""
     import json
 
     from learner.store.retention import Tally
@@ -211,7 +216,7 @@ def _tally(store: Store, cursor: int, *, last_context_only: bool) -> Tally | Non
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def audit(ctx: click.Context, run: Path, as_json: bool) -> None:
-    """Check RUN (a run's folder) from its store. Exit status 1 if a guarantee does not hold."""
+    """Check the guarantees of the run in the folder RUN. Exit status 1 if one does not hold."""
     import json
 
     result = audit_run(run)

@@ -1,4 +1,4 @@
-"""An advisory file lock for one process at a time. The kernel releases it when its holder ends, however it ends."""
+"""An advisory file lock for one process at a time. The kernel releases it when the process ends, even after SIGKILL."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from protocol.errors import DataError
 
 @contextmanager
 def locked(path: Path, *, what: str) -> Iterator[None]:
-    """Holds a lock on `path`, creating the file. Raises: DataError if another process holds it or it cannot be created.
+    """Holds an exclusive lock on the file `path`, which it creates.
 
-    what: the holder, for the error message
+    what: a noun phrase for the caller, such as "a learner", for the error text
+
+    Raises: DataError if another process holds the lock or the file cannot be created.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
     except OSError as error:
-        raise DataError(f"run.dir {path.parent} cannot be written: {error.strerror}; choose another") from error
+        raise DataError(f"run.dir {path.parent} cannot be written: {error.strerror}; choose another run.dir") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""The config keys that must be the same to resume a run: those that decide which groups are made and how they train."""
+"""The config keys that must not change when a run is resumed: those that affect the data and the training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from protocol.config import Config
 def resume_key(config: Config) -> dict[str, str]:
     """Config key → value as text. Keys of placement and speed (addresses, threads, counts) are absent and may change.
 
-    The number of steps may change unless the learning-rate schedule depends on it.
+    `learner.num_steps` may change unless the learning-rate schedule depends on it.
     """
     learner = config.learner
     parts = {

@@ -1,4 +1,4 @@
-"""Which recorded batches still hold their tokens, and the counts that replace dropped tokens.
+"""Retention: which trained batches may lose their tokens, and the counts (`Tally`) that replace dropped tokens.
 
 Leases, decisions and the log of batches are never deleted. Tokens are dropped only for steps that a durable checkpoint
 covers; a `Tally` of each group is kept for the audit.
@@ -17,7 +17,7 @@ from protocol.types import Status, TrajectoryGroup
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What the audit counts in a group. Trajectories with status FAILED are not counted.
+    """The counts of a group that the audit needs. Trajectories with status FAILED are not counted.
 
     tokens: (version, publication, number of sampled tokens), one row per version and publication
     """
@@ -28,7 +28,7 @@ class Tally:
 
     @classmethod
     def of(cls, group: TrajectoryGroup, *, last_context_only: bool) -> Tally:
-        """`last_context_only`: count only the last context of each trajectory (ablation `last-context`)."""
+        """Counts a group. `last_context_only`: only the last context of each trajectory (ablation `last-context`)."""
         num_trajectories, num_contexts = 0, 0
         tokens: Counter[tuple[int, int]] = Counter()
         for trajectory in group.trajectories:
@@ -50,7 +50,7 @@ def expired_steps(
 
     checkpoint_step  step of a durable checkpoint; batches from this step on would be trained again after a crash
     keep_steps       number of steps before `checkpoint_step` whose tokens are kept; None: no limit by steps
-    keep_bytes       the oldest steps are dropped while the store's groups hold more bytes than this; None: no limit
+    keep_bytes       the oldest steps are dropped until all stored groups have at most this size; None: no limit
 
     With both None, no step is dropped.
     """
@@ -69,7 +69,10 @@ def expired_steps(
 
 
 def drop_tokens(store: Store, step: int) -> None:
-    """Drops the tokens of a trained batch and of all skipped questions with a lower cursor. Raises: StoreError."""
+    """Drops the tokens of a trained batch and of all skipped questions with a lower cursor than its highest one.
+
+    Raises: StoreError.
+    """
     cursors = store.batch(step)
     last_context_only = store.meta().get("ablation") == "last-context"
     tallies = {cursor: Tally.of(store.group(cursor), last_context_only=last_context_only) for cursor in cursors}

@@ -1,4 +1,4 @@
-"""The paths of a run's folder. Every name of a file in it is written here, once."""
+"""The paths in a run's folder."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class RunFolder:
 
     @property
     def replay_key(self) -> Path:
-        """In the folder of a replay: which run it replays, under which config."""
+        """In the folder of a replay: the folder of the recorded run and the resume key of the replay."""
         return self.root / "replay.json"
 
     @property
@@ -74,12 +74,12 @@ class RunFolder:
 
     @property
     def learner_lock(self) -> Path:
-        """Held by the learner that works in this folder."""
+        """Locked by the learner that runs in this folder."""
         return self.root / "learner.lock"
 
     @property
     def launcher_lock(self) -> Path:
-        """Held by the launcher that works in this folder."""
+        """Locked by the launcher that runs in this folder."""
         return self.root / "launcher.lock"
 
     @property

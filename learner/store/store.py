@@ -1,7 +1,7 @@
-"""The run's store: one SQLite file with leases, groups, publications and the batches in the order trained.
+"""The run's store: one SQLite file with leases, groups, publications and the log of trained batches.
 
-A group and the decision on it are one transaction, committed before the actor receives its reply. Batches are a log:
-the groups of each step can be read and trained again until `learner.retention` drops their tokens.
+A group and the decision on it are written in one transaction, which is committed before the actor receives its reply.
+The groups of each trained batch can be read and trained again until `learner.retention` drops their tokens.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ CREATE TABLE publications (
 
 
 class Store:
-    """Not thread-safe. Raises: DataError if it cannot be opened, StoreError if a read or write fails."""
+    """Opens or creates the store at `path`. Not thread-safe.
+
+    Raises: DataError if it cannot be opened, StoreError if a read or write fails.
+    """
 
     def __init__(
         self, path: Path, *, read_only: bool = False, fault_point: Callable[[str], None] = fault_point
@@ -82,7 +85,7 @@ class Store:
 
     @contextmanager
     def wal_checkpointing(self) -> Iterator[None]:
-        """Within it, a thread copies the write-ahead log into the database; commits do not wait for it."""
+        """Inside the block, a thread copies the write-ahead log into the database; commits do not wait for it."""
         with WalCheckpointer(self._path) as self._wal_checkpointer:
             self._query(f"PRAGMA wal_autocheckpoint = {MAX_LOG_PAGES}")
             try:
@@ -93,7 +96,7 @@ class Store:
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """All reads within it see one state of the store, also while other processes write."""
+        """All reads inside the block see one state of the store, even if another process writes."""
         self._query("BEGIN")
         try:
             yield
@@ -102,7 +105,12 @@ class Store:
 
     @contextmanager
     def transaction(self, *names: str) -> Iterator[None]:
-        """Writes all or nothing; durable when it exits. `names`: fault points. Raises: StoreFullError, StoreError."""
+        """A transaction: commits at the end of the block, durably; rolls back if the block raises.
+
+        names: each one adds the fault points `store.NAME.open` (before the commit) and `store.NAME.durable` (after it)
+
+        Raises: StoreFullError, StoreError.
+        """
         try:
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -125,7 +133,7 @@ class Store:
     # --- resume key ---
 
     def claim(self, resume_key: Mapping[str, str]) -> None:
-        """Writes the resume key of a new run, or checks it against the stored one. Raises: DataError."""
+        """Stores the resume key of a new run. Raises: DataError if the store has another resume key."""
         found = self.meta()
         with self.transaction("claim"):
             for key, value in resume_key.items():
@@ -138,12 +146,13 @@ class Store:
                     )
 
     def meta(self) -> dict[str, str]:
+        """The stored resume key."""
         return dict(self._query("SELECT key, value FROM meta"))
 
     # --- writing decisions ---
 
     def commit(self, records: Sequence[Record]) -> None:
-        """Writes all records of an event, or none. Raises: StoreFullError, StoreError."""
+        """Writes the records of an event in one transaction. Raises: StoreFullError, StoreError."""
         if not records:
             return
         with self.transaction(*sorted({record.kind for record in records} - {""})):
@@ -151,7 +160,7 @@ class Store:
                 self._write(record)
 
     def new_publication(self, version: int) -> int:
-        """Makes a publication id that this run has never used. Raises: StoreFullError, StoreError."""
+        """Returns a publication id that this run has not used before. Raises: StoreFullError, StoreError."""
         with self.transaction("publication"):
             row = self._db.execute(
                 "INSERT INTO publications (version, published_at) VALUES (?, ?)", (version, time.time())
@@ -160,7 +169,7 @@ class Store:
             return row.lastrowid
 
     def drop_tokens(self, tallies: Mapping[int, str]) -> None:
-        """Drops tokens of groups. `tallies`: cursor → JSON for the audit. SQLite reuses their space."""
+        """Replaces the tokens of groups by their tallies. `tallies`: cursor → JSON. SQLite reuses the space."""
         with self.transaction("retention"):
             self._db.executemany(
                 "UPDATE groups SET header = x'', token_ids = x'', spans = x'', logprobs = x'', num_bytes = 0, "
@@ -192,7 +201,7 @@ class Store:
         )
 
     def num_failures(self) -> dict[int, int]:
-        """cursor → number of its groups that failed or were refused, for open questions."""
+        """cursor → number of its groups that failed or were refused, for questions neither trained nor skipped."""
         return dict(
             self._query(
                 "SELECT cursor, count(*) FROM leases WHERE outcome IN ('failed', 'refused') "
@@ -205,6 +214,7 @@ class Store:
         return dict(self._query("SELECT publication, version FROM publications"))
 
     def num_batches(self) -> int:
+        """The number of trained batches."""
         return int(self._query("SELECT coalesce(max(step), -1) + 1 FROM batches")[0][0])
 
     def batch(self, step: int) -> list[int]:
@@ -231,7 +241,9 @@ class Store:
         if version == 0:
             self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         elif version != SCHEMA_VERSION:
-            raise DataError(f"store {self._path} has schema {version}, this version reads {SCHEMA_VERSION}")
+            raise DataError(
+                f"store {self._path} must have schema {SCHEMA_VERSION}, got {version} (another version of Palimpsest)"
+            )
 
     def _write(self, record: Record) -> None:
         match record:

@@ -1,7 +1,7 @@
 """Copies a store's write-ahead log into its database in a thread, so that commits do not wait for it.
 
-SQLite alone does it in the commit that makes the log 4 MB long, and syncs the database: with 50 groups a second in
-every 20th commit, for up to 0.9 s on a busy disk (docs/benchmarks.md).
+By default, SQLite copies it within the commit that makes the log longer than 4 MB and then syncs the database. At 50
+groups per second this was every 20th commit, and took up to 0.9 s on a busy disk (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from protocol.errors import StoreError
 
 log = logging.getLogger(__name__)
 
-# Commits of this period are copied together.
+# Pause between two copies: all commits since the last copy are copied together.
 _EVERY_S = 0.25
-# A log of 32 MB is copied within a commit: SQLite cannot restart a log from its beginning if it grows during the copy.
+# At 32 MB, a commit copies the log itself: SQLite can overwrite the log only if no commit was added during a copy.
 MAX_LOG_PAGES = 8_192
 
 
 class WalCheckpointer:
-    """A thread with its own connection, as a context manager. SQLite copies later what it has not copied."""
+    """A context manager that runs the thread, which has its own connection. If a copy fails, a later one repeats it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._committed = threading.Event()
-        self._leaving = threading.Event()
+        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="wal_checkpointer", daemon=True)
 
     def __enter__(self) -> WalCheckpointer:
@@ -40,7 +40,7 @@ class WalCheckpointer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._leaving.set()
+        self._stopping.set()
         self._committed.set()
         self._thread.join()
         self._db.close()
@@ -50,7 +50,7 @@ class WalCheckpointer:
         self._committed.set()
 
     def _run(self) -> None:
-        while self._committed.wait() and not self._leaving.is_set():
+        while self._committed.wait() and not self._stopping.is_set():
             self._committed.clear()
             try:
                 self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
@@ -58,4 +58,4 @@ class WalCheckpointer:
                 log.warning(
                     "store %s: the write-ahead log could not be copied into the database: %s", self._path, error
                 )
-            self._leaving.wait(_EVERY_S)
+            self._stopping.wait(_EVERY_S)
