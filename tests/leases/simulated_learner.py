@@ -1,4 +1,4 @@
-"""The learner of a simulation: plays the coordinator and the training loop around the real scheduler and store."""
+"""The learner of a simulation: a simulated coordinator and training loop around the real scheduler and store."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ KEEP_BYTES = 20_000
 
 
 class Crash(Exception):
-    """The learner is killed here."""
+    """Raised at the point at which the learner is killed."""
 
 
 class SimulatedLearner:
-    """`scheduler` is None while the learner is killed. `weights`: the cursors that it was trained on, in order."""
+    """`scheduler` is None while the learner is down. `weights`: the cursors that were trained, in order."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -48,7 +48,7 @@ class SimulatedLearner:
         """(version, publication) that engines can fetch."""
         self.stepped_s = 0.0
         self._checkpoint: list[int] = []
-        self._life = 0
+        self._num_starts = 0
         self._is_training = False
 
     @property
@@ -61,16 +61,16 @@ class SimulatedLearner:
         lease_table = self.scheduler.lease_table
         return f"{lease_table.counts()}, serving {self.scheduler.serving}, actors {dict(self.scheduler.actors)}"
 
-    # --- life and death ---
+    # --- start and kill ---
 
     def start(self) -> None:
         """Loads the newest checkpoint, trains the later batches of the log again, publishes."""
         if self.scheduler is not None:
             return
         shape = self.world.shape
-        self._life += 1
+        self._num_starts += 1
         self._is_training = False
-        self.store = Store(RunFolder(self.world.folder).store)
+        self.store = Store(RunFolder(self.world.folder).store, fault_point=self.fault_point)
         self.store.query("PRAGMA synchronous = OFF")
         self.store.claim(
             {
@@ -91,10 +91,10 @@ class SimulatedLearner:
             num_failures=self.store.num_failures(),
             started_s=self.world.now_s,
         )
-        self._soon(0.0, self._publish)
-        self._soon(TICK_S, self._tick)
+        self._schedule(0.0, self._publish)
+        self._schedule(TICK_S, self._tick)
 
-    def die(self) -> None:
+    def kill(self) -> None:
         if self.scheduler is not None:
             self.world.seen["learner killed"] += 1
             self.stop()
@@ -106,24 +106,26 @@ class SimulatedLearner:
             self.store.close()
 
     def fault_point(self, name: str) -> None:
-        """Replaces the store's fault points, which are around every commit."""
+        """Called by the store before and after every commit."""
         if self.scheduler is not None and self.world.chance(0.0005):
             self.world.seen["learner killed at a commit"] += 1
             raise Crash(name)
 
     def fill_disk(self) -> None:
-        """The store's file cannot grow for some time."""
+        """Prevents the store's file from growing for 1 to 20 s."""
         if self.scheduler is not None:
             fill_up(self.store)
-            self._soon(self.world.random.uniform(1.0, 20.0), self._free_disk)
+            self._schedule(self.world.random.uniform(1.0, 20.0), self._free_disk)
 
     def _free_disk(self) -> None:
         make_room(self.store)
 
-    def _soon(self, delay_s: float, event: Callable[[], None]) -> None:
-        """Runs `event` after `delay_s` unless the learner dies before."""
-        life = self._life
-        self.world.after(delay_s, lambda: event() if life == self._life and self.scheduler is not None else None)
+    def _schedule(self, delay_s: float, event: Callable[[], None]) -> None:
+        """Runs `event` after `delay_s` unless the learner is killed before."""
+        num_starts = self._num_starts
+        self.world.after(
+            delay_s, lambda: event() if num_starts == self._num_starts and self.scheduler is not None else None
+        )
 
     def _maybe_crash(self, probability: float, where: str) -> None:
         if self.world.chance(probability):
@@ -164,7 +166,7 @@ class SimulatedLearner:
         return decision
 
     def _carry_out(self, decision: Decision) -> bool:
-        """As `Coordinator._carry_out`."""
+        """Mirrors `Coordinator._carry_out`."""
         assert self.scheduler is not None
         if self._durably(lambda: self.store.commit(decision.records) or True) is None:
             return False
@@ -192,7 +194,7 @@ class SimulatedLearner:
         except StoreFullError:
             self.world.seen["disk full"] += 1
             self.scheduler.pause(self._stored_lease_table(), num_failures=self.store.num_failures())
-            self._soon(2.0, self.scheduler.resume)
+            self._schedule(2.0, self.scheduler.resume)
             return None
 
     def _stored_lease_table(self) -> LeaseTable:
@@ -209,8 +211,8 @@ class SimulatedLearner:
         self._carry_out(self.scheduler.on_tick(self.engines.serving(now_s=now_s), now_s=now_s))
         if not self._is_training and self.scheduler.lease_table.ready_batch() is not None:
             self._is_training = True
-            self._soon(self.world.random.uniform(0.1, 1.0), self._train)
-        self._soon(TICK_S, self._tick)
+            self._schedule(self.world.random.uniform(0.1, 1.0), self._train)
+        self._schedule(TICK_S, self._tick)
 
     def _train(self) -> None:
         """One step: logs the batch, sometimes makes a checkpoint, publishes."""
@@ -222,7 +224,7 @@ class SimulatedLearner:
         for cursor in cursors:
             self._check_age(cursor, step)
         if not self._carry_out(self.scheduler.on_batch_trained(cursors)):
-            self._soon(2.0, self._train)
+            self._schedule(2.0, self._train)
             return
         self.weights += cursors
         self.stepped_s = self.world.now_s
@@ -250,7 +252,7 @@ class SimulatedLearner:
         version = self.step
         publication = self._durably(lambda: self.store.new_publication(version))
         if publication is None:
-            self._soon(2.0, self._publish)
+            self._schedule(2.0, self._publish)
             return
         self.scheduler.on_publication(publication, version=version)
         self.newest = (version, publication)

@@ -37,13 +37,13 @@ class SimulatedEngine:
     def start(self) -> None:
         self._report()
 
-    def forget(self) -> None:
-        """Killed and restarted: it has no weights."""
+    def restart(self) -> None:
+        """The engine is killed and restarted; it has no weights."""
         self.world.seen["engine killed"] += 1
         self.version = self.publication = -1
 
     def get_stuck(self, duration_s: float) -> None:
-        """It continues to serve, but commits no new version."""
+        """The engine continues to serve, but commits no new version for `duration_s`."""
         self.world.seen["engine stuck"] += 1
         self._stuck_until_s = self.world.now_s + duration_s
 
@@ -100,10 +100,10 @@ class SimulatedActor:
     def start(self) -> None:
         self._incarnation += 1
         self._is_up = True
-        self._beat(self._incarnation)
+        self._heartbeat(self._incarnation)
 
-    def die(self) -> None:
-        """Its work is lost. Sometimes it sends a goodbye first."""
+    def kill(self) -> None:
+        """Drops all jobs and restarts later. With probability 0.3, sends a goodbye first."""
         if not self._is_up:
             return
         self.world.seen["actor killed"] += 1
@@ -127,16 +127,16 @@ class SimulatedActor:
                 slowness = 40.0 if self.world.chance(0.02) else 1.0
                 job = _Job(message, num_contexts=self.world.random.randint(1, 3), slowness=slowness)
                 self._jobs[message.lease_id] = job
-                self._soon(job)
+                self._schedule(job)
             case SubmitReply():
                 job = self._jobs.get(message.lease_id)
                 if job is not None and job.frames:
                     del self._jobs[message.lease_id]
             case Drain():
                 self.world.seen["drained"] += 1
-                self.die()
+                self.kill()
 
-    def _beat(self, incarnation: int) -> None:
+    def _heartbeat(self, incarnation: int) -> None:
         if not self._is_up or incarnation != self._incarnation:
             return
         self._send(
@@ -151,9 +151,9 @@ class SimulatedActor:
         for job in self._jobs.values():
             if job.frames and self.world.now_s - job.sent_s > RESEND_S and self._status_s > job.sent_s:
                 self._submit(job)
-        self.world.after(HEARTBEAT_S, lambda: self._beat(incarnation))
+        self.world.after(HEARTBEAT_S, lambda: self._heartbeat(incarnation))
 
-    def _soon(self, job: _Job) -> None:
+    def _schedule(self, job: _Job) -> None:
         incarnation = self._incarnation
         delay_s = self.world.random.lognormvariate(-0.5, 0.8) * job.slowness
         self.world.after(delay_s, lambda: self._work(job) if incarnation == self._incarnation and self._is_up else None)
@@ -164,14 +164,14 @@ class SimulatedActor:
         if not able:
             job.waits_since_s = self.world.now_s if job.waits_since_s is None else job.waits_since_s
             if self.world.now_s - job.waits_since_s < ENGINE_WAIT_S:
-                self._soon(job)
+                self._schedule(job)
                 return
             self._finish(job, failed=True)
             return
         engine = self.world.random.choice(able)
         job.spans.append((engine.version, engine.publication))
         if len(job.spans) < job.num_contexts:
-            self._soon(job)
+            self._schedule(job)
         else:
             self._finish(job, failed=self.world.chance(0.02))
 

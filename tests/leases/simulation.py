@@ -1,9 +1,9 @@
 """A run in simulated time: scheduler, codec, store and audit are real; only sockets and the clock are simulated.
 
-Messages are late, lost, duplicated and reordered. Actors are killed, disconnected and slow; engines lag, get stuck and
-lose their weights; the learner is killed before, in and after commits and between replies, and resumes from its newest
-checkpoint and the log; the disk fills up. Everything is drawn from one seed. Some invariants are checked at each event,
-the others by `World.check`. Raises: Violation if an invariant does not hold.
+Messages are delayed, lost, duplicated and reordered. Actors are killed, disconnected and slow; engines lag, get stuck
+and restart without weights; the learner is killed before, in and after commits and between replies, and resumes from
+its newest checkpoint and the log; the disk fills up. All random draws come from one seed. Some invariants are checked
+at each event, the others by `World.check`. Raises: Violation if an invariant does not hold.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tests.leases.simulated_learner import Crash, SimulatedLearner
 from tests.leases.simulated_peers import SimulatedActor, SimulatedEngine
 
 STALLED_S = 1_500.0
-"""Every fault ends earlier: no step for this long is a deadlock."""
+"""Longer than every fault: a run without a step for this long is deadlocked."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """`chaos`: scales the probability of faults; 0: none. `flat`: the fraction of zero-variance groups."""
+    """`chaos` scales the probability of faults (0: no faults). `flat`: the fraction of zero-variance groups."""
 
     groups_per_batch: int = 8
     staleness_bound: int = 2
@@ -69,7 +69,7 @@ class World:
             try:
                 event()
             except Crash:
-                self.learner.die()
+                self.learner.kill()
             if self.now_s - self.learner.stepped_s > STALLED_S:
                 raise Violation(f"no step for {STALLED_S} s at {self.now_s:.0f} s: {self.learner.describe()}")
 
@@ -81,13 +81,13 @@ class World:
         return self.random.random() < probability * self.shape.chaos
 
     def deliver(self, receive: Callable[[], None]) -> None:
-        """Delivers a message: late, never or twice."""
+        """Delivers a message with a delay; with small probabilities never, or twice."""
         if self.chance(0.01):
             self.seen["message lost"] += 1
             return
         self.after(self.random.expovariate(1 / 0.05), receive)
         if self.chance(0.01):
-            self.seen["message doubled"] += 1
+            self.seen["message duplicated"] += 1
             self.after(self.random.uniform(0.0, 20.0), receive)
 
     def check(self) -> None:
@@ -102,7 +102,7 @@ class World:
         if audit.problems:
             raise Violation(f"the audit found {audit.problems}")
         if lost:
-            raise Violation(f"acknowledged and lost: {sorted(lost)[:5]}")
+            raise Violation(f"acknowledged groups were lost: {sorted(lost)[:5]}")
         if len(set(log)) != len(log):
             raise Violation("the log trains a group twice")
         if self.learner.weights != log[: len(self.learner.weights)]:
@@ -115,11 +115,11 @@ class World:
         if self.chance(0.5):
             self.random.choice(
                 [
-                    lambda: self.random.choice(list(self.actors.values())).die(),
+                    lambda: self.random.choice(list(self.actors.values())).kill(),
                     lambda: self.random.choice(list(self.actors.values())).cut_off(self.random.uniform(1.0, 30.0)),
-                    lambda: self.random.choice(self.engines).forget(),
+                    lambda: self.random.choice(self.engines).restart(),
                     lambda: self.random.choice(self.engines).get_stuck(self.random.uniform(5.0, 100.0)),
-                    self.learner.die,
+                    self.learner.kill,
                     self.learner.fill_disk,
                 ]
             )()

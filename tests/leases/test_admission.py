@@ -40,7 +40,7 @@ def test_a_valid_group_is_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "reason"),
     [
         (with_context(context(version=0, publication=1)), "versions must be >= 2 for this lease, got 0"),
         (with_context(context(version=2, publication=2)), "publication 2 of version 2 is not known"),
@@ -50,10 +50,10 @@ def test_a_valid_group_is_accepted() -> None:
         (group(Trajectory((context(),), 1.0)), "must have 2 trajectories, got 1"),
     ],
 )
-def test_refused_groups_have_a_reason(wrong: TrajectoryGroup, says: str) -> None:
+def test_refused_groups_have_a_reason(wrong: TrajectoryGroup, reason: str) -> None:
     given = verdict(wrong)
     assert given.kind == "refuse"
-    assert says in given.reason
+    assert reason in given.reason
 
 
 def test_a_version_from_the_future_is_refused() -> None:

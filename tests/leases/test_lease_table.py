@@ -19,8 +19,8 @@ class World:
     """A learner, its engines and its actors, with every delay drawn from a seed.
 
     Engines lag behind the learner's version and sample with their current version; actors finish in any order, late,
-    twice or never; groups are refused or skipped; the learner is killed and restored from what a store would have.
-    The invariants are checked after each event.
+    twice or never; groups are refused or skipped; the learner is killed and restored from the records that a store
+    would have. The invariants are checked after each event.
     """
 
     def __init__(self, *, seed: int, groups_per_batch: int, staleness_bound: int, num_steps: int, chaos: float) -> None:
@@ -131,7 +131,7 @@ class World:
         self.trained += batch
 
     def expire(self) -> None:
-        """A lease expires although its actor still works on it; the group arrives late."""
+        """Expires a lease although its actor still works on it, so that its group arrives late."""
         if self.lease_table.leases:
             self.lease_table.expire(self.random.choice(list(self.lease_table.leases)))
 
@@ -143,7 +143,7 @@ class World:
         self.at_work = {i: lease for i, lease in self.at_work.items() if lease.actor != actor}
 
     def restart(self) -> None:
-        """The learner is killed and restored from what the store has; actors continue."""
+        """The learner is killed and restored from the records of the store; actors continue."""
         self.num_restarts += 1
         entries = [replace(entry) for entry in self.lease_table.entries.values()]
         self.random.shuffle(entries)
@@ -216,13 +216,13 @@ def grant_all(lease_table: LeaseTable, version: int) -> list[LeaseRecord]:
 
 
 def accept(lease_table: LeaseTable, lease: LeaseRecord) -> bool:
-    """Whether the group was accepted: the question needed one."""
+    """Accepts a group of `lease`. Returns True if its question was undecided."""
     was_undecided = lease_table.undecided(lease.cursor) is not None
     lease_table.accept(lease_id=lease.lease_id, cursor=lease.cursor)
     return was_undecided
 
 
-def test_the_bound_limits_what_is_leased() -> None:
+def test_the_staleness_bound_limits_the_slots_that_are_leased() -> None:
     lease_table = make()
     assert [lease.slot for lease in grant_all(lease_table, 0)] == [0, 1, 2, 3]
     assert [lease.slot for lease in grant_all(lease_table, 1)] == [4, 5]

@@ -1,4 +1,4 @@
-"""A network thread with a store, and an actor and a weight agent that talk to it over real sockets."""
+"""A network thread with a store; an actor and reports of weight agents that reach it over real sockets."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def open_network(
 
 
 class Actor:
-    """An actor that sends what the test says; received messages are kept by kind. Use `async with`."""
+    """An actor controlled by the test; it stores received messages by kind. Use `async with`."""
 
     def __init__(self, address: str, *, name: str = "actor-0", incarnation: str = "1", capacity: int = 8) -> None:
         self.name, self.incarnation, self.capacity = name, incarnation, capacity

@@ -46,7 +46,7 @@ async def test_a_full_disk_stops_admission_and_loses_nothing(tmp_path: Path, cap
             await in_network_thread(network, lambda: make_room(store))
             last = leases[sent - 1]
             async with asyncio.timeout(WAIT_S):
-                while has_unanswered(actor, sent):  # as the runner, sends again what is not acknowledged
+                while has_unanswered(actor, sent):  # like the runner, resends an unacknowledged group
                     await actor.dealer.send(encode_group(make_group(last), lease_id=last.lease_id))
                     await asyncio.sleep(RETRY_S)
             for lease in leases[sent:]:
@@ -56,7 +56,7 @@ async def test_a_full_disk_stops_admission_and_loses_nothing(tmp_path: Path, cap
 
 
 class FullStore(Store):
-    """A store that refuses the next `num_refusals` trained batches, as a full disk does."""
+    """A store that refuses the next `num_refusals` trained batches, as if the disk were full."""
 
     num_refusals = 2
 
@@ -86,7 +86,7 @@ def has_unanswered(actor: Actor, sent: int) -> bool:
 
 
 async def in_network_thread(network: NetworkThread, action: Callable[[], None]) -> None:
-    """Runs `action` in the thread that uses the store."""
+    """Runs `action` in the network thread, which uses the store."""
 
     async def act() -> None:
         action()

@@ -29,7 +29,7 @@ async def test_hostile_messages_do_not_disturb_other_peers(tmp_path: Path) -> No
         publication = await asyncio.to_thread(network.run, network.coordinator.new_publication(0))
         await report_engine(network, version=0, publication=publication)
         async with Actor(network.control_address) as actor:
-            leases = list(await actor.until_leased(4))  # all leases of the bound: hostile actors get none
+            leases = list(await actor.until_leased(4))  # all leases that the bound allows: hostile actors get none
             group = [bytes(frame) for frame in encode_group(make_group(leases[0]), lease_id=leases[0].lease_id)]
             good = [*sample_messages(), group[:1], group[:3]]  # never a whole group: it would be accepted
             transport = Transport()

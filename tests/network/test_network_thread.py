@@ -1,4 +1,4 @@
-"""The network thread: failing to start, and failing while it runs."""
+"""The network thread: failures at start and while it runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def network_thread(store: Store, network: NetworkConfig) -> NetworkThread:
     )
 
 
-def test_entering_raises_why_it_cannot_listen(tmp_path: Path) -> None:
+def test_entering_raises_the_error_if_it_cannot_listen(tmp_path: Path) -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
         closing(Store(RunFolder(tmp_path).store)) as store,

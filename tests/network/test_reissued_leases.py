@@ -48,7 +48,7 @@ async def test_a_restarted_actor_frees_the_leases_of_its_old_incarnation(tmp_pat
             await old.until(lambda: True)
             assert (await new.answer(leases[0])).outcome == "accepted"
             await new.until_status()
-            assert len(new.leases) == 4, "the goodbye of the old incarnation must not free what the new one holds"
+            assert len(new.leases) == 4, "the goodbye of the old incarnation must not free the leases of the new one"
 
 
 async def test_goodbye_frees_leases(tmp_path: Path) -> None:

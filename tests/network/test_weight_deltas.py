@@ -1,4 +1,4 @@
-"""Which parts an agent fetches, and bounds on bytes and memory. Pure: no sockets."""
+"""The parts that an agent fetches, and bounds on bytes and memory, without sockets."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_an_override_into_a_value_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("[learner]\nclip = 1\n", "learner.clip: unknown key; known here: num_steps, groups_per_batch"),
         (
@@ -111,9 +111,9 @@ def test_an_override_into_a_value_is_refused(tmp_path: Path) -> None:
         ("run = 3\n", "run: .*got 3"),
     ],
 )
-def test_an_error_names_the_key_the_bound_and_the_value(tmp_path: Path, text: str, says: str) -> None:
+def test_an_error_names_the_key_the_bound_and_the_value(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path, text + GOOD)
-    with pytest.raises(ConfigError, match=says) as refused:
+    with pytest.raises(ConfigError, match=message) as refused:
         load_config(path)
     assert str(refused.value).startswith(f"{path}: ")
     assert "\n" not in str(refused.value)
@@ -160,7 +160,7 @@ def test_keys_of_an_extension_are_kept_as_its_options(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ('[[tool]]\nuse = "search"\n[[tool]]\nuse = "search"\n', "tool: two tools have the name 'search'; give one"),
         (
@@ -177,13 +177,13 @@ def test_keys_of_an_extension_are_kept_as_its_options(tmp_path: Path) -> None:
         ("[workflow]\ncontext_tokens = 1\n", r"workflow\.context_tokens: must be >= 2, got 1"),
     ],
 )
-def test_a_section_of_an_extension_is_checked_without_loading_it(tmp_path: Path, text: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_a_section_of_an_extension_is_checked_without_loading_it(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path, GOOD + text))
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         (
             '[learner.advantage]\nuse = "grop"\n',
@@ -198,8 +198,8 @@ def test_a_section_of_an_extension_is_checked_without_loading_it(tmp_path: Path,
         ("[learner.loss]\nclip_low = 1.5\n", "learner.loss.clip_low: must be <= 1, got 1.5"),
     ],
 )
-def test_options_of_built_in_algorithms_are_checked(tmp_path: Path, text: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=says) as refused:
+def test_options_of_built_in_algorithms_are_checked(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
         load_config(write(tmp_path, GOOD + text))
     assert str(refused.value).startswith(f"{tmp_path / 'run.toml'}: ")
     assert "\n" not in str(refused.value)

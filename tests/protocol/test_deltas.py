@@ -143,8 +143,8 @@ def test_another_base_and_a_truncated_payload_are_refused() -> None:
     ],
 )
 def test_indices_and_counts_beyond_a_block_are_refused(gaps: bytes, num_written: int, message: str) -> None:
-    plane = zstandard.ZstdCompressor().compress(gaps) if gaps else b""
-    payload = struct.pack("<BBHI3I", 0, 1, 3, num_written, len(plane), 0, 0) + plane
+    gap_plane = zstandard.ZstdCompressor().compress(gaps) if gaps else b""
+    payload = struct.pack("<BBHI3I", 0, 1, 3, num_written, len(gap_plane), 0, 0) + gap_plane
     with pytest.raises(WeightsError, match=message):
         decode(payload, bytes(64), num_bytes=64, word_bytes=2, expected="0" * 32)
     with pytest.raises(WeightsError, match="memory for a target must have 64 bytes, got 63"):

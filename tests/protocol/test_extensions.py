@@ -107,7 +107,7 @@ def test_a_module_that_needs_a_module_that_does_not_exist(write: Write) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "says"),
+    ("code", "message"),
     [
         ("x = 1\nraise ValueError('bad table')\n", "ValueError: bad table ({name}.py, line 2)"),
         ("x = 1 / 0\n", "ZeroDivisionError: division by zero ({name}.py, line 1)"),
@@ -115,10 +115,12 @@ def test_a_module_that_needs_a_module_that_does_not_exist(write: Write) -> None:
         ("from collections import no_such_name\n", "ImportError: cannot import name 'no_such_name'"),
     ],
 )
-def test_a_module_that_raises_at_import(write: Write, caplog: pytest.LogCaptureFixture, code: str, says: str) -> None:
+def test_a_module_that_raises_at_import(
+    write: Write, caplog: pytest.LogCaptureFixture, code: str, message: str
+) -> None:
     name = write(code)
     text = refusal(POINT, f"{name}:Notes")
-    assert text.startswith(f"agent.use: {name}:Notes cannot be imported: {says.format(name=name)}")
+    assert text.startswith(f"agent.use: {name}:Notes cannot be imported: {message.format(name=name)}")
     (record,) = [each for each in caplog.records if each.levelno == logging.ERROR]
     assert record.exc_info, "the traceback is in the log"
 
@@ -132,25 +134,25 @@ def test_a_name_that_the_module_does_not_have(write: Write) -> None:
 
 
 @pytest.mark.parametrize(("code", "kind"), [("def Notes(options): ...\n", "function"), ("Notes = 3\n", "int")])
-def test_what_is_not_a_class(write: Write, code: str, kind: str) -> None:
+def test_a_name_that_is_not_a_class(write: Write, code: str, kind: str) -> None:
     name = write(code)
     assert refusal(POINT, f"{name}:Notes") == f"agent.use: {name}:Notes must be a class, got {kind}"
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "message"),
     [
         ("    def stop(self): ...\n", "has no method async def run(self, question) -> Episode"),
         ("    async def run(self, question): ...\n", "has no method def stop(self)"),
         ("    run = 3\n    def stop(self): ...\n", "has no method async def run(self, question) -> Episode"),
     ],
 )
-def test_a_class_without_a_method(write: Write, body: str, says: str) -> None:
+def test_a_class_without_a_method(write: Write, body: str, message: str) -> None:
     name = write(f"class Notes:\n{body}")
-    assert refusal(POINT, f"{name}:Notes") == f"agent.use: {name}:Notes {says}"
+    assert refusal(POINT, f"{name}:Notes") == f"agent.use: {name}:Notes {message}"
 
 
-def test_an_abstract_method_is_a_missing_one(write: Write) -> None:
+def test_an_abstract_method_counts_as_missing(write: Write) -> None:
     name = write("from palimpsest import Workflow\nclass Notes(Workflow):\n    def stop(self): ...\n")
     assert refusal(POINT, f"{name}:Notes") == (
         f"agent.use: {name}:Notes has no method async def run(self, question) -> Episode"

@@ -44,7 +44,7 @@ def keys(tmp_path: Path) -> Path:
 
 
 def client_keys(keys: Path, folder: Path) -> Path:
-    """Copies the files that `palimpsest keys` says to copy to another node."""
+    """Copies the files that another node needs according to `palimpsest keys`."""
     folder.mkdir()
     for name in ("client.key_secret", "server.key"):
         shutil.copy(keys / name, folder / name)
@@ -126,7 +126,7 @@ async def test_curve_server_ignores_a_client_without_keys(transport: Open, keys:
 async def test_curve_server_ignores_unauthorized_keys_until_they_are_authorized(
     transport: Open, keys: Path, tmp_path: Path
 ) -> None:
-    """The client knows the server's public key, but its own public key is not in authorized/ at first."""
+    """The client has the server's public key, but its own public key is not in authorized/ at first."""
     create_keys(tmp_path / "foreign")
     foreign = client_keys(tmp_path / "foreign", tmp_path / "node")
     shutil.copy(keys / "server.key", foreign / "server.key")
@@ -164,8 +164,8 @@ async def test_an_address_in_use_and_an_invalid_address_are_refused(transport: O
         sockets.dealer("tcp://127.0.0.1")
 
 
-@pytest.mark.parametrize("gone", [False, True])
-async def test_a_send_does_not_stop_a_waiting_receive_from_waking(transport: Open, gone: bool) -> None:
+@pytest.mark.parametrize("is_unknown", [False, True])
+async def test_a_send_does_not_stop_a_waiting_receive_from_waking(transport: Open, is_unknown: bool) -> None:
     """A send consumes the signal of the edge-triggered descriptor, also if it fails; the receiver must still wake."""
     router = transport().router("tcp://127.0.0.1:0")
     dealer = transport().dealer(router.address)
@@ -177,7 +177,7 @@ async def test_a_send_does_not_stop_a_waiting_receive_from_waking(transport: Ope
             await asyncio.sleep(0)
             assert dealer.try_send([b"again"])
             time.sleep(0.02)  # noqa: ASYNC251 (the message arrives while the event loop is blocked)
-            assert router.send(b"nobody" if gone else peer, [b"there"]) is not gone
+            assert router.send(b"unknown" if is_unknown else peer, [b"there"]) is not is_unknown
             assert (await waiting)[1] == [b"again"]
 
 
@@ -227,7 +227,7 @@ async def test_closing_a_socket_twice_does_not_disturb_the_next_socket(transport
         assert (await waiting)[1] == [b"hello"]
 
 
-async def test_a_router_drops_messages_to_a_peer_that_is_gone(transport: Open) -> None:
+async def test_a_router_drops_messages_to_a_disconnected_peer(transport: Open) -> None:
     server, client = transport(), transport()
     router = server.router("tcp://127.0.0.1:0")
     dealer = client.dealer(router.address)
@@ -236,9 +236,9 @@ async def test_a_router_drops_messages_to_a_peer_that_is_gone(transport: Open) -
         peer, _ = await router.recv()
         assert router.send(peer, [b"there"])
         client.close()
-        while router.send(peer, [b"gone?"]):  # noqa: ASYNC110 (libzmq gives no signal when it notices)
+        while router.send(peer, [b"ping"]):  # noqa: ASYNC110 (libzmq sends no event when it detects the disconnection)
             await asyncio.sleep(0.01)
-    assert not router.send(b"nobody", [b""])
+    assert not router.send(b"unknown", [b""])
 
 
 # --- requests ---
@@ -278,7 +278,7 @@ async def served(transport: Open) -> AsyncIterator[RequestClient]:
     await asyncio.wait([serving])
 
 
-async def ask(client: RequestClient, query: str, *, timeout_s: float = WAIT_S) -> list[bytes]:
+async def search(client: RequestClient, query: str, *, timeout_s: float = WAIT_S) -> list[bytes]:
     request = SearchRequest(request_id=client.next_id(), queries=[query], top_n=1)
     reply, payload = await client.request(request, SearchReply, timeout_s=timeout_s)
     assert reply.request_id == request.request_id
@@ -286,29 +286,29 @@ async def ask(client: RequestClient, query: str, *, timeout_s: float = WAIT_S) -
 
 
 async def test_concurrent_requests_get_their_own_replies(served: RequestClient) -> None:
-    answers = await asyncio.gather(*(ask(served, f"q{i}") for i in range(50)))
+    answers = await asyncio.gather(*(search(served, f"q{i}") for i in range(50)))
     assert answers == [[f"q{i}".encode()] for i in range(50)]
 
 
 async def test_a_failed_request_raises_its_typed_error_and_the_client_stays_usable(served: RequestClient) -> None:
     with pytest.raises(RemoteError, match=r"search at tcp://.*: no such index"):
-        await ask(served, "error")
+        await search(served, "error")
     with pytest.raises(ProtocolError, match="expected search_reply, got search"):
-        await ask(served, "other kind")
+        await search(served, "other kind")
     with pytest.raises(TimeoutError, match=r"no answer to search from tcp://.* in 0.05 s"):
-        await ask(served, "silence", timeout_s=0.05)
-    assert await ask(served, "still here") == [b"still here"]
+        await search(served, "silence", timeout_s=0.05)
+    assert await search(served, "still here") == [b"still here"]
 
 
 async def test_unmatched_and_malformed_replies_are_dropped_and_counted(served: RequestClient) -> None:
-    assert await ask(served, "noise") == []
-    assert await ask(served, "after") == [b"after"]
+    assert await search(served, "noise") == []
+    assert await search(served, "after") == [b"after"]
     assert served.num_dropped == 5
 
 
 async def test_leaving_the_client_cancels_pending_requests(transport: Open) -> None:
     async with RequestClient(transport().dealer("tcp://127.0.0.1:1")) as client:
-        asking = asyncio.create_task(ask(client, "q"))
+        asking = asyncio.create_task(search(client, "q"))
         await asyncio.sleep(0)
     await asyncio.wait([asking], timeout=WAIT_S)
     assert asking.cancelled()

@@ -150,7 +150,7 @@ def test_an_index_is_refused_if_its_encoder_no_longer_takes_an_option(own_index:
         open_collections([str(own_index)])
 
 
-def test_an_index_is_refused_if_its_structure_is_gone(own_index: Path, importable: Path) -> None:
+def test_an_index_is_refused_if_its_structure_cannot_be_imported(own_index: Path, importable: Path) -> None:
     edit(importable, "class Float16Index", "class Float16Vectors")
     with pytest.raises(
         ConfigError, match=rf"index {own_index}: structure\.use: {OWN_STRUCTURE} .* has no 'Float16Index'; did you mean"

@@ -34,7 +34,7 @@ class Fact(Protocol):
     text: str
 
 
-async def ask(client: RequestClient, *queries: str, top_n: int = 3, collection: str = "") -> SearchReply:
+async def search(client: RequestClient, *queries: str, top_n: int = 3, collection: str = "") -> SearchReply:
     request = SearchRequest(request_id=client.next_id(), queries=list(queries), top_n=top_n, collection=collection)
     reply, _ = await client.request(request, SearchReply, timeout_s=TIMEOUT_S)
     return reply
@@ -56,35 +56,35 @@ async def exchange(dealer: Dealer, frames: list[bytes]) -> ErrorReply:
 
 async def test_answers_in_order_best_first(serve: Serve, bow_index: Path) -> None:
     async with serve(bow_index) as running, RequestClient(running.transport.dealer(running.address)) as client:
-        reply = await ask(client, "green pear", "apple", "green pear", top_n=2)
+        reply = await search(client, "green pear", "apple", "green pear", top_n=2)
         texts = [[passage.text for passage in passages] for passages in reply.results]
         assert texts[0] == texts[2] == ["green pear .", "red pear tree ."]
         assert texts[1][0] == "red apple ."
         scores = [passage.score for passage in reply.results[0]]
         assert 1 > scores[0] > scores[1] > 0
-        assert [len(passages) for passages in (await ask(client, "unknown word", top_n=100)).results] == [3]
+        assert [len(passages) for passages in (await search(client, "unknown word", top_n=100)).results] == [3]
 
 
 async def test_many_clients_get_their_own_replies_and_share_batches(
     serve: Serve, toy_index: Path, facts: list[Fact]
 ) -> None:
-    asked = facts[800:1184]  # Founders and marriages.
+    queried = facts[800:1184]  # Founders and marriages.
     async with serve(toy_index) as running:
         clients = [RequestClient(running.transport.dealer(running.address)) for _ in range(16)]
 
         async def work(number: int) -> int:
             hits = 0
             async with clients[number] as client:
-                mine = asked[number::16]
-                replies = await asyncio.gather(*(ask(client, f"{fact.subject} {fact.relation}") for fact in mine))
+                mine = queried[number::16]
+                replies = await asyncio.gather(*(search(client, f"{fact.subject} {fact.relation}") for fact in mine))
                 for fact, reply in zip(mine, replies, strict=True):
                     hits += fact.text in [passage.text for passage in reply.results[0]]
             return hits
 
         hits = sum(await asyncio.gather(*(work(number) for number in range(16))))
         stats = running.service.stats
-        assert hits == len(asked) == stats.num_queries == stats.num_requests
-        assert stats.num_batches < len(asked) / 2
+        assert hits == len(queried) == stats.num_queries == stats.num_requests
+        assert stats.num_batches < len(queried) / 2
         assert "384 queries of 384 requests" in stats.summary()
 
 
@@ -96,11 +96,11 @@ async def test_a_request_names_its_collection(
         RequestClient(running.transport.dealer(running.address)) as client,
     ):
         query = f"{facts[0].subject} {facts[0].relation}"
-        fruit, toy = await asyncio.gather(ask(client, "apple"), ask(client, query, collection="toy"))
+        fruit, toy = await asyncio.gather(search(client, "apple"), search(client, query, collection="toy"))
         assert fruit.results[0][0].text == "red apple ."
         assert toy.results[0][0].text == facts[0].text
         with pytest.raises(RemoteError, match="there is no collection 'nuts'; there are fruit, toy"):
-            await ask(client, "walnut", collection="nuts")
+            await search(client, "walnut", collection="nuts")
 
 
 async def test_malformed_requests_are_refused_and_others_are_still_answered(serve: Serve, bow_index: Path) -> None:
@@ -133,7 +133,7 @@ async def test_malformed_requests_are_refused_and_others_are_still_answered(serv
         for frames, request_id, message in cases:
             reply = await exchange(dealer, frames)
             assert (reply.request_id, message in reply.error) == (request_id, True), reply
-        assert (await ask(client, "apple")).results[0][0].text == "red apple ."
+        assert (await search(client, "apple")).results[0][0].text == "red apple ."
         assert running.service.stats.num_refused == len(cases)
 
 
@@ -144,13 +144,13 @@ async def test_requests_beyond_max_pending_are_refused(serve: Serve, bow_index: 
         RequestClient(running.transport.dealer(running.address)) as client,
     ):
         queries = [[f"apple {i}" for i in range(4)] for _ in range(64)]
-        outcomes = await asyncio.gather(*(ask(client, *each) for each in queries), return_exceptions=True)
+        outcomes = await asyncio.gather(*(search(client, *each) for each in queries), return_exceptions=True)
         refused = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         assert refused
         assert all(isinstance(error, RemoteError) for error in refused)
         assert "the retriever's queue is full: 4 queries wait, max_pending is 4" in str(refused[0])
         assert (
-            len((await ask(client, *["apple"] * 256)).results) == 256
+            len((await search(client, *["apple"] * 256)).results) == 256
         )  # An idle service accepts a request of any size.
 
 
@@ -167,14 +167,14 @@ async def test_a_reply_too_large_to_send_is_an_error(
         RequestClient(running.transport.dealer(running.address)) as client,
     ):
         with pytest.raises(RemoteError, match="send fewer queries per request, or a smaller top_n"):
-            await ask(client, *["word"] * 256)
-        assert len((await ask(client, "word")).results[0]) == 2
+            await search(client, *["word"] * 256)
+        assert len((await search(client, "word")).results[0]) == 2
 
 
 async def test_a_client_that_disconnects_does_not_affect_others(serve: Serve, bow_index: Path) -> None:
     async with serve(bow_index) as running, RequestClient(running.transport.dealer(running.address)) as client:
-        gone = running.transport.dealer(running.address)
+        leaving = running.transport.dealer(running.address)
         for number in range(1, 20):
-            await gone.send([encode(SearchRequest(request_id=number, queries=["apple"], top_n=1))])
-        gone.close()
-        assert (await ask(client, "pear")).results[0][0].text == "green pear ."
+            await leaving.send([encode(SearchRequest(request_id=number, queries=["apple"], top_n=1))])
+        leaving.close()
+        assert (await search(client, "pear")).results[0][0].text == "green pear ."

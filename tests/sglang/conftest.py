@@ -61,7 +61,7 @@ class Attached:
     model: Path
 
     async def publish(self, *, publication: int, version: int, scale: float, canary_off_by: float = 0.0) -> None:
-        """Publishes the model with its last norm multiplied by `scale`, and a canary wrong by `canary_off_by` nats."""
+        """Publishes the model, its last norm scaled by `scale`, and a canary that is off by `canary_off_by` nats."""
         data, canary = weights_and_canary(self.model, scale=scale)
         canary = canary.model_copy(update={"logprobs": [value - canary_off_by for value in canary.logprobs]})
         await self.learner.publish(data, publication=publication, version=version, canary=canary)
@@ -92,7 +92,7 @@ async def until_running(server: Server, num: int) -> None:
 
 @pytest.fixture
 def pause_mode() -> UpdateMode | None:
-    """The agent's `pause_mode`; None: that of the server's release. Tests set another value with `parametrize`."""
+    """The agent's `pause_mode`; None: the mode of the server's release. Tests set another value with `parametrize`."""
     return None
 
 

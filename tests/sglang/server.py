@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 API_KEY = "a-key-of-the-tests"
 CONTEXT_LENGTH = 2_048
 MAX_RUNNING = 16
-# It takes 25 s on two idle cores.
+# The server starts in 25 s on two idle cores.
 _START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 30.0
 

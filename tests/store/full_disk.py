@@ -1,4 +1,4 @@
-"""A full disk by SQLite's own limit of a file's size: SQLite fails in the same way."""
+"""Simulates a full disk with SQLite's limit on the file size, which causes the same error."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from learner.store.store import Store
 
 
 def fill_up(store: Store) -> None:
-    """The file cannot grow: a limit below its size means its present size."""
+    """Prevents the file from growing: SQLite replaces a limit below the present size by the present size."""
     store.query("PRAGMA max_page_count = 1")
 
 

@@ -52,7 +52,7 @@ def test_ages_are_recomputed_from_the_stored_tokens(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sql", "says"),
+    ("sql", "expected"),
     [
         ("DELETE FROM entries", "1 questions were leased, but 0 are accounted for"),
         ("DELETE FROM groups", "acknowledged groups are not in the store"),
@@ -64,5 +64,5 @@ def test_ages_are_recomputed_from_the_stored_tokens(run: Path) -> None:
         ("DELETE FROM batches", "trained but in no batch"),
     ],
 )
-def test_a_changed_store_has_problems(run: Path, sql: str, says: str) -> None:
-    assert any(says in problem for problem in tamper(run, sql))
+def test_a_changed_store_has_problems(run: Path, sql: str, expected: str) -> None:
+    assert any(expected in problem for problem in tamper(run, sql))

@@ -1,4 +1,4 @@
-"""Scripted episodes of the toy, played by the workflow that the policy is trained with."""
+"""Scripted episodes of the toy task, played by the workflow that training uses."""
 
 import asyncio
 from pathlib import Path
@@ -37,7 +37,7 @@ async def play(tokenizer: Tokenizer, *worlds: int, num: int, noise: Noise | None
 
 
 def written(tokenizer: Tokenizer, context: Context) -> list[str]:
-    """The policy's pieces of a context."""
+    """Returns the texts that the policy wrote in a context."""
     sampled = tokenizer.decode(context.token_ids[context.loss_mask].tolist())
     return [piece.strip() for piece in sampled.split("<end>")[:-1]]
 

@@ -68,7 +68,7 @@ def test_every_epoch_has_each_question_once_in_its_own_order(tmp_path: Path):
     assert [task.question(cursor).id for cursor in range(20)] == epochs[0]
 
 
-def test_the_order_depends_on_the_seed_and_not_on_what_was_asked_before(tmp_path: Path):
+def test_the_order_depends_on_the_seed_and_not_on_earlier_calls(tmp_path: Path):
     path = written(tmp_path / "q.jsonl", *({**GOOD, "id": str(k)} for k in range(20)))
 
     def order(seed: int, cursors: range) -> list[str]:

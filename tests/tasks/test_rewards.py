@@ -20,7 +20,7 @@ from tests.actor.search_tool import chat_rendering
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("PALIMPSEST_DATA", ROOT.parent / "shared" / "data"))
-# The original calls it valid and crashes when it reads the answer; here an unclosed box is no box.
+# The original accepts it and crashes when it reads the answer; here an unclosed box is not a box.
 CRASHES_IN_THE_ORIGINAL = {"fmt-unclosed-box"}
 QUESTION = Question(id="q", text="who?", answers=("Ada Lovelace", "Lovelace"))
 
@@ -103,7 +103,7 @@ async def test_rewards(name: str, answer: str | None, status: Status, reward: fl
 
 
 async def score_of(section: dict[str, object], answer: str | None, status: Status = Status.COMPLETED) -> Score:
-    """What the reward of a `[reward]` section gives to an answer."""
+    """Returns the score of an answer by the reward of a `[reward]` section."""
     reward: Reward = REWARDS.create(RewardConfig.model_validate(section), base_dir=None)
     trajectory = Trajectory(contexts=(), reward=0.0, status=status)
     return await reward.score(QUESTION, Episode(status=status, answer=answer), trajectory)

@@ -98,5 +98,5 @@ class LearnerSide:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(WAIT_S):
-            while not condition():  # noqa: ASYNC110 (agents report at times of their own)
+            while not condition():  # noqa: ASYNC110 (agents report on their own schedule)
                 await asyncio.sleep(0.01)

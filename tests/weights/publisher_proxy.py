@@ -14,7 +14,7 @@ EditChunk = Callable[[Chunk, bytes], bytes | None]
 
 
 class PublisherProxy:
-    """Forwards the messages of each peer over a DEALER of its own. Runs until cancelled.
+    """Forwards the messages of each peer over a separate DEALER. Runs until cancelled.
 
     `edit_chunk` returns the payload to forward instead of a chunk's, or None to lose the reply. `manifests_allowed`:
     while it is clear, manifest requests wait; `manifest_requested` is set when one arrives.

@@ -92,7 +92,7 @@ async def test_the_agent_installs_the_newest_publication_if_its_target_is_no_lon
     data = scaled_weights(model, scale=1.0)
     await learner.publish(data, publication=1, version=0)
     await learner.until(serves(learner, 1))
-    # The agent may learn of publication 2 and request its manifest only after two newer ones have replaced it.
+    # The agent may get the announcement of publication 2 only when two newer ones have already replaced it.
     for publication in (2, 3, 4):
         data = scaled_weights(model, scale=0.3 + 0.37 * publication)
         await learner.publish(data, publication=publication, version=publication - 1)
