@@ -1,4 +1,4 @@
-"""Algorithm configs for tests: sections with options of any extension, validated as the run file's are."""
+"""Algorithm configs for tests: sections with options of any extension, validated like those of a run file."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Flat:
         return torch.tensor([getattr(token, name) for token in self.tokens], dtype=torch.int64)
 
     def loss_tokens(self, *, importance: Tensor | None = None) -> TokenData:
-        """The age of a token is its version here, its context index the number of its context."""
+        """Uses a token's version as its age, and its context's number as its context index."""
         return TokenData(
             logprobs=self.column("logprobs").requires_grad_(),
             entropy=self.column("weight") + 1.0,

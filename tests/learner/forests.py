@@ -1,4 +1,4 @@
-"""Random forests of contexts, and the log-probs of a plain forward of each context."""
+"""Random sets of contexts with shared prefixes, and the log-probs of a plain forward of each context."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def norm_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model uses the attention of transformers (sdpa)."""
+    """Within the block, the model uses the sdpa attention of transformers."""
     before = str(model.config._attn_implementation)
     model.set_attn_implementation("sdpa")
     yield
@@ -69,7 +69,7 @@ def plain_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def plain_logprobs(model: PreTrainedModel, context: Ids, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(logprob [L - 1], entropy [L - 1]) of all but the first token of a context, in a separate forward."""
+    """Returns (logprob [L - 1], entropy [L - 1]) of all but the first token of a context, in a separate forward."""
     ids = torch.from_numpy(context)
     logits = model(input_ids=ids[None, :-1]).logits[0] / temperature
     all_logprobs = logits.log_softmax(dim=-1)
@@ -77,7 +77,7 @@ def plain_logprobs(model: PreTrainedModel, context: Ids, *, temperature: float =
 
 
 def every_token(contexts: Sequence[Ids]) -> tuple[Ids, Ids, Ids]:
-    """(context, position, token id) of all tokens but the first of each context."""
+    """Returns (context, position, token id) of all tokens but the first of each context."""
     owner = np.concatenate([np.full(len(each) - 1, number) for number, each in enumerate(contexts)])
     position = np.concatenate([np.arange(1, len(each)) for each in contexts])
     return owner, position, np.concatenate([each[1:] for each in contexts])
@@ -86,7 +86,7 @@ def every_token(contexts: Sequence[Ids]) -> tuple[Ids, Ids, Ids]:
 def grown(
     rng: np.random.Generator, *, num_contexts: int, stretches: Sequence[int], vocab_size: int = VOCAB_SIZE
 ) -> list[Ids]:
-    """Contexts that each start with a random prefix of an earlier one, plus random ids; lengths from `stretches`."""
+    """Contexts: each is a random prefix of an earlier one plus random ids, whose number is from `stretches`."""
     contexts = [rng.integers(0, vocab_size, size=max(stretches))]
     while len(contexts) < num_contexts:
         parent = contexts[int(rng.integers(len(contexts)))]

@@ -1,4 +1,4 @@
-"""Settings of the property tests: the same examples in every run, and no failure because the machine is slow.
+"""Settings of the property tests: the same examples in every run, and no time limits.
 
 Hypothesis fails a test by default if one example takes longer than 200 ms, or if drawing examples is slow.
 """

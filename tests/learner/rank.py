@@ -46,8 +46,8 @@ TRAINERS = {
 }
 
 
-def watched_by(rank: int) -> Diagnostics:
-    """Of other tokens on every rank; the largest weight is on rank 0."""
+def diagnostics_of(rank: int) -> Diagnostics:
+    """Returns the diagnostics of tokens that differ between ranks; the largest weight is on rank 0."""
     tokens = flat_tokens(rank + 1)
     weights = torch.linspace(0, 4 - rank, len(tokens.tokens), dtype=torch.float64)
     return loss_of(tokens.loss_tokens(importance=weights), loss_config())[1]
@@ -160,7 +160,7 @@ def main(out: Path) -> None:
 def _use_collectives(world: World) -> dict[str, object]:
     lead = world.rank == 0
     large = bytes(range(256)) * 5000
-    total = world.reduce(watched_by(world.rank))
+    total = world.reduce(diagnostics_of(world.rank))
     return {
         "sum": world.sum(torch.tensor([1, 10 * world.rank])).tolist(),
         "bytes": [world.broadcast(data if lead else None) == data for data in (b"", b"x", large)],

@@ -1,4 +1,4 @@
-"""A run folder with recorded batches, as a learner leaves it, made without servers."""
+"""Makes a run folder with recorded batches, like a learner's, without servers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.leases.groups import arrived
 
 
 def groups_of(step: int, *, num: int = 2) -> list[TrajectoryGroup]:
-    """Groups of the last two versions; their contexts have no common prefix on purpose."""
+    """Groups of the last two versions; their contexts deliberately have no common prefix."""
     versions = tuple(range(max(0, step - 1), step + 1))
     return [group(100 * step + i, versions=versions, cursor=num * step + i) for i in range(num)]
 

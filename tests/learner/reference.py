@@ -1,4 +1,4 @@
-"""DESIGN.md's "Multi-context GRPO, exactly", token by token in slow NumPy; the learner is compared with it."""
+"""The equations of docs/algorithms.md, token by token in slow NumPy; the learner is compared with it."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def correction_of(n: int, trained: Sequence[Token], proxs: Sequence[float], conf
 
 
 def full_logprobs(model: PreTrainedModel, context: Context, *, temperature: float) -> torch.Tensor:
-    """[L] with gradient: a plain transformers forward of one context, no padding, logits everywhere; [0] is 0."""
+    """[L] with gradient: a plain transformers forward of one context, no padding, all logits; [0] is 0."""
     ids = torch.from_numpy(context.token_ids.astype(np.int64))[None]
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0] / temperature
     logprobs = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None]).squeeze(1)
@@ -189,7 +189,7 @@ def accumulate_reference(model: PreTrainedModel, reference: Reference, *, temper
 
 
 def frozen(model: PreTrainedModel, *, temperature: float, contexts: Sequence[Context] = ()) -> LogprobsOf:
-    """Cached log-probs of the model: of `contexts` computed now, of others at the first call."""
+    """Returns a cache of the model's log-probs: `contexts` are computed now, others at their first use."""
     known: dict[int, NDArray[np.float64]] = {}
 
     @torch.no_grad()
@@ -210,7 +210,7 @@ def reference_token_advantages(
     values: Sequence[float] | None = None,
     penalty: Sequence[float] | None = None,
 ) -> tuple[list[float], list[float] | None]:
-    """(advantages, returns), one token after the other."""
+    """Returns (advantages, returns), computed one token at a time."""
     options = advantage_options(config)
     num_tokens = len(credit.trajectory)
     penalty = penalty if penalty is not None else [0.0] * num_tokens

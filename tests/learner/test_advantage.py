@@ -26,7 +26,7 @@ ESTIMATORS = tuple(ADVANTAGE_OPTIONS)
 
 
 def credit_of(seed: int, *, num_trajectories: int | None = None, max_tokens: int = 4) -> Credit:
-    """A batch of uneven groups; contexts of two roles and two policies, some of them without a sampled token."""
+    """A batch of groups of different sizes; contexts of two roles and policies, some without a sampled token."""
     rng = np.random.default_rng(seed)
     num = int(rng.integers(0, 7)) if num_trajectories is None else num_trajectories
     owner = np.repeat(np.arange(num), rng.integers(1, 4, size=num))

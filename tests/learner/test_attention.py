@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from learner.batch.packing import Pack, pack
-from learner.model.attention import choose, install, to_device
+from learner.model.attention import default_implementation, install, to_device
 from learner.model.attention_flex import block_mask, compiled, flex_inputs
 from protocol.errors import DataError
 from tests.learner.forests import Ids, forests, grown, model_of, plain_attention
@@ -29,7 +29,7 @@ def heads(row: Pack, *, num_query: int = 4, num_key: int = 2, dtype: torch.dtype
 
 
 def by_ancestors(row: Pack, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-    """Autograd with the dense mask: key j is visible to query i iff j <= i < subtree_end[j]."""
+    """Attention with the dense mask and autograd: query i sees key j iff j <= i < subtree_end[j]."""
     number = torch.arange(row.num_unique_tokens)
     visible = (number[None, :] <= number[:, None]) & (number[:, None] < torch.from_numpy(row.subtree_end)[None, :])
     groups = query.shape[1] // key.shape[1]
@@ -89,7 +89,7 @@ def test_padding_of_batched_blocks_is_ignored_and_does_not_overflow() -> None:
     contexts = [np.concatenate([prompts[n % 3], rng.integers(0, 40, size=13 + n)]) for n in range(9)]
     row = pack(contexts, share=True, min_share=1)
     plan = to_device(row, "cpu").plan
-    assert len(plan.inner) == 1  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(plan.cross_blocks) == 1  # pyright: ignore[reportAttributeAccessIssue]
     inputs = heads(row)
     check(row, inputs, tolerance=1e-12)
     check(row, [(12 * each).detach().requires_grad_() for each in inputs], tolerance=1e-9)
@@ -102,7 +102,7 @@ def test_hundreds_of_small_nodes_need_few_kernel_calls() -> None:
     row = pack(contexts, share=True)
     plan = to_device(row, "cpu").plan
     assert len(row.node_start) > 400
-    assert len(plan.own) + len(plan.inner) < 20  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(plan.self_blocks) + len(plan.cross_blocks) < 20  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
@@ -158,9 +158,9 @@ def test_attention_without_a_plan_is_causal() -> None:
 
 
 def test_the_implementation_depends_on_the_device_and_other_devices_are_refused() -> None:
-    assert (choose("cpu"), choose("cuda")) == ("blocks", "flex")
+    assert (default_implementation("cpu"), default_implementation("cuda")) == ("blocks", "flex")
     with pytest.raises(DataError, match="type cpu or cuda, got mps"):
-        choose("mps")
+        default_implementation("mps")
 
 
 def test_a_sliding_window_shorter_than_a_context_is_refused() -> None:

@@ -138,7 +138,7 @@ def test_multiples_of_keep_every_steps_are_never_deleted(trainer: Trainer, tmp_p
 
 
 class Killed(BaseException):
-    """Stands for a kill: no `except Exception` catches it."""
+    """Simulates a kill: a BaseException, which `except Exception` does not catch."""
 
 
 def test_a_kill_before_any_file_operation_leaves_a_complete_checkpoint(

@@ -14,7 +14,7 @@ from tests.learner.tiny import group, tiny_model
 
 @pytest.fixture
 def trainer() -> Trainer:
-    """After one update, so that AdamW has moments; with weight decay."""
+    """A trainer with weight decay after one update, so that AdamW has moments."""
     optimizer = OptimizerConfig(learning_rate=0.01, weight_decay=0.1)
     made = Trainer(
         policy=Policy(tiny_model(), ()), config=LearnerConfig(staleness_bound=1, num_steps=10, optimizer=optimizer)
@@ -25,7 +25,7 @@ def trainer() -> Trainer:
 
 
 def state_after(trainer: Trainer, groups: list[TrajectoryGroup], *, step: int) -> tuple[bool, bool]:
-    """Whether the step left the weights, and AdamW's state, unchanged."""
+    """Trains a step. Returns (True if the weights are unchanged, True if AdamW's state is unchanged)."""
     parameters = list(trainer.scorer.parameters())
     before = [parameter.clone() for parameter in parameters]
     moments = [{name: each.clone() for name, each in trainer.optimizer.state[p].items()} for p in parameters]

@@ -49,7 +49,7 @@ def test_loss_and_gradient_equal_the_reference(config: LossConfig, seed: int) ->
     flat = flat_tokens(seed)
     importance = torch.from_numpy(np.random.default_rng(seed).choice([0.0, 0.5, 2.0], size=len(flat.tokens)))
     tokens = flat.loss_tokens(importance=importance)
-    loss, seen = loss_of(tokens, config)
+    loss, found = loss_of(tokens, config)
     wanted, slopes = reference_objective(
         flat.tokens,
         flat.logprobs.tolist(),
@@ -61,7 +61,7 @@ def test_loss_and_gradient_equal_the_reference(config: LossConfig, seed: int) ->
     )
     assert float(loss.detach()) == pytest.approx(wanted, rel=1e-9, abs=1e-9)
     np.testing.assert_allclose(gradient(loss, tokens.column("logprobs")), slopes, rtol=1e-5, atol=1e-8)
-    assert seen.loss == pytest.approx(wanted if len(flat.tokens) else 0.0, rel=1e-9, abs=1e-9)
+    assert found.loss == pytest.approx(wanted if len(flat.tokens) else 0.0, rel=1e-9, abs=1e-9)
 
 
 def test_each_token_is_clipped_by_the_sign_of_its_own_advantage() -> None:
@@ -110,12 +110,12 @@ def test_entropy_and_value_terms() -> None:
     full = dataclasses.replace(
         tokens, entropy=entropy, values=values, old_values=torch.zeros_like(returns), returns=returns
     )
-    loss, seen = loss_of(full, loss_config(entropy_coefficient=0.1, value=ValueConfig(coefficient=0.25, clip=0.2)))
+    loss, found = loss_of(full, loss_config(entropy_coefficient=0.1, value=ValueConfig(coefficient=0.25, clip=0.2)))
     errors = torch.maximum((values - returns) ** 2, (values.clamp(-0.2, 0.2) - returns) ** 2) / 2
     wanted = plain + (tokens.weight * (0.25 * errors - 0.1 * entropy)).sum()
     torch.testing.assert_close(loss, wanted)
     np.testing.assert_allclose(gradient(loss, entropy), -0.1 * tokens.weight)
-    values_of = seen.values()
+    values_of = found.values()
     assert values_of["learner/value_loss"] == pytest.approx(errors.mean().item())
     assert values_of["policy/entropy"] == pytest.approx(entropy.mean().item())
 
@@ -151,19 +151,19 @@ def test_diagnostics_sum_over_any_split() -> None:
         assert found.values() == pytest.approx(whole.values(), rel=1e-12)
 
 
-def test_diagnostics_say_what_was_seen() -> None:
+def test_diagnostics_equal_means_over_the_tokens() -> None:
     flat = flat_tokens(3)
     num = len(flat.tokens)
     importance = torch.linspace(0, 2, num, dtype=torch.float64)
     tokens = flat.loss_tokens(importance=importance)
-    _, seen = loss_of(tokens, loss_config(clip_low=0.1, clip_high=0.1))
+    _, found = loss_of(tokens, loss_config(clip_low=0.1, clip_high=0.1))
     logprobs = tokens.column("logprobs").detach()
     kl = (logprobs - tokens.behavior).exp() - 1 - (logprobs - tokens.behavior)
-    assert seen.num_tokens == num
+    assert found.num_tokens == num
     assert tokens.reference is not None
     weight = (tokens.column("proximal") - tokens.behavior).exp()
     wanted = {
-        "learner/loss": seen.loss,
+        "learner/loss": found.loss,
         "learner/value_loss": 0.0,
         "policy/entropy": tokens.column("entropy").mean(),
         "policy/clip_fraction": clipped_of(tokens).double().mean(),
@@ -177,8 +177,8 @@ def test_diagnostics_say_what_was_seen() -> None:
         "policy/corrected_weight_zero_fraction": 1 / num,
     }
     for tag, index, counts in (
-        ("policy/kl_behavior_age_", tokens.age, seen.tokens_by_age),
-        ("policy/kl_behavior_context_", tokens.context_index, seen.tokens_by_context_index),
+        ("policy/kl_behavior_age_", tokens.age, found.tokens_by_age),
+        ("policy/kl_behavior_context_", tokens.context_index, found.tokens_by_context_index),
     ):
         for bucket in range(NUM_BUCKETS):
             inside = index == bucket if bucket < NUM_BUCKETS - 1 else index >= bucket
@@ -186,7 +186,7 @@ def test_diagnostics_say_what_was_seen() -> None:
             if inside.any():
                 wanted[f"{tag}{bucket}"] = kl[inside].mean()
     assert int(tokens.age.max()) >= NUM_BUCKETS
-    assert seen.values() == pytest.approx({tag: float(value) for tag, value in wanted.items()})
+    assert found.values() == pytest.approx({tag: float(value) for tag, value in wanted.items()})
 
 
 def clipped_of(tokens: TokenData) -> torch.Tensor:
@@ -212,21 +212,21 @@ def test_on_policy_gradient_is_minus_weight_times_advantage() -> None:
             trajectory=index,
             context_index=index,
         )
-        loss, seen = loss_of(tokens, loss_config(use=name))
+        loss, found = loss_of(tokens, loss_config(use=name))
         np.testing.assert_allclose(gradient(loss, logprobs), -weight * advantages)
-        values = seen.values()
+        values = found.values()
         assert (values["policy/clip_fraction"], values["policy/kl_behavior"]) == (0.0, 0.0)
-        assert (seen.num_tokens, values["policy/corrected_weight_max"]) == (3, 1.0)
+        assert (found.num_tokens, values["policy/corrected_weight_max"]) == (3, 1.0)
         assert values["policy/entropy"] == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_dump_json(exclude_defaults=True))
 def test_no_tokens_give_zero_and_a_gradient(config: LossConfig) -> None:
     tokens = flat_tokens(0).select([]).loss_tokens()
-    loss, seen = loss_of(tokens, config)
+    loss, found = loss_of(tokens, config)
     loss.backward()
-    assert (float(loss.detach()), seen.num_tokens) == (0.0, 0)
-    assert set(seen.values().values()) == {0.0}
+    assert (float(loss.detach()), found.num_tokens) == (0.0, 0)
+    assert set(found.values().values()) == {0.0}
 
 
 def test_k3_is_unbiased_and_never_negative() -> None:

@@ -30,7 +30,7 @@ STEP = 10
 
 
 def record(folder: Path, config: LearnerConfig, groups: Sequence[TrajectoryGroup]) -> EventAccumulator:
-    """What TensorBoard reads after one real step on `groups`; folder/run/metrics.jsonl has the same step."""
+    """Trains one step on `groups`; returns its TensorBoard events. folder/run/metrics.jsonl has the same step."""
     model = save_tiny_model(folder / "model")
     (folder / "run").mkdir()
     reference = Policy(model=tiny_model(seed=1), tokenizer_files=()) if config.loss.kl_coefficient else None
@@ -150,12 +150,12 @@ def test_the_document_has_one_row_per_metric() -> None:
         ("policy/kl.{age}", "policy/kl_15", False),
     ],
 )
-def test_a_placeholder_stands_for_any_text(name: str, tag: str, is_matched: bool) -> None:
+def test_a_placeholder_matches_any_text(name: str, tag: str, is_matched: bool) -> None:
     metric = Metric(name=name, reduction="mean", unit="nats", explanation="")
     assert metric.matches(tag) is is_matched
 
 
-def test_drift_reads_ages_beyond_the_last_bucket_from_that_bucket(tmp_path: Path) -> None:
+def test_ages_beyond_the_last_bucket_are_counted_in_the_last_bucket_of_drift(tmp_path: Path) -> None:
     row = {"step": 0, "policy/kl_behavior": 1.0, "learner/trained_tokens": 30, "policy/kl_behavior_age_15": 1.0,
            "tokens_by_age": {"15": 10, "20": 20}, "tokens_by_context": {}}  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from learner.model.export import published_weights
 from learner.model.parallel import World, checkpoint_activations, clip_gradients, decoder_layers, join, shard
 from protocol.errors import ConfigError
-from tests.learner.rank import TRAINERS, Learner, train_groups, watched_by
+from tests.learner.rank import TRAINERS, Learner, diagnostics_of, train_groups
 from tests.learner.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def alone() -> Learner:
     return learner
 
 
-def assert_alike(found: dict[str, Tensor], wanted: dict[str, Tensor], *, bound: float) -> None:
+def assert_close_to_largest(found: dict[str, Tensor], wanted: dict[str, Tensor], *, bound: float) -> None:
     """Every difference is at most `bound` of the largest number in `wanted`."""
     assert found.keys() == wanted.keys()
     largest = max(float(each.abs().max()) for each in wanted.values())
@@ -70,7 +70,7 @@ def test_collectives_reach_every_rank(ranks: list[dict]) -> None:
         assert found["sum"] == [2, 10]
         assert found["bytes"] == [True, True, True]
         assert found["all"] == [True, False, False]
-        assert found["reduced"] == pytest.approx((watched_by(0) + watched_by(1)).values(), rel=1e-12)
+        assert found["reduced"] == pytest.approx((diagnostics_of(0) + diagnostics_of(1)).values(), rel=1e-12)
         assert found["reduced"]["policy/corrected_weight_max"] == 4.0
 
 
@@ -80,19 +80,19 @@ def test_two_processes_give_the_gradient_of_one(out: Path, ranks: list[dict], na
     learner.accumulate(0)
     wanted = learner.gradients()
     assert "value_head.bias" in wanted
-    assert not any("lm_head" in each for each in wanted)  # tied: its part is in the embedding's
-    assert_alike(load_file(out / f"{name}-gradients.safetensors"), wanted, bound=1e-6)
+    assert not any("lm_head" in each for each in wanted)  # tied: its gradient is part of the embedding's
+    assert_close_to_largest(load_file(out / f"{name}-gradients.safetensors"), wanted, bound=1e-6)
     norm = clip_gradients(learner.scorer.parameters(), 1.0)
     assert norm > 2.0
     assert ranks[0][f"{name} norm"] == ranks[1][f"{name} norm"] == pytest.approx(norm, rel=1e-6)
-    assert_alike(load_file(out / f"{name}-clipped.safetensors"), learner.gradients(), bound=1e-6)
+    assert_close_to_largest(load_file(out / f"{name}-clipped.safetensors"), learner.gradients(), bound=1e-6)
 
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_two_ranks_train_like_one(out: Path, ranks: list[dict], name: str) -> None:
     trainer, stepped = train_groups(TRAINERS[name], World())
     wanted = published_weights(trainer.policy.model, world=World(), dtype=torch.float32)
-    assert_alike(load_file(out / f"{name}.safetensors"), wanted, bound=1e-5)
+    assert_close_to_largest(load_file(out / f"{name}.safetensors"), wanted, bound=1e-5)
     assert ranks[0][name] == ranks[1][name]
     for (loss, norm), each in zip(ranks[0][name], stepped, strict=True):
         assert loss == pytest.approx(each.values["learner/loss"], rel=1e-4, abs=1e-6)
@@ -129,14 +129,14 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one(out: Path, alone: Learner) -> 
     learner = Learner(World())
     learner.restore(out / "of-two-ranks" / "step-00000002")
     learner.train(2, 4)
-    assert_alike(learner.published(), alone.published(), bound=1e-5)
+    assert_close_to_largest(learner.published(), alone.published(), bound=1e-5)
     assert learner.scorer.value_head is not None
     assert alone.scorer.value_head is not None
     torch.testing.assert_close(learner.scorer.value_head.weight, alone.scorer.value_head.weight, rtol=1e-4, atol=1e-6)
 
 
 def test_a_checkpoint_of_one_rank_resumes_on_two(out: Path, alone: Learner) -> None:
-    assert_alike(load_file(out / "trained-on.safetensors"), alone.published(), bound=1e-5)
+    assert_close_to_largest(load_file(out / "trained-on.safetensors"), alone.published(), bound=1e-5)
 
 
 def test_two_ranks_publish_merged_adapters(out: Path) -> None:
@@ -145,7 +145,7 @@ def test_two_ranks_publish_merged_adapters(out: Path) -> None:
     learner.train(0, 2)
     wanted = learner.published()
     assert any(not torch.equal(base[name], wanted[name]) for name in base)
-    assert_alike(load_file(out / "adapted.safetensors"), wanted, bound=1e-5)
+    assert_close_to_largest(load_file(out / "adapted.safetensors"), wanted, bound=1e-5)
 
 
 def test_bf16_training_keeps_weights_and_gradients_in_fp32(ranks: list[dict]) -> None:

@@ -159,7 +159,7 @@ def test_drift_is_read_from_the_last_line_of_each_step(tmp_path: Path) -> None:
     assert found.by_age == {0: Mean((10 + 40 + 120) / 60, 60)}
 
 
-def test_updates_that_stay_non_finite_end_the_run_and_save_the_batch(tmp_path: Path) -> None:
+def test_repeated_non_finite_updates_end_the_run_and_save_the_batch(tmp_path: Path) -> None:
     source = record_run(tmp_path / "source", num_steps=2)
     optimizer = ("learning_rate=1e30", "schedule=constant", "max_consecutive_skips=2")
     _, config = replay_config(tmp_path, "learner.num_steps=2", *(f"learner.optimizer.{each}" for each in optimizer))

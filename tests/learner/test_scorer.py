@@ -28,7 +28,7 @@ __all__ = ["norm_in_fp64"]
 
 
 class Case:
-    """Contexts, their trained tokens, and the weights of these."""
+    """Contexts, their trained tokens, and the weights of the trained tokens."""
 
     def __init__(self, seed: int, *, num_contexts: int = 12) -> None:
         rng = np.random.default_rng(seed)
@@ -36,7 +36,7 @@ class Case:
         contexts = [np.append(each, number % 3) for number, each in enumerate(contexts)]
         self.contexts = [*contexts, contexts[0], contexts[0][:10]]
         context, position, token_id = every_token(self.contexts)
-        trained = rng.random(len(context)) < 0.5  # so a shared token is trained in some contexts only
+        trained = rng.random(len(context)) < 0.5  # random: a shared token is trained in some contexts only
         trained |= position == np.array([len(each) - 1 for each in self.contexts])[context]
         self.context, self.position, self.token_id = context[trained], position[trained], token_id[trained]
         self.weight = torch.from_numpy(rng.normal(size=len(self.context)))

@@ -1,4 +1,4 @@
-"""The trainer against the slow reference: loss, gradient, and what they must not depend on."""
+"""The trainer against the slow reference: loss, gradient, and invariance to order and splits."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def trainer_of(model: PreTrainedModel, settings: LearnerConfig) -> Trainer:
 
 
 def uneven_groups() -> list[TrajectoryGroup]:
-    """Versions 2..5: at step 5, bound 2, some are over age. One trajectory is FAILED; one group has one trajectory."""
+    """Versions 2..5: some are over age at step 5, bound 2. One trajectory is FAILED; one group has one trajectory."""
     failed = (Status.COMPLETED, Status.FAILED, Status.FORMAT_ERROR, Status.COMPLETED)
     return [
         group(0, versions=(2, 3, 4), cursor=0),
@@ -230,7 +230,6 @@ def test_a_trajectory_has_the_same_weight_for_any_number_of_contexts() -> None:
 
 
 def test_masked_tokens_do_not_change_the_weight_of_the_others() -> None:
-    """Over-age tokens do not change the weights of the others."""
     batch = flatten([group(0, versions=(2, 5))])
     for aggregation in AGGREGATIONS:
         trainer = trainer_of(tiny_model(), config(aggregation=aggregation))

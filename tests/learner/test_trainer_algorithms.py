@@ -57,7 +57,7 @@ def trainer_of(config: LearnerConfig, *, with_reference: bool = False) -> Traine
 
 
 def accumulate_after_a_move(trainer: Trainer) -> None:
-    """Accumulates the gradient of all minibatches after the model has moved away from the proximal policy."""
+    """Changes the model after the proximal log-probs are computed, then accumulates all minibatches' gradients."""
     batch = flatten(uneven_groups())
     plan = trainer.plan(batch, step=STEP)
     tokens = trainer.prepare(batch, plan, step=STEP)
@@ -71,7 +71,7 @@ def accumulate_after_a_move(trainer: Trainer) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradient_at_other_weights_than_the_proximal_policy_equals_the_reference(name: str) -> None:
-    num_parts = 1 if name == "second_moment" else 2  # that one is over the batch, whatever the minibatches
+    num_parts = 1 if name == "second_moment" else 2  # second_moment is computed over the whole batch, not per minibatch
     loss = LOSSES[name].model_copy(update={"minibatches": num_parts})
     config = LearnerConfig(staleness_bound=2, tokens_per_micro_batch=64, loss=loss)
     if num_parts == 1:

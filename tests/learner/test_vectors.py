@@ -22,7 +22,7 @@ NOT_BUILT = {
 
 
 def check(row: Row) -> None:
-    """Every expected output is found, and every input and parameter of the row was used."""
+    """Asserts that all expected outputs are equal and that the adapter used all inputs and parameters."""
     found = ADAPTERS[row.op](row)
     assert row.expected.keys() <= found.keys(), f"the adapter of {row.op} has no output {row.expected.keys()}"
     assert row.unread == [], f"the adapter of {row.op} ignores {row.unread}"
@@ -88,7 +88,7 @@ def case(op: str, inputs: dict, params: dict, expected: dict) -> Row:
     ],
     ids=lambda row: row.op,
 )
-def test_adapters_know_null_bounds_ratio_inputs_sequence_levels_and_sums(row: Row) -> None:
+def test_adapters_support_null_bounds_ratio_inputs_sequence_levels_and_sums(row: Row) -> None:
     check(row)
 
 

@@ -75,7 +75,7 @@ def test_a_permutation_beyond_the_vocabulary_is_refused():
 
 
 @pytest.mark.parametrize("make", [distinct_batch, repeated_batch])
-def test_trained_symbols_of_a_copy_occurred_before_after_the_same_symbol(make):
+def test_each_trained_symbol_repeats_an_earlier_pair_of_symbols(make):
     ids, mask = make(range(9, 83), batch_size=16, rng=np.random.default_rng(0))
     assert mask.any(axis=1).all()
     for row, marked in zip(ids.tolist(), mask.tolist(), strict=True):
