@@ -1,8 +1,8 @@
 """Batch sources and publish sinks of the training loop.
 
-LiveSource      rank 0 of a run: coordinator, store, publisher
-FollowerSource  the other ranks: batches that rank 0 broadcasts
-ReplaySource    recorded batches of a run, without any server
+LiveSource      rank 0 of a run; uses the coordinator, the store and the publisher
+FollowerSource  the other ranks of a run; receives the batches that rank 0 broadcasts
+ReplaySource    all ranks of a replay; reads the recorded batches of a run, without any server
 """
 
 from __future__ import annotations
@@ -21,47 +21,47 @@ from protocol.types import TrajectoryGroup
 
 # At the end of a run, the learner waits this long for the engines to commit the last version.
 _LAST_COMMIT_TIMEOUT_S = 60.0
-# After that it answers heartbeats for this long, so that actors receive their `Drain`.
+# Then the network thread answers heartbeats for this long, so that every actor receives `Drain`.
 _DRAIN_S = 1.0
 
 
 class BatchSource(Protocol):
-    """`num_recorded`: steps that are in the log already; they are trained again, but neither logged nor published.
+    """Where the loop gets its batches and publishes its versions.
 
-    publishes: whether `publish` offers versions to engines (or, on ranks other than 0, takes part in making them).
+    num_recorded  number of steps in the log at the start; they may be trained again, but are not logged or published
+    publishes     whether rank 0 publishes versions; then every rank takes part in gathering the weights
     """
 
     num_recorded: int
     publishes: bool
 
     def wait_for_batch(self, step: int) -> list[TrajectoryGroup]:
-        """The batch of a step: from the log if it is recorded, else waits until its last group arrives."""
+        """Returns the batch of a step: a recorded one from the log, else waits for its last group."""
         ...
 
     def gauges(self) -> Mapping[str, float]:
-        """Queue lengths and the peers' counters by tag."""
+        """Metric tag → value: queue lengths, and the counters that actors and engines report."""
         ...
 
     def commit_batch(self, groups: Sequence[TrajectoryGroup]) -> None:
-        """Logs the current step as trained on these groups, durably. Call it before the step's version is published."""
+        """Writes the current step's batch to the log, durably. Call it before the step's version is published."""
         ...
 
     def publish(self, data: bytes, *, version: int, canary: CanaryFields | None = None) -> None:
-        """Offers a version to the engines. They check with `canary` that they compute with it."""
+        """Offers a version to the engines. `data`: a safetensors file. `canary`: lets engines verify the weights."""
         ...
 
     def drop_old_tokens(self, *, checkpoint_step: int) -> None:
-        """Drops recorded tokens by `learner.retention`. `checkpoint_step`: step of a checkpoint that is durable, so
-        that older batches are not needed to resume."""
+        """Applies `learner.retention` to the steps before `checkpoint_step`, the step of a durable checkpoint."""
         ...
 
     def finish(self, *, version: int) -> bool:
-        """The run is over: tells the actors to leave. Returns whether all engines have committed the last version."""
+        """Ends the run: stops the actors. Returns whether all serving engines have committed `version`."""
         ...
 
 
 class LiveSource:
-    """Implements `BatchSource` on rank 0 with the network thread; broadcasts every batch to the other ranks."""
+    """`BatchSource` on rank 0, on top of the network thread. Broadcasts every batch to the other ranks."""
 
     publishes = True
 
@@ -99,7 +99,7 @@ class LiveSource:
         )
 
     def finish(self, *, version: int) -> bool:
-        """Sends `Drain` to the actors and waits for the engines to commit the last version."""
+        """Sends `Drain` to the actors and waits at most _LAST_COMMIT_TIMEOUT_S for the engines to commit `version`."""
         self._network.run(self._network.coordinator.drain("the run has reached its last step"))
         committed = self._network.run(self._network.wait_committed(version, timeout_s=_LAST_COMMIT_TIMEOUT_S))
         time.sleep(_DRAIN_S)
@@ -107,7 +107,7 @@ class LiveSource:
 
 
 class _NullSink:
-    """The parts of `BatchSource` that do nothing without a network thread."""
+    """The methods of `BatchSource` that need the network thread, as no-ops."""
 
     def gauges(self) -> Mapping[str, float]:
         return {}
@@ -126,7 +126,7 @@ class _NullSink:
 
 
 class FollowerSource(_NullSink):
-    """Implements `BatchSource` on a rank other than 0."""
+    """`BatchSource` on a rank other than 0."""
 
     publishes = True
 
@@ -139,7 +139,7 @@ class FollowerSource(_NullSink):
 
 
 class ReplaySource(_NullSink):
-    """Implements `BatchSource` on the store of a recorded run; every rank reads the store."""
+    """`BatchSource` of a replay. Every rank reads the store of the recorded run."""
 
     publishes = False
     num_recorded = 0

@@ -1,4 +1,4 @@
-"""Puts a learner together from a config, on every rank, and runs its loop: live, or over recorded batches."""
+"""Builds the learner from a config, on every rank, and runs its loop on live or recorded batches."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+from learner.algorithms.estimators import make_estimator
+from learner.algorithms.importance_weights import make_corrections
+from learner.algorithms.losses import Loss
 from learner.batch_source import BatchSource, FollowerSource, LiveSource, ReplaySource
 from learner.leases.admission import Rules
 from learner.leases.lease_timeouts import LeaseTimeouts
@@ -34,17 +37,17 @@ log = logging.getLogger(__name__)
 
 
 def run_learner(config: Config) -> None:
-    """Trains until `learner.num_steps`; resumes where an earlier process of the same run stopped.
+    """Trains until `learner.num_steps`. Resumes from the newest checkpoint and the recorded batches in `run.dir`.
 
-    Under torchrun, every rank calls it. Raises: UserError (bad model folder, port in use, keys, a folder that belongs
-    to another run or to a learner that is running), StoreError, DivergenceError, DriftError.
+    Under torchrun, every rank calls it. Raises: UserError (bad model folder, port in use, bad keys, `run.dir` is in
+    use by another run or learner), StoreError, DivergenceError, DriftError.
     """
     with join(config.learner.device) as world, ExitStack() as stack:
         if world.rank == 0:
             stack.enter_context(locked(config.run.dir / "learner.lock", what="a learner"))
         trainer, step = load_trainer(config, world)
         if world.rank == 0:
-            source, metrics = _lead(config, trainer, stack, step=step)
+            source, metrics = _start_live_source(config, trainer, stack, step=step)
         else:
             source, metrics = FollowerSource(world, num_recorded=int(world.broadcast(None))), None
         Loop(config=config, trainer=trainer, source=source, metrics=metrics, step=step).run(
@@ -53,27 +56,36 @@ def run_learner(config: Config) -> None:
 
 
 def run_replay(config: Config, source: Path) -> None:
-    """Trains the batches that the run in `source` has recorded, in their order, without any server; resumes.
+    """Trains the batches recorded in the run folder `source`, in their order, without any server.
 
-    Metrics and checkpoints go to `run.dir`. Raises: UserError, DivergenceError.
+    Metrics and checkpoints are written to `run.dir`; a second call resumes there. Raises: UserError, StoreError,
+    DivergenceError, DriftError.
     """
     with join(config.learner.device) as world, ExitStack() as stack:
         if world.rank == 0:
             stack.enter_context(locked(config.run.dir / "learner.lock", what="a learner"))
-            _claim_replay(config, source)
+            _check_replay_folder(config, source)
         store = stack.enter_context(closing(Store(RunFolder(source).store, read_only=True)))
         num_steps = min(config.learner.num_steps, store.num_batches())
         trainer, step = load_trainer(config, world)
         metrics = _metrics(config, stack, step=step) if world.rank == 0 else None
         if world.rank == 0:
-            print(f"learner: trains the {num_steps} recorded steps of {source} from step {step} on", flush=True)
+            print(f"learner: training the {num_steps} recorded steps of {source}, starting at step {step}", flush=True)
         Loop(config=config, trainer=trainer, source=ReplaySource(store), metrics=metrics, step=step).run(
             num_steps=num_steps
         )
 
 
+def check_algorithms(config: Config) -> None:
+    """Imports and creates the advantage estimator, policy loss and corrections of the run. Raises: ConfigError."""
+    base_dir, loss = config.run.base_dir, config.learner.loss
+    make_estimator(config.learner.advantage, base_dir=base_dir)
+    Loss(loss, base_dir=base_dir)
+    make_corrections(loss.corrections, base_dir=base_dir)
+
+
 def load_trainer(config: Config, world: World) -> tuple[Trainer, int]:
-    """(trainer, the step that its weights are): model.path, with the newest checkpoint's weights. Raises: UserError."""
+    """Loads `model.path`, then the newest checkpoint if there is one. Returns (trainer, step). Raises: UserError."""
     learner = config.learner
     torch.set_num_threads(learner.torch_threads)
     torch.manual_seed(config.run.seed)
@@ -110,14 +122,17 @@ def load_trainer(config: Config, world: World) -> tuple[Trainer, int]:
     return trainer, progress.step
 
 
-def _lead(config: Config, trainer: Trainer, stack: ExitStack, *, step: int) -> tuple[BatchSource, MetricsWriter]:
+def _start_live_source(
+    config: Config, trainer: Trainer, stack: ExitStack, *, step: int
+) -> tuple[BatchSource, MetricsWriter]:
+    """Opens the store and starts the network thread, on rank 0. `step`: step of the loaded checkpoint."""
     store = stack.enter_context(closing(Store(RunFolder(config.run.dir).store)))
     store.claim(resume_key(config))
     num_recorded = store.num_batches()
     if step > num_recorded:
         raise DataError(
             f"the newest checkpoint in {config.run.dir} is of step {step}, but its store has {num_recorded} batches: "
-            "they are not of one run; choose another run.dir"
+            "they belong to different runs; choose another run.dir"
         )
     require_ports(config, "network.control_port", "network.weights_port", "network.announce_port")
     trainer.world.broadcast(str(num_recorded).encode())
@@ -157,8 +172,11 @@ def _metrics(config: Config, stack: ExitStack, *, step: int) -> MetricsWriter:
     return stack.enter_context(MetricsWriter(config.run.dir, step=step, tokenizer_folder=config.model.path))
 
 
-def _claim_replay(config: Config, source: Path) -> None:
-    """Raises: DataError where run.dir holds a run, or a replay of another one or under another config."""
+def _check_replay_folder(config: Config, source: Path) -> None:
+    """Writes run.dir/replay.json, or compares it: the recorded run and the resume key must be the same.
+
+    Raises: DataError if run.dir holds a run, a replay of another run, or a replay with another resume key.
+    """
     if RunFolder(config.run.dir).store.exists():
         raise DataError(f"run.dir {config.run.dir} holds a run of its own: choose another folder for the replay")
     path = config.run.dir / "replay.json"

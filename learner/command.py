@@ -1,4 +1,4 @@
-"""`palimpsest learner`: the learner's process."""
+"""`palimpsest learner`: runs the learner process."""
 
 from __future__ import annotations
 
@@ -17,20 +17,25 @@ import click
     "--replay",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     metavar="RUN",
-    help="Train on the batches recorded in the folder of another run, without any server.",
+    help="Train on the batches recorded in the run folder RUN, without any server.",
 )
 @click.option(
     "--check-drift",
     is_flag=True,
     help="Train with learning rate 0 and report how the mismatch between engines and learner changes.",
 )
-def learner(config: Path, overrides: tuple[str, ...], replay: Path | None, check_drift: bool) -> None:
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Load advantage estimator, policy loss and corrections, report the first error, and exit.",
+)
+def learner(config: Path, overrides: tuple[str, ...], replay: Path | None, check_drift: bool, check: bool) -> None:
     """Run the learner: it leases questions, receives groups, trains on them and publishes weights.
 
     CONFIG is the run's TOML, or the config.json that `palimpsest up` saved in the run's folder. The same command
     resumes from the newest checkpoint and the recorded batches. With --replay, metrics and checkpoints are written to
-    RUN/replay, or to the run.dir given with --set. If learner.ranks is above 1, it runs under torchrun; see
-    docs/scaling.md.
+    RUN/replay, or to the run.dir given with --set. If learner.ranks is above 1, the command starts torchrun;
+    see docs/scaling.md.
     """
     from protocol.config_file import load_config
     from protocol.role_startup import start_role
@@ -41,10 +46,16 @@ def learner(config: Path, overrides: tuple[str, ...], replay: Path | None, check
     if replay is not None:
         overrides = (f"run.dir={replay / 'replay'}", *overrides)
     loaded = load_config(config, overrides)
+    if check:
+        from learner.build import check_algorithms
+
+        check_algorithms(loaded)
+        click.echo(f"advantage {loaded.learner.advantage.use}, loss {loaded.learner.loss.use}: ready to run")
+        return
     if loaded.learner.ranks > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         _run_ranks(loaded.learner.ranks)
 
-    from learner.build import run_learner, run_replay  # imports torch: report a bad config first
+    from learner.build import run_learner, run_replay  # slow (torch), so only after the config is checked
 
     if replay is None:
         run_learner(loaded)
@@ -53,8 +64,7 @@ def learner(config: Path, overrides: tuple[str, ...], replay: Path | None, check
 
 
 def _run_ranks(num_ranks: int) -> NoReturn:
-    """Runs this command once per rank, with torchrun in this process. Exits with the status of the first rank that
-    failed."""
+    """Runs this command line under torchrun, once per rank; exits with the status of the first rank that failed."""
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import SignalException

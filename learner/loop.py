@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 class Loop:
-    """The training loop of one rank. `metrics`: None on other ranks than 0. `step`: step of the loaded checkpoint."""
+    """The training loop of one rank. `metrics`: None except on rank 0. `step`: step of the loaded checkpoint."""
 
     def __init__(
         self, *, config: Config, trainer: Trainer, source: BatchSource, metrics: MetricsWriter | None, step: int
@@ -94,21 +94,21 @@ class Loop:
 
     @contextmanager
     def _saved_if_it_diverges(self, groups: Sequence[TrajectoryGroup]) -> Iterator[None]:
-        """Adds to a DivergenceError where the batch was saved."""
+        """On a DivergenceError, saves the batch and adds its path to the message."""
         try:
             yield
         except DivergenceError as error:
             raise DivergenceError(f"{error}; the batch is in {self._save_failed_batch(groups)}") from error
 
     def _save_failed_batch(self, groups: Sequence[TrajectoryGroup]) -> Path:
-        """Writes the groups of a batch that could not be trained. `protocol.codec.unpack_groups` reads the file."""
+        """Writes the groups of a batch whose step failed. `protocol.codec.unpack_groups` reads the file."""
         path = self._folder.failed_batch(self._step)
         if self._trainer.world.rank == 0:
             path.write_bytes(pack_groups(groups))
         return path
 
     def _publish(self) -> float:
-        """Offers the current weights to the engines. Returns the seconds that it took."""
+        """Gathers the current weights and offers them to the engines. Returns the seconds that this took."""
         started = time.perf_counter()
         if self._source.publishes:
             trainer = self._trainer
@@ -140,9 +140,9 @@ class Loop:
     def _record(
         self, groups: Sequence[TrajectoryGroup], stepped: StepMetrics, *, wait_s: float, publish_s: float
     ) -> None:
-        """Writes metrics, then the log: after a kill in between, the step is trained and its metrics are written again.
+        """Writes the step's metrics, then its log entry. If the process is killed in between, the step is repeated.
 
-        publish_s: seconds to publish the version that the step started from
+        wait_s: seconds that the loop waited for the batch; publish_s: seconds to publish the version before the step
         """
         if self._metrics is not None:
             gauges = self._source.gauges()
@@ -158,8 +158,10 @@ class Loop:
             raise DriftError(f"log-probs of engines and learner drift apart although no step changed weights: {drift}")
 
     def _finish(self) -> None:
-        """Ends the run and writes finished.json. Raises: DriftError; then the run is not finished, and a restart checks
-        it again."""
+        """Ends the run and writes finished.json.
+
+        Raises: DriftError; then finished.json is not written, so a restart checks the drift again.
+        """
         if not self._source.finish(version=self._step):
             log.warning("some serving engines have not committed the last version, %d", self._step)
         if self._metrics is not None:

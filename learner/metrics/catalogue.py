@@ -1,13 +1,13 @@
-"""Every metric of a run, declared once. docs/metrics.md is generated from this table (`learner.metrics.document`).
+"""The declarations of all metrics of a run. `learner.metrics.document` generates docs/metrics.md from them.
 
     declarations                          module, which also computes the values
     reward/, rollout/                     rollout_metrics
-    staleness/, learner/                  step_metrics; metrics_writer for what the loop measures
+    staleness/, learner/                  step_metrics; metrics_writer for the metrics that the loop measures
     policy/, the losses in learner/       learner.algorithms.token_metrics
     queue/, actor/, engine/               peer_metrics; coordinator, actors and weight agents compute the values
 
-A metric of the trained tokens takes one entry in `TOKEN_METRICS`. Any other takes one declaration and the line that
-puts its value into the step's values; tests refuse a tag without a declaration and a declaration without a tag.
+To add a metric of the trained tokens, add one entry to `TOKEN_METRICS`. To add another metric, add its declaration and
+the line that computes its value; tests fail for a tag without a declaration and for a declaration without a tag.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ CATALOGUE: tuple[Metric, ...] = (
 
 
 def undeclared(tags: Iterable[str]) -> set[str]:
-    """The tags that no declaration covers."""
+    """The tags that match no declaration."""
     return {tag for tag in tags if not any(metric.matches(tag) for metric in CATALOGUE)}
 
 
 def missing(tags: Iterable[str], *, sections: Iterable[str]) -> set[str]:
-    """The names of those sections that every step must have, without a match in `tags`."""
+    """The declared names in `sections` that every step must have, but that no tag matches."""
     tags, sections = set(tags), set(sections)
     return {
         metric.name

@@ -17,12 +17,12 @@ _INTRODUCTION = """\
 The learner writes every metric to TensorBoard (`RUN/tensorboard`) and, as one JSON object per step, to
 `RUN/metrics.jsonl`, under the same names. A line of metrics.jsonl also has `time` (seconds since the epoch), `step`,
 `tokens_by_age` and `tokens_by_context` (numbers of trained tokens). Two lines of one step mean that the learner was
-restarted: the last one counts. A name in braces stands for any text: `reward/{part}` is `reward/em`, `reward/f1` …
+restarted: use the last one. A name in braces stands for any text: `reward/{part}` is `reward/em`, `reward/f1` …
 
-The step of every value is the learner's version *before* the update: step k shows what turned version k into k + 1.
-Trained tokens are the tokens that the policy sampled, in trajectories that did not fail, and that are young enough. A
-batch is `groups_per_batch` groups. A reduction says how the values of tokens, trajectories or processes become one
-value of the step, over all micro-batches and ranks.
+The step of every value is the learner's version *before* the update: the values of step k belong to the update from
+version k to k + 1. Trained tokens are tokens that the policy sampled, in trajectories that did not fail, and whose age
+is within the staleness bound. A batch is `groups_per_batch` groups. The reduction is how the values of tokens,
+trajectories or processes are combined into one value per step, over all micro-batches and ranks.
 
 Symbols: R reward, A advantage, π_θ the policy being trained, π_prox the policy at the start of the step, π_behave the
 policy that sampled (its log-probs were recorded), r = π_θ/π_prox the ratio, w = π_prox/π_behave the importance weight,
@@ -52,7 +52,7 @@ def render() -> str:
 
 
 def main() -> None:
-    """Writes the file that the first argument names."""
+    """Writes the document to the path in the first argument."""
     atomic_write(Path(sys.argv[1]), render())
 
 

@@ -1,9 +1,9 @@
-"""Checks that engines and learner agree, from the metrics.jsonl of a run with learning rate 0 (`learner.check_drift`).
+"""The drift check: compares log-probs of engines and learner in a run with learning rate 0 (`learner.check_drift`).
 
-At learning rate 0 the weights do not change, so the mismatch KL must not grow: not over the steps, not with the age of
-the tokens, not with the context index. If it grows, there is a defect: stale caches, damaged weights, or tokens that
-were recorded under another version or another context than the one that sampled them. metrics.jsonl covers all steps
-of the run, also those before a restart of the learner.
+At learning rate 0 the weights do not change, so the mismatch KL must not increase with the step, the age of the tokens
+or the context index. If it does, there is a defect: stale caches, damaged weights, or tokens that were recorded with
+another version or context than the one that sampled them. The check reads metrics.jsonl, which has all steps of the
+run, including those before a restart of the learner.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from learner.algorithms.token_metrics import NUM_BUCKETS
 from learner.metrics.jsonl import read_line
 
 FLOOR = 1e-5
-"""Nats per token, k3. Less is rounding of fp32 log-probs on both sides; bf16 engines are near 1e-3."""
+"""Mismatch KL (k3 estimator) in nats per token that fp32 rounding alone can cause; with bf16 engines about 1e-3."""
 FACTOR = 2.0
+"""Largest allowed ratio of a mean to the first mean of its kind."""
 MIN_TOKENS = 100
-"""A mean over fewer tokens is reported, but not checked."""
+"""Means over fewer tokens are reported, but not checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Mean:
 
     @classmethod
     def of(cls, parts: Iterable[tuple[float, int]]) -> Mean:
-        """From (mean, number of tokens) of each part; 0 if there are no tokens."""
+        """Combines parts (mean, number of tokens) into one mean; 0 if there are no tokens."""
         parts = list(parts)
         total = sum(num for _, num in parts)
         return cls(sum(kl * num for kl, num in parts) / total if total else 0.0, total)
@@ -40,7 +41,7 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Mean mismatch KL: of the first and the last third of the steps, by age, by context index."""
+    """Mean mismatch KL of the first and the last third of the steps, and by age and by context index."""
 
     first: Mean
     last: Mean
@@ -49,7 +50,7 @@ class Drift:
 
     @classmethod
     def read(cls, metrics: Path) -> Drift:
-        """From the lines of metrics.jsonl; the last line of each step counts."""
+        """Computes the means from a metrics.jsonl; of several lines of one step it uses the last."""
         lines = map(read_line, metrics.read_bytes().splitlines())
         rows = list({line["step"]: line for line in lines if line is not None}.values())
         third = max(1, len(rows) // 3)
@@ -62,9 +63,9 @@ class Drift:
 
     @property
     def is_flat(self) -> bool:
-        """Whether the last third, every age and every context index are within `FACTOR` of the first of their kind.
+        """Whether no mean exceeds `FACTOR` times the first mean of its kind (third of steps, age, context index).
 
-        The first is taken as at least `FLOOR`. NaN is not flat.
+        A first mean below `FLOOR` is replaced by `FLOOR`. False if a mean is NaN.
         """
         rows = [[self.first, self.last]]
         rows += [[means[key] for key in sorted(means)] for means in (self.by_age, self.by_context)]
@@ -90,7 +91,7 @@ def _steps(rows: Sequence[Mapping]) -> list[tuple[float, int]]:
 
 
 def _by(rows: Sequence[Mapping], tag: str, counts: str) -> dict[int, Mean]:
-    """`counts` may tell more ages apart than the metric: the metric's last bucket covers all larger ones."""
+    """Means by key. The metric's last bucket contains all larger keys of `counts`."""
     parts: dict[int, list[tuple[float, int]]] = {}
     for row in rows:
         num_tokens: Counter[int] = Counter()

@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl. JSON has no NaN: a value that is not finite is written as null."""
+"""Formats, parses and reads lines of metrics.jsonl. JSON has no NaN: a value that is not finite is written as null."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-# At least the length of two lines.
+# `last_step` reads this much of the end of the file: more than two lines.
 _TAIL_BYTES = 1 << 18
 
 
 def format_line(values: Mapping[str, float], counts: Mapping[str, Mapping[int, int]]) -> str:
-    """One line, including its line end."""
+    """One line, with its newline."""
     finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
     return json.dumps(finite | dict(counts), allow_nan=False) + "\n"
 
@@ -27,7 +27,7 @@ def parse_line(line: str | bytes) -> dict[str, Any]:
 def open_lines(path: Path) -> TextIO:
     """Opens the file to append lines to it.
 
-    If a killed writer left an incomplete last line, it gets a line end, so that readers skip it.
+    If a killed writer left an incomplete last line, a newline is appended to it, so that readers skip that line.
     """
     lines = path.open("a", buffering=1)
     if lines.tell():
@@ -39,7 +39,7 @@ def open_lines(path: Path) -> TextIO:
 
 
 def read_line(line: bytes) -> dict[str, Any] | None:
-    """None if the line is incomplete because its writer was killed."""
+    """Parses a line. Returns None if it is incomplete because its writer was killed."""
     try:
         return parse_line(line)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Writes the record of a step: TensorBoard events, one line of metrics.jsonl, and some trajectories as text."""
+"""Writes the metrics of each step: TensorBoard events, a line of metrics.jsonl, and some trajectories as text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOOP_METRICS = (
         name="learner/wait_s",
         reduction="sum over the step",
         unit="s",
-        explanation="time that the loop waited for the batch after it had asked for it",
+        explanation="time that the loop waited for the batch",
         healthy="below `learner/step_s` with enough engines; above it, generation is the bottleneck",
     ),
     Metric(
@@ -60,10 +60,10 @@ LOOP_METRICS = (
 
 
 class MetricsWriter:
-    """A context manager that appends to the metrics in `run_dir`; `step` is the first step that it will record.
+    """A context manager that appends to the metrics in `run_dir`. `step`: the first step that it will record.
 
-    If a learner was killed after it had recorded a step and before the step was logged in the store, metrics.jsonl has
-    two lines of that step: the last one counts.
+    If a learner was killed after it recorded a step but before the step was logged in the store, metrics.jsonl gets two
+    lines of that step; readers use the last one.
 
     Raises: DataError if `tokenizer_folder` has no tokenizer.json.
     """

@@ -1,7 +1,6 @@
-"""The metrics that the coordinator measures (`queue/`), and those that actors and engines report to it.
+"""The metrics that the coordinator computes (`queue/`), and those that actors and weight agents report to the learner.
 
-The coordinator, actors and weight agents name these values where they compute them; tests check the names against this
-table, so that none is written without a declaration.
+The values are computed in the coordinator, in actors and in weight agents; tests check that every tag is declared here.
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ QUEUE_METRICS = (
         name="queue/skipped",
         reduction="count since the run's start",
         unit="groups",
-        explanation="groups that were left out: for zero variance (`learner.skip_zero_variance`), or because the "
-        "environment failed them repeatedly",
+        explanation="questions that are not trained: zero variance (`learner.skip_zero_variance`), or too many failed "
+        "or refused groups",
         healthy="small compared with `queue/trained`",
     ),
     Metric(
@@ -149,8 +148,8 @@ ACTOR_METRICS = (
         name="actor/engine_requests",
         reduction=_OVER_ACTORS,
         unit="requests",
-        explanation="generations in flight at engines",
-        healthy="near `actor/trajectories_running`: little time is lost outside of engines",
+        explanation="running generation requests to engines",
+        healthy="near `actor/trajectories_running`: trajectories spend little time outside of engines",
         absent_if=_NO_ACTOR,
     ),
     Metric(
@@ -166,7 +165,7 @@ ACTOR_METRICS = (
         reduction=_OVER_ACTORS,
         unit="MB",
         explanation="resident memory of the actor process",
-        healthy="steady while the number of actors is",
+        healthy="steady if the number of actors is constant",
         absent_if=_NO_ACTOR,
     ),
 )

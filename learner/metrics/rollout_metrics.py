@@ -1,4 +1,4 @@
-"""The metrics of a batch's trajectories: rewards, lengths, and what tasks and workflows measure."""
+"""The metrics of a batch's trajectories: rewards, lengths, and the numbers that tasks and workflows return."""
 
 from __future__ import annotations
 
@@ -58,21 +58,21 @@ ROLLOUT_METRICS = (
         reduction=_OVER_TRAJECTORIES,
         unit="contexts",
         explanation="contexts of a trajectory",
-        healthy="depends on the task; at `workflow.max_turns` the policy does not stop",
+        healthy="depends on the task; if it is at `workflow.max_turns`, the policy never ends an episode itself",
     ),
     Metric(
         name="rollout/context_tokens",
         reduction="mean over contexts of trajectories that did not fail",
         unit="tokens",
         explanation="length of a context, including prompt and observations",
-        healthy="constant over turns and training: this is the purpose of a rewritten memory",
+        healthy="constant over turns and training, because the memory is rewritten, not extended",
     ),
     Metric(
         name="rollout/failed_fraction",
         reduction="mean over trajectories",
         unit="0–1",
-        explanation="fraction of trajectories that the environment failed",
-        healthy="0; otherwise look at the logs of engine and retriever",
+        explanation="fraction of trajectories with status FAILED: an engine, a tool, the workflow or the reward failed",
+        healthy="0; the reasons are in the actors' logs",
     ),
     *(
         Metric(
@@ -105,7 +105,7 @@ ROLLOUT_METRICS = (
         name="rollout/{stat}",
         reduction=_OVER_TRAJECTORIES,
         unit="its own",
-        explanation="any other number that a workflow measures of a trajectory (`Episode.stats`)",
+        explanation="any other number that a workflow returns for a trajectory (`Episode.stats`)",
         absent_if=_NOT_MEASURED,
     ),
 )

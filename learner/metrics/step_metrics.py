@@ -80,7 +80,7 @@ STEP_METRICS = (
         name="learner/trained_tokens",
         reduction="count over the batch",
         unit="tokens",
-        explanation="tokens that this step trained",
+        explanation="trained tokens of the step",
     ),
     Metric(
         name="learner/trained_contexts",
@@ -160,14 +160,14 @@ STEP_METRICS = (
         name="learner/tokens_per_s",
         reduction="sum over the step, divided by `learner/step_s`",
         unit="tokens/s",
-        explanation="tokens of the trained contexts; a prefix that contexts share counts once for each",
+        explanation="tokens of the trained contexts; a shared prefix counts once per context",
         healthy="steady",
     ),
     Metric(
         name="learner/unique_fraction",
         reduction="ratio of sums over the step",
         unit="0–1",
-        explanation="tokens that went through the model, shared prefixes once, divided by the tokens of the trained "
+        explanation="tokens that the model computed (a shared prefix once), divided by the tokens of the trained "
         "contexts",
         healthy="below 1 if contexts share their beginnings: system prompt, question, memory",
     ),
@@ -175,16 +175,16 @@ STEP_METRICS = (
         name="learner/padding_fraction",
         reduction="ratio of sums over the step",
         unit="0–1",
-        explanation="computed tokens that belong to no context, divided by all computed ones: packs have no padding, a "
-        "rank without work computes one token (a GPU's up to 127 padded positions per micro-batch are not counted)",
+        explanation="computed tokens that belong to no context, divided by all computed tokens. Packs have no padding; "
+        "a rank without work computes one such token. Not counted: up to 127 padded positions per micro-batch on a GPU",
         healthy="0",
     ),
     Metric(
         name="learner/mfu",
         reduction="ratio of sums over the step",
         unit="0–1",
-        explanation="operations that the step's tokens need, divided by what the devices can do in that time (dense "
-        "bf16); a lower bound, as the quadratic part of attention is not counted",
+        explanation="model FLOPs utilisation: floating-point operations of the step divided by the devices' dense bf16 "
+        "peak in that time; a lower bound, because the quadratic part of attention is not counted",
         healthy="0.3–0.5 on GPUs",
         absent_if="the device's peak is not known, as on a CPU",
     ),
@@ -193,10 +193,10 @@ STEP_METRICS = (
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """What step `step` did: `values` by tag, and the number of trained tokens by age and by context index.
+    """The metrics of step `step`. `values`: metric tag → value.
 
-    tokens_by_age       age = step - version; all ages
-    tokens_by_context   by context index; the last bucket of `Diagnostics` holds all later ones
+    tokens_by_age       age (step - version) → number of trained tokens
+    tokens_by_context   context index → number of trained tokens; the last index includes all later ones
     """
 
     step: int
@@ -228,10 +228,12 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a step computed, over all ranks: tokens of one forward pass over the batch, and floating-point operations.
+    """The work of a step, summed over all ranks.
 
-    `num_padding_tokens`: the tokens among them that belong to no context; a rank that has no work computes one.
-    `peak_flops`: floating-point operations per second of all devices together; None if it is not known.
+    num_computed_tokens  tokens of one forward pass over the batch
+    num_padding_tokens   those of them that belong to no context; a rank without work computes one
+    flops                floating-point operations of the step
+    peak_flops           peak of all devices together, in floating-point operations per second; None if not known
     """
 
     num_computed_tokens: int
@@ -243,7 +245,7 @@ class Work:
 def summarise(
     batch: Batch,
     plan: StepPlan,
-    watched: Diagnostics,
+    diagnostics: Diagnostics,
     work: Work,
     *,
     norms: Sequence[float],
@@ -253,7 +255,13 @@ def summarise(
     num_skipped: int,
     clock: Clock,
 ) -> StepMetrics:
-    """The metrics of a step. `watched` is reduced over all ranks; `norms` are the gradient norms by minibatch."""
+    """Computes the metrics of a step.
+
+    diagnostics   already reduced over all ranks
+    norms         gradient norm of each minibatch
+    rate          learning rate
+    num_skipped   skipped updates of the step
+    """
     trained, sampled = plan.trained, batch.sampled
     lengths = np.zeros(batch.num_contexts, dtype=np.int64)
     np.maximum.at(lengths, sampled.context[trained], sampled.position[trained])
@@ -263,12 +271,12 @@ def summarise(
         "staleness/mean": float(age.mean()) if len(age) else 0.0,
         "staleness/max": int(age.max(initial=0)),
         "staleness/over_age_tokens": plan.num_over_age,
-        **watched.values(),
+        **diagnostics.values(),
         "learner/advantage_mean": advantage_mean,
         "learner/grad_norm": float(np.mean(norms)) if norms else 0.0,
         "learner/learning_rate": rate,
         "learner/skipped_updates": num_skipped,
-        "learner/trained_tokens": watched.num_tokens,
+        "learner/trained_tokens": diagnostics.num_tokens,
         "learner/trained_contexts": int(np.count_nonzero(lengths)),
         "learner/trained_trajectories": len(np.unique(sampled.trajectory[trained])),
         "learner/step_s": clock.total_s,
@@ -283,5 +291,5 @@ def summarise(
         step=step,
         values=values,
         tokens_by_age={a: count for a, count in enumerate(np.bincount(age).tolist()) if count},
-        tokens_by_context={k: int(count) for k, count in enumerate(watched.tokens_by_context_index) if count},
+        tokens_by_context={k: int(count) for k, count in enumerate(diagnostics.tokens_by_context_index) if count},
     )

@@ -10,9 +10,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class TensorBoardWriter:
-    """Writes events into `folder`; `step` of every method is the step that the values belong to.
+    """Writes TensorBoard events into `folder`. `step` of every method: the step of the values.
 
-    `purge_step`: TensorBoard hides older events of this step and later ones, because a resumed run writes them again.
+    purge_step: TensorBoard hides earlier events of this step and later steps, because a resumed run writes them again
     """
 
     def __init__(self, folder: Path, *, purge_step: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A trajectory as Markdown, for TensorBoard's text tab."""
+"""Renders a trajectory as Markdown, for TensorBoard's text tab."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from protocol.types import Context, Trajectory
 
 
 def render_trajectory(trajectory: Trajectory, contexts: Sequence[str], *, question: str) -> str:
-    """Markdown of a trajectory; `contexts` is the decoded text of each of its contexts."""
+    """Returns Markdown of a trajectory. `contexts`: the decoded text of each of its contexts."""
     head = f"**{question}** → {trajectory.answer!r}, reward {trajectory.reward:.3f}, {trajectory.status}"
     parts = [
         f"Context {number} ({_origin(context)}, {len(context)} tokens)\n\n```\n{text}\n```"
