@@ -26,13 +26,13 @@ from protocol.messages import EngineFields
 from protocol.resident_memory import resident_mb
 from protocol.transport import Transport
 
-# Kinds of failures in a heartbeat, which carries at most 64 counters.
+# Only the most frequent kinds of failures are sent: a heartbeat has at most 64 counters.
 _MAX_FAILURE_KINDS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What rolls out trajectories, in training and in evaluation."""
+    """The objects that roll out trajectories, in training and in evaluation."""
 
     transport: Transport
     pool: EnginePool
@@ -49,7 +49,7 @@ async def open_parts(
     run_id: str | None,
     max_trajectories: int,
 ) -> Parts:
-    """Creates and starts the extensions, opens sockets and pool; `stack` closes them. Raises: UserError."""
+    """Creates and starts the extensions, the transport and the pool; `stack` closes them. Raises: UserError."""
     tokenizer = Tokenizer.load(config.model.path)
     check_model(config.model.path, tokenizer=tokenizer, context_tokens=config.workflow.context_tokens)
     transport = Transport(keys=config.network.keys)
@@ -79,7 +79,7 @@ async def open_parts(
 
 
 async def _open_searcher(config: Config, transport: Transport, stack: AsyncExitStack) -> SearchClient | None:
-    """A client of the run's retriever; None if the run has none."""
+    """Opens a client of the run's retriever. Returns None if the run has no retriever."""
     if not config.retriever.indexes and not config.retriever.port:
         return None
     client = SearchClient(
@@ -97,7 +97,7 @@ async def _start(extensions: Extensions, stack: AsyncExitStack) -> None:
 
 
 def check_extensions(config: Config) -> None:
-    """Imports and creates what the run file names for an actor, and checks it against the model's tokenizer.
+    """Imports and creates the run's workflow, task, reward and tools, and checks the workflow with the tokenizer.
 
     Nothing is started and no socket is opened. Raises: UserError (one sentence).
     """
@@ -109,7 +109,7 @@ def check_extensions(config: Config) -> None:
 
 
 class _NoSearch:
-    """Takes the place of the retriever's client while nothing runs."""
+    """Replaces the retriever's client in `check_extensions`: every search raises."""
 
     async def search(self, queries: Sequence[str], *, top_n: int, collection: str = "") -> list[list]:
         raise RuntimeError("extensions must not search before they are started")
@@ -138,13 +138,13 @@ async def run_actor(config: Config, *, name: str) -> None:
             counters=lambda: _counters(parts),
             heartbeat_s=config.actor.heartbeat_s,
         )
-        click.echo(f"{name}: ready, for the learner at {config.network.control_address}")
+        click.echo(f"{name}: ready, connecting to the learner at {config.network.control_address}")
         reason = await runner.run()
-        click.echo(f"{name}: leaves: {reason}")
+        click.echo(f"{name}: stopped: {reason}")
 
 
 def _counters(parts: Parts) -> dict[str, float]:
-    """Sent with every heartbeat; summed over actors in TensorBoard under `actor/`."""
+    """Returns the counters of a heartbeat. TensorBoard shows their sums over actors as `actor/NAME`."""
     kinds = parts.episodes.failures.most_common(_MAX_FAILURE_KINDS)
     return {
         "trajectories_running": float(parts.episodes.num_running),

@@ -94,7 +94,7 @@ async def run_weight_agent(
 
     `pause_mode` None: chosen by `update_mode` from the server's release.
 
-    Raises: UserError (no engine at `url`; or actors may not, or cannot, use its address).
+    Raises: UserError (no engine responds at `url`, or actors cannot reach it, or its address needs an API key).
     """
     import shutil
 

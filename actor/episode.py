@@ -1,4 +1,4 @@
-"""What a workflow returns: how one trajectory ended."""
+"""The result of a workflow's `run`: how one trajectory ended."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Episode:
     status           COMPLETED (the default) if the policy answered in the format of the workflow; FORMAT_ERROR and
                      OVER_BUDGET are trained as well; FAILED is not
     answer           the policy's final answer, as written; None if it gave none
-    reason           why the status is not COMPLETED, for people and metrics
-    memories         the memory that each context but the first began with
+    reason           why the status is not COMPLETED; shown in evaluation files
+    memories         the memory at the start of each context, except the first
     stats            counts for metrics, by name; the session's own counts are added to them
-    context_rewards  rewards of single contexts, beside the trajectory's; empty, or one for each context
+    context_rewards  rewards of single contexts, in addition to the trajectory's; empty, or one for each context
     transcripts      the text of each context, special tokens included; filled in by the actor
     """
 

@@ -1,4 +1,4 @@
-"""The extensions of an actor: workflow, task, reward and tools, as the run file names them."""
+"""Creates an actor's extensions: the workflow, task, reward and tools that the run file names."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TOOLS = ExtensionPoint(
 
 @dataclass(frozen=True, slots=True)
 class Extensions:
-    """What an actor runs, ready but not started."""
+    """An actor's extensions, created but not started."""
 
     workflow: Workflow
     task: Task
@@ -54,12 +54,12 @@ class Extensions:
 
 
 def make_task(config: Config, *, split: Split) -> Task:
-    """Raises: UserError."""
+    """Creates the run's task. Raises: UserError."""
     return TASKS.create(config.task, base_dir=config.run.base_dir, split=split, seed=config.run.seed)
 
 
 def make_extensions(config: Config, *, split: Split, services: Services) -> Extensions:
-    """Imports and creates everything that the run file names for an actor. Raises: UserError (one sentence)."""
+    """Imports and creates the run's workflow, task, reward and tools. Raises: UserError (one sentence)."""
     base_dir = config.run.base_dir
     tools = _make_tools(config, services)
     return Extensions(
@@ -73,7 +73,7 @@ def make_extensions(config: Config, *, split: Split, services: Services) -> Exte
 
 
 def _make_tools(config: Config, services: Services) -> dict[str, Tool]:
-    """The tools that the workflow names, by name. A built-in without a `[[tool]]` section has its defaults."""
+    """Creates the workflow's tools, by name. A built-in tool without a `[[tool]]` section has default options."""
     workflow = WORKFLOWS.load(config.workflow.use)
     sections = {tool.lookup_name: (f"tool[{i}]", tool) for i, tool in enumerate(config.tool)}
     names = config.workflow.tools

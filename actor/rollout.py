@@ -1,4 +1,4 @@
-"""From a lease to a group: G episodes of one question, each with a session of its own.
+"""Rolls out the group of a lease: G episodes of one question, each with its own session.
 
     Lease ─► task.question(cursor) ─► G × [ slot ─► Session + workflow.run ─► reward.score ] ─► TrajectoryGroup
                                            at most max_trajectories at once in this actor
@@ -40,7 +40,7 @@ _EMPTY = Trajectory(contexts=(), reward=0.0, status=Status.FAILED)
 
 
 class _Failure(Exception):
-    """A trajectory cannot be trained. `kind` is the counter's name, `reason` a sentence."""
+    """Ends a trajectory as FAILED. `kind`: name of the counter; `reason`: one sentence."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -48,7 +48,7 @@ class _Failure(Exception):
 
 
 class Episodes:
-    """Runs episodes of one workflow, in training and in evaluation alike.
+    """Runs and scores episodes of one workflow, for training and for evaluation.
 
     `failures` counts FAILED trajectories by kind, such as `SearchFailed` or `workflow_TypeError`.
     """
@@ -78,18 +78,18 @@ class Episodes:
         self.failures: Counter[str] = Counter()
 
     async def run(self, question: Question, *, min_version: int = 0, rid: str = "") -> tuple[Trajectory, Episode]:
-        """One trajectory, scored; waits for one of the `max_trajectories` slots."""
+        """Waits for one of the `max_trajectories` slots, then runs and scores one episode."""
         async with self._slots:
             self.num_running += 1
             session = self._session(question, min_version=min_version, rid=rid)
             try:
-                episode = await self._play(question, session)
+                episode = await self._run_workflow(question, session)
                 trajectory = _trajectory(session, episode)
                 score = await self._score(question, episode, trajectory)
                 return replace(trajectory, reward=score.reward, reward_parts=dict(score.parts)), episode
             except _Failure as failure:
                 self.failures[failure.kind] += 1
-                episode = _completed(session, Episode(status=Status.FAILED, reason=failure.reason))
+                episode = _close_session(session, Episode(status=Status.FAILED, reason=failure.reason))
                 return _trajectory(session, episode), episode
             finally:
                 self.num_running -= 1
@@ -97,11 +97,11 @@ class Episodes:
 
     def fail(self, what: str, extension: object, error: Exception, *, count: int = 1) -> list[Trajectory]:
         """Counts `count` FAILED trajectories for an error of `extension` and returns empty ones in their place."""
-        self.failures[self._fault(what, extension, error).kind] += count
+        self.failures[self._logged_failure(what, extension, error).kind] += count
         return [_EMPTY] * count
 
     def sendable(self, trajectory: Trajectory, lease: Lease) -> Trajectory:
-        """The trajectory, or a FAILED one if it holds values of user code that cannot be sent."""
+        """Returns the trajectory, or an empty FAILED one if values of user code in it cannot be encoded."""
         try:
             encode_group(_group(lease, _NO_QUESTION, [trajectory]), lease_id=lease.lease_id)
         except Exception as error:
@@ -120,7 +120,7 @@ class Episodes:
             rid=rid,
         )
 
-    async def _play(self, question: Question, session: Session) -> Episode:
+    async def _run_workflow(self, question: Question, session: Session) -> Episode:
         try:
             episode = await self._workflow.run(question, session)
             if not isinstance(episode, Episode):
@@ -134,16 +134,16 @@ class Episodes:
         except (EngineError, RemoteError) as error:
             raise _Failure(type(error).__name__, f"{type(error).__name__}: {error}") from error
         except ToolFailed as failed:
-            raise self._fault("tool", failed.tool, failed.__cause__ or failed) from failed
+            raise self._logged_failure("tool", failed.tool, failed.__cause__ or failed) from failed
         except Exception as error:
-            raise self._fault("workflow", self._workflow, error) from error
-        episode = _completed(session, episode)
+            raise self._logged_failure("workflow", self._workflow, error) from error
+        episode = _close_session(session, episode)
         if len(episode.context_rewards) not in (0, len(session.contexts)):
             mismatch = ValueError(
                 f"context_rewards must be empty or one for each of {len(session.contexts)} contexts, got "
                 f"{len(episode.context_rewards)}"
             )
-            raise self._fault("workflow", self._workflow, mismatch)
+            raise self._logged_failure("workflow", self._workflow, mismatch)
         return episode
 
     async def _score(self, question: Question, episode: Episode, trajectory: Trajectory) -> Score:
@@ -156,11 +156,11 @@ class Episodes:
                     f"the reward and its parts must be finite, got {score.reward} with {dict(score.parts)}"
                 )
         except Exception as error:
-            raise self._fault("reward", self._reward, error) from error
+            raise self._logged_failure("reward", self._reward, error) from error
         return score
 
-    def _fault(self, what: str, extension: object, error: BaseException) -> _Failure:
-        """An exception of a workflow, its tools or a reward, with its traceback in the log."""
+    def _logged_failure(self, what: str, extension: object, error: BaseException) -> _Failure:
+        """Logs an exception of a task, workflow, tool or reward, and returns the failure to raise."""
         kind = f"{what}_{type(error).__name__}"
         reason = f"{type(extension).__module__}:{type(extension).__qualname__} raised {described(error)}"
         trace = error if self.failures[kind] < _MAX_TRACEBACKS else None
@@ -168,8 +168,8 @@ class Episodes:
         return _Failure(kind, reason)
 
 
-def _completed(session: Session, episode: Episode) -> Episode:
-    """The episode with the session's part; a context that the workflow left open is closed."""
+def _close_session(session: Session, episode: Episode) -> Episode:
+    """Closes the open context, if any; returns the episode with the session's transcripts and counts."""
     if session.is_open:
         session.close_context()
     return replace(episode, transcripts=session.transcripts(), stats={**session.stats(), **episode.stats})
@@ -191,14 +191,14 @@ def _trajectory(session: Session, episode: Episode) -> Trajectory:
 
 
 class GroupRollout:
-    """Rolls out the group of a lease; the runner calls it."""
+    """Rolls out the group of a lease. Called by the runner."""
 
     def __init__(self, *, task: Task, episodes: Episodes) -> None:
         self._task = task
         self._episodes = episodes
 
     async def __call__(self, lease: Lease) -> TrajectoryGroup:
-        """Raises nothing that user code raises: the group then has FAILED trajectories."""
+        """Returns the group of a lease. If user code raises, the group has FAILED trajectories; nothing is raised."""
         try:
             question = self._task.question(lease.cursor)
             encode_group(_group(lease, question, [_EMPTY]), lease_id=lease.lease_id)

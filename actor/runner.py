@@ -192,7 +192,7 @@ class Runner:
                 pass
 
     async def _send_goodbye(self) -> None:
-        """Tells the coordinator to free this actor's leases. Waits at most 1 s."""
+        """Sends Goodbye, so that the coordinator frees this actor's leases. Waits at most 1 s."""
         try:
             await self._dealer.send([encode(Goodbye(actor=self._name, incarnation=self._incarnation))], timeout_s=1.0)
         except TimeoutError:

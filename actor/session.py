@@ -1,10 +1,10 @@
 """Records the tokens of one episode between a workflow and the engines.
 
     open_context(prompt) ─► generate ─► append(observation) ─► generate ─► close_context ─► contexts
-                              │ the engine gets exactly the ids so far, and the ids that it samples are appended
+                              │ the engine gets exactly the ids so far; the ids that it samples are appended
 
-Within a context nothing is decoded and encoded again. Text is decoded for parsing only, and encoded once, when it
-enters: each appended piece alone.
+Within a context, no token is decoded and encoded again. Sampled tokens are decoded only for parsing. Each appended
+piece of text is encoded once, separately.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class BudgetExceeded(PalimpsestError):
 
 
 class ToolFailed(PalimpsestError):
-    """A tool raised an error, which is the cause of this one. The trajectory fails."""
+    """A tool raised an exception, stored as `__cause__`. The trajectory fails."""
 
     def __init__(self, tool: Tool) -> None:
         super().__init__(f"the tool {type(tool).__qualname__} failed")
@@ -44,8 +44,8 @@ class ToolFailed(PalimpsestError):
 class Generation:
     """n sampled tokens, int32 [n], and their text without the stop token.
 
-    finish: `stop` at one of the requested stop ids (also as the last permitted token, which engines call `length`);
-    `illegal_stop` at another id that the engine stops at; `length` if it was cut off.
+    finish: `stop` if the last id is one of the requested stop ids (also if it is the last permitted token, for which
+    engines report `length`); `illegal_stop` if the engine stopped at another id; `length` if it was cut off.
     """
 
     text: str
@@ -57,10 +57,10 @@ class Session:
     """The tokens of one episode. It generates one piece at a time; tool calls may run concurrently.
 
     pool                engines to sample from
-    run_id              None only if nothing is trained (evaluation): a version that is not a `PolicyTag` is then
+    run_id              None only for evaluation, where nothing is trained: a version that is not a `PolicyTag` is then
                         recorded as 0
     max_context_tokens  bound of a context, prompt and observations included
-    question, rid       of the episode; tools see both
+    question, rid       the episode's question and id, which tools get in their `ToolContext`
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Session:
         """Samples at most `max_new_tokens` (fewer if the context has less room) and records them.
 
         It stops at `stop_token_ids`, by default the tokenizer's end-of-sequence token, which is recorded as well.
-        Raises: BudgetExceeded (no room), EngineError and its kinds; nothing is recorded then.
+        Raises: BudgetExceeded (no room), EngineError or a subclass; nothing is recorded then.
         """
         context = self._current
         if stop_token_ids is None:
@@ -156,7 +156,7 @@ class Session:
         if self.room < 1:
             raise BudgetExceeded(
                 f"a context must have at most workflow.context_tokens = {self._max_context_tokens} tokens, this one of "
-                f"turn {context.turn} has {len(context.ids)}: raise the limit or put less into the context"
+                f"turn {context.turn} has {len(context.ids)}: raise the limit or add less to the context"
             )
         sampling = replace(
             self._sampling,
@@ -235,7 +235,7 @@ class Session:
 
 
 class _OpenContext:
-    """The columns of one context while it grows."""
+    """The token columns of a context that is not closed yet."""
 
     def __init__(self, *, role: str, policy: str, turn: int, edge: Edge) -> None:
         self.role, self.policy, self.turn, self.edge = role, policy, turn, edge
@@ -250,7 +250,7 @@ class _OpenContext:
         self._logprobs.extend([0.0] * len(ids))
 
     def record(self, completion: Completion, spans: Sequence[VersionSpan]) -> None:
-        """`spans` are relative to the completion; neighbours of the same publication become one."""
+        """Appends sampled tokens. `spans` are relative to the completion; adjacent equal versions are merged."""
         offset = len(self.ids)
         self.ids.extend(completion.token_ids.tolist())
         self._mask.extend([True] * len(completion.token_ids))

@@ -7,7 +7,7 @@ r"""MemSearcher's texts in ChatML: JSON tool calls, numbered passages, an answer
     … and in the last turn
     policy        … </think> \boxed{answer}<|im_end|>
 
-Format facts from MemSearcher (arXiv 2511.02805) and its public code; the sentences are ours.
+The format is that of MemSearcher (arXiv 2511.02805 and its public code). The wording of the prompts is our own.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _TEMPLATES = ("system", "user", "observation")
 class ChatRendering:
     """Implements `Rendering`. `tools` are schemas (`Tool.schema`), at least one.
 
-    `paper` joins passages with a literal backslash-n, as the original does.
+    With fidelity `paper`, passages are joined with a backslash and an `n` in place of a newline, as in the original.
     """
 
     end_token = _END
@@ -52,7 +52,7 @@ class ChatRendering:
     def __init__(self, *, tools: Sequence[Mapping[str, Any]], fidelity: Fidelity = "mended") -> None:
         folder = files("actor.chat") / "templates"
         sources = {name: (folder / f"{name}.jinja").read_text(encoding="utf-8") for name in _TEMPLATES}
-        # Not HTML: autoescape would change the text. `plain` keeps foreign text from being read as control tokens.
+        # The text is not HTML: autoescape would change it. `plain` breaks control tokens in text from outside.
         self._templates = Environment(loader=DictLoader(sources), undefined=StrictUndefined, autoescape=False)
         self._separator = r"\n" if fidelity == "paper" else "\n"
         self._names = tuple(tool["name"] for tool in tools)
@@ -120,10 +120,10 @@ class ChatRendering:
 
 
 def parse_call(body: str, *, names: Sequence[str]) -> ToolCall | BadCall:
-    """The text between a pair of tool-call tags. `names` are the functions that exist."""
+    """Parses the text between a pair of tool-call tags. `names`: the functions that can be called."""
     try:
         call = json.loads(body)
-    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or an integer of thousands of digits
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or an integer with too many digits
         return BadCall(f"the tool call is not valid JSON: {error}", breaks_format=True)
     if not isinstance(call, dict) or not {"name", "arguments"} <= call.keys():
         return BadCall("a tool call is a JSON object with `name` and `arguments`", breaks_format=True)
@@ -136,7 +136,7 @@ def parse_call(body: str, *, names: Sequence[str]) -> ToolCall | BadCall:
 
 
 def plain(text: str) -> str:
-    """`text` from outside (a question, a passage, a memory) in which no chat token and no tag can be read as one."""
+    """Breaks chat tokens and tags in text from outside (a question, passage or memory): their `<` becomes `< `."""
     return _CONTROL.sub("< ", text)
 
 

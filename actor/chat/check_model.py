@@ -1,4 +1,4 @@
-"""Checks config.json of a model folder against tokenizer and context budget, without torch."""
+"""Checks a model folder's config.json against the tokenizer and the context length, without torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from protocol.framing import describe
 
 
 class _Fields(BaseModel):
-    """The fields that are read; a multimodal model has those of its text part in `text_config`."""
+    """The fields of config.json that are read. A multimodal model has those of its text model in `text_config`."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -24,14 +24,14 @@ class _Fields(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """None if config.json does not have the field."""
+    """Limits stated in config.json. A field is None if config.json does not have it."""
 
     vocab_size: int | None
     max_position_embeddings: int | None
 
 
 def read_limits(folder: Path) -> ModelLimits:
-    """Raises: DataError if the folder has no readable config.json."""
+    """Reads config.json. Raises: DataError if the folder has no readable config.json."""
     path = folder / "config.json"
     try:
         fields = _Fields.model_validate_json(path.read_bytes())
@@ -47,19 +47,19 @@ def read_limits(folder: Path) -> ModelLimits:
 
 
 def check_model(folder: Path, *, tokenizer: Tokenizer, context_tokens: int) -> None:
-    """Checks what would otherwise fail every episode.
+    """Checks the tokenizer's ids and the context length. If they exceeded the model's limits, every episode would fail.
 
-    Raises: DataError if the tokenizer has ids that the model does not have; ConfigError if contexts are longer than the
-    model's positions.
+    Raises: DataError if the tokenizer has ids that the model does not have; ConfigError if `context_tokens` exceeds the
+    model's number of positions.
     """
     limits = read_limits(folder)
     if limits.vocab_size is not None and tokenizer.num_ids > limits.vocab_size:
         raise DataError(
             f"{folder}: the tokenizer's ids must be < vocab_size = {limits.vocab_size} of config.json, the highest is "
-            f"{tokenizer.num_ids - 1}: take the tokenizer that the model was trained with"
+            f"{tokenizer.num_ids - 1}: use the tokenizer that the model was trained with"
         )
     if limits.max_position_embeddings is not None and context_tokens > limits.max_position_embeddings:
         raise ConfigError(
             f"workflow.context_tokens must be <= max_position_embeddings = {limits.max_position_embeddings} of "
-            f"{folder / 'config.json'}, got {context_tokens}: lower it or take a model of longer contexts"
+            f"{folder / 'config.json'}, got {context_tokens}: lower it or use a model with longer contexts"
         )

@@ -1,4 +1,4 @@
-"""Making an observation fit into what a context has room for."""
+"""Shortens an observation so that it fits into the remaining tokens of a context."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from actor.chat.rendering import Rendering, Result
 from actor.chat.tokenizer import Tokenizer
 from actor.tools.tool import Observation
 
-# Cutting text at a token boundary can change how its neighbours are encoded: the first fit may be a few tokens off.
+# Cutting a text can change how the text next to it is encoded, so the first result may be a few tokens too long.
 _MAX_ROUNDS = 4
 
 
 def fit_observation(
     rendering: Rendering, tokenizer: Tokenizer, results: Sequence[Result], num_tokens: int
 ) -> tuple[list[int], bool] | None:
-    """The observation's ids [<= num_tokens], and whether passages were shortened to get there.
+    """Returns the observation's ids, at most `num_tokens`, and whether passages were shortened.
 
-    The longest passages are cut first, all to the same length. None if it does not fit even without their texts.
+    The longest passages are cut first, all to the same length. Returns None if the observation does not fit even
+    without the texts of its passages.
     """
     ids = tokenizer.encode(rendering.observation(results))
     if len(ids) <= num_tokens:
@@ -38,7 +39,7 @@ def fit_observation(
 
 
 def longest_that_fits(lengths: Sequence[int], available: int) -> int:
-    """The largest m with sum(min(length, m)) <= available; the longest length if all of them fit."""
+    """Returns the largest m with sum(min(length, m)) <= available; the longest length if all of them fit."""
     remaining, count = available, len(lengths)
     for length in sorted(lengths):
         if length * count > remaining:

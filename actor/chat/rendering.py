@@ -1,11 +1,11 @@
-"""The texts of MemSearcher: how its prompts are written and how the policy's pieces are read.
+"""MemSearcher's texts: writes its prompts and parses the policy's pieces.
 
-One context of a turn, and who writes what (`|` marks a piece boundary; each piece is encoded alone):
+The pieces of one context (`|` marks a boundary; each piece is encoded separately):
 
     prompt(question, memory) | action, by the policy | observation(results) | memory, by the policy
 
-A policy's pieces end in `end_token`. `parse_*` read a policy's piece, with or without that token; `write_*` are the
-inverse, with the token, for scripted demonstrations: `parse_action(write_answer(t, a)) == Answer(a)`.
+The policy's pieces end with `end_token`. `parse_*` parse such a piece, with or without the token. `write_*` are the
+inverse, for scripted demonstrations, and add the token: `parse_action(write_answer(t, a)) == Answer(a)`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Fidelity = Literal["paper", "mended"]
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One call as the policy wrote it. The arguments are validated by the tool. `name` is that of the tool's schema."""
+    """One call as the policy wrote it. `name` is the name in the tool's schema; the tool validates `arguments`."""
 
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -29,9 +29,9 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class BadCall:
-    """A tool call that could not be read; `error` is shown to the policy.
+    """A tool call that is not carried out; `error` is shown to the policy.
 
-    `breaks_format`: it does not have the form of a tool call at all.
+    `breaks_format`: the call is not a JSON object with `name` and `arguments`, which violates the format rules.
     """
 
     error: str
@@ -40,7 +40,7 @@ class BadCall:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The policy's final answer: the trajectory ends. `fault` as in `ToolCalls`."""
+    """The policy's final answer, which ends the trajectory. `fault` as in `ToolCalls`."""
 
     text: str
     fault: str = ""
@@ -50,8 +50,8 @@ class Answer:
 class ToolCalls:
     """One or more tool calls, in the order written.
 
-    `fault`: a format rule that the action breaks although it can be carried out. The trajectory continues and cannot
-    end as COMPLETED.
+    `fault`: the format rule that the action violates, or empty. The calls are carried out even so, but with fidelity
+    `mended` the trajectory can no longer end as COMPLETED.
     """
 
     calls: tuple[ToolCall | BadCall, ...]
@@ -60,7 +60,7 @@ class ToolCalls:
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """Neither an answer nor a tool call: the trajectory ends. `reason` is for people and metrics."""
+    """An action that is neither an answer nor a tool call. It ends the trajectory."""
 
     reason: str
 
@@ -70,14 +70,14 @@ Action = Answer | ToolCalls | Malformed
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one call returned."""
+    """A call and the tool's observation; it is empty for a `BadCall`."""
 
     call: ToolCall | BadCall
     observation: Observation = field(default_factory=Observation)
 
 
 class Rendering(Protocol):
-    """Stateless: the same arguments give the same text."""
+    """Writes prompts and parses the policy's pieces. Stateless: the same arguments give the same result."""
 
     @property
     def end_token(self) -> str:
@@ -91,7 +91,7 @@ class Rendering(Protocol):
     def parse_action(self, text: str) -> Action: ...
 
     def observation(self, results: Sequence[Result]) -> str:
-        """The text from the end token of the action to the place where the policy writes its memory."""
+        """The text between the end token of the action and the memory that the policy writes next."""
         ...
 
     def parse_memory(self, text: str, *, truncated: bool = False) -> str | None:
@@ -102,7 +102,7 @@ class Rendering(Protocol):
         ...
 
     def format_fault(self, transcript: str) -> str:
-        """What the paper's format rules find wrong in a trajectory's last context; empty if nothing."""
+        """The first violation of the paper's format rules in a trajectory's last context; empty if there is none."""
         ...
 
     def write_action_search(self, thought: str, queries: Sequence[str]) -> str: ...

@@ -12,7 +12,7 @@ from protocol.errors import DataError
 
 
 class Tokenizer:
-    """Encodes exactly what it is given: no token is added, none is left out when decoding."""
+    """Encodes and decodes text without adding or removing special tokens."""
 
     def __init__(self, fast: FastTokenizer, *, eos_token: str, source: str) -> None:
         self._fast = fast
@@ -22,7 +22,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Raises: DataError where the folder holds no usable tokenizer.json or tokenizer_config.json."""
+        """Loads the tokenizer. Raises: DataError if tokenizer.json or tokenizer_config.json is missing or unusable."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise DataError(
@@ -50,15 +50,15 @@ class Tokenizer:
         return self._fast.decode(list(ids), skip_special_tokens=False)
 
     def token_id(self, token: str) -> int:
-        """Raises: DataError where `token` is not one token of the vocabulary."""
+        """Returns the id of `token`. Raises: DataError if `token` is not one token of the vocabulary."""
         if (token_id := self._fast.token_to_id(token)) is None:
             raise DataError(
-                f"the tokenizer of {self._source} has no token {token!r}: take a model that was trained with it"
+                f"the tokenizer of {self._source} has no token {token!r}: use a model that was trained with it"
             )
         return token_id
 
     def truncate(self, text: str, num_tokens: int) -> str:
-        """The text of the first `num_tokens` tokens; a character that is cut in its middle is dropped."""
+        """The text of the first `num_tokens` tokens, without an incomplete character at its end."""
         ids = self.encode(text)
         if len(ids) <= num_tokens:
             return text
@@ -72,5 +72,5 @@ def _eos_token(path: Path) -> str:
         raise DataError(f"{path} cannot be read ({error}): it must name the eos_token") from error
     token = value.get("content") if isinstance(value, dict) else value
     if not isinstance(token, str):
-        raise DataError(f"{path}: eos_token must be a text, got {value!r:.80}")
+        raise DataError(f"{path}: eos_token must be a string, got {value!r:.80}")
     return token

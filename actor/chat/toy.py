@@ -1,4 +1,4 @@
-"""The toy world's terse texts for a word-level vocabulary: one token a word, no filler.
+"""The toy world's short texts for the toy tokenizer: single words, no sentences.
 
 prompt        <question> what is zuka founder birthplace country ? <memory> none <think>
 policy        zuka founder <search> zuka founder <end>
@@ -20,7 +20,7 @@ _EMPTY = "none"
 
 
 class ToyRendering:
-    """Implements `Rendering`. Words are separated by one space; a tag is a word. `tool_name`: the function called."""
+    """Implements `Rendering`. Words and tags are separated by one space. `tool_name`: what <search> calls."""
 
     end_token = "<end>"
 
@@ -53,11 +53,11 @@ class ToyRendering:
         return " ".join(words)
 
     def format_fault(self, transcript: str) -> str:
-        """Nothing: the paper has no rules for these texts, and an answer that can be read has its format."""
+        """Always empty: the paper has no format rules for these texts."""
         return ""
 
     def write_action_search(self, thought: str, queries: Sequence[str]) -> str:
-        """Raises: ValueError where there is not exactly one query: the toy has one search a turn."""
+        """Raises: ValueError unless there is exactly one query: an action of the toy has one search."""
         (query,) = queries
         return f"{thought} <search> {query} <end>"
 
@@ -73,7 +73,7 @@ class ToyRendering:
 
 
 def shuffled(result: Result) -> list[Passage]:
-    """The passages in an order that depends on the query and their ids only, so that position is no shortcut."""
+    """Returns the passages in a pseudo-random order given by the query and their ids: a position predicts nothing."""
     query = result.call.arguments.get("query", "") if isinstance(result.call, ToolCall) else ""
     return sorted(
         result.observation.passages, key=lambda p: blake2b(f"{query}\0{p.id}".encode(), digest_size=8).digest()

@@ -40,7 +40,7 @@ class KVCache:
         cls, *, num_layers: int, num_rows: int, num_kv_heads: int, length: int, head_dim: int, dtype: torch.dtype
     ) -> KVCache:
         """Allocates a zeroed cache. Raises: ConfigError (not enough memory)."""
-        # Zeros, not empty: masked positions are multiplied by 0, and uninitialised memory may hold nan: 0 * nan is nan.
+        # Zeros, because masked values are multiplied by 0, and uninitialised memory may hold nan (0 * nan is nan).
         shape = (num_layers, num_rows, num_kv_heads, length, head_dim)
         try:
             return cls(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
@@ -60,7 +60,7 @@ class KVCache:
             cache[:, targets, :, :length] = cache[:, sources, :, :length]
 
     def clear(self, row: int) -> None:
-        """Zeroes a row, after values that are not finite."""
+        """Zeroes a row that may hold values that are not finite."""
         self.keys[:, row] = 0
         self.values[:, row] = 0
 
@@ -71,7 +71,7 @@ class PackedBatch:
 
     rows           int64 [D]     0..D-1, the cache rows of the decoding tokens
     positions      int64 [D]     cache position of each decoding token
-    decode_bias    float [D, 1, 1, L] or None: added to the scores of cache positions 0..L-1; None if no row masks any
+    decode_bias    float [D, 1, 1, L] or None: added to the scores of cache positions 0..L-1; None if nothing is masked
     length         L, one more than the largest decoding position
     pad_index      int64 [P, S]  packed index of each prompt position; any valid index in the padding
     unpad_index    int64 [N]     index into the flattened [P * S] of each prompt token, in packed order
@@ -160,7 +160,7 @@ def _attend_decode(
     num_kv_heads = key.shape[0]
     keys[batch.rows, :, batch.positions] = key[:, :n].transpose(0, 1)
     values[batch.rows, :, batch.positions] = value[:, :n].transpose(0, 1)
-    # Query heads that share a key head take the place of query positions, so that keys are not repeated.
+    # Query heads that share a key head are passed as query positions, so that keys need not be repeated.
     grouped = query[:, :n].transpose(0, 1).reshape(n, num_kv_heads, num_heads // num_kv_heads, head_dim)
     out = scaled_dot_product_attention(
         grouped,

@@ -29,7 +29,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 @dataclass(frozen=True, slots=True)
 class ModelProperties:
-    """Constants of the loaded model. `eos_token_ids` end a sequence unless it sets `ignore_eos`."""
+    """Constants of the loaded model. `eos_token_ids` end a sequence unless the request sets `ignore_eos`."""
 
     model_type: str
     architectures: tuple[str, ...]
@@ -139,7 +139,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise DataError(f"model folder {folder} has no tokenizer: save one there with save_pretrained()")
     try:
         if (folder / "tokenizer.json").is_file():
-            # AutoTokenizer would replace the file's decoder by that of the model's family.
+            # AutoTokenizer would replace the decoder in the file with the default of the model's architecture.
             return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises errors without a common base class

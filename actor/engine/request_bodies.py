@@ -139,13 +139,13 @@ def parse_body(model: type[_Body], body: bytes) -> _Body:
 
 def _describe(error: ValidationError) -> str:
     errors = error.errors(include_url=False, include_context=False)
-    # Every member of a union reports an error: show the deepest one, which belongs to the member that was meant.
+    # Every member of a union reports an error: show the deepest one, whose member fits the value best.
     first = max(errors, key=lambda e: len(e["loc"]))
     if first["type"] == "json_invalid":
         return f"the body is not valid JSON: {first['msg']}"
     if first["loc"] and first["loc"][0] == "input_ids" and first["type"] != "missing":
         return f"input_ids must be a list of token ids or a list of such lists, got {_shortened(first['input'])}"
-    # Pydantic adds the names of union members to the location: remove them, so that the path is that of the field.
+    # Pydantic adds the names of union members to the location: remove them, so that the path names the field.
     path = ".".join(str(part) for part in first["loc"] if not _UNION_MEMBER.match(str(part)))
     if first["type"] == "extra_forbidden":
         return f"{path} is not a parameter of the embedded engine, got {_shortened(first['input'])}"

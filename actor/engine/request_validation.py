@@ -1,4 +1,4 @@
-"""Validates a /generate body and turns it into sequences. Refuses whatever could make a step fail."""
+"""Validates a /generate body and turns it into sequences. Refuses every request that could make a step fail."""
 
 from __future__ import annotations
 

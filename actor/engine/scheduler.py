@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 from actor.engine.sequence import Sequence
 
-# Queue capacity for each running request. A request behind a longer queue would wait longer than its client's time-out:
-# it is refused at once, so that the client can try another engine. This also bounds the memory of the queue.
+# Queue capacity per cache row. In a longer queue a request would wait longer than its client's time-out, so it is
+# refused at once and the client can try another engine. This also bounds the memory of the queue.
 _QUEUE_CAPACITY_PER_ROW = 32
 # Smallest queue capacity, for engines with few rows: room for several actors and an evaluation.
 MIN_QUEUE_CAPACITY = 1_024
@@ -101,7 +101,7 @@ class Scheduler:
         self._queue_held()
 
     def _queue_held(self) -> None:
-        """Moves held sequences to the queue, unless a hold or a pause lasts."""
+        """Moves held sequences to the queue, unless the scheduler still holds or is paused."""
         if not self.paused and not self.holding:
             self.waiting.extend(self.held)
             self.held.clear()
@@ -123,7 +123,7 @@ class Scheduler:
             group.extend(unfinished)
 
     def next_step(self) -> Step | None:
-        """Returns the next forward pass, or None if there is nothing to run. Updates `running` as if it were done."""
+        """Returns the next forward pass, None if there is nothing to run. Updates `running` as if it had run."""
         if self.paused:
             return None
         moves = self._compact()
@@ -149,7 +149,7 @@ class Scheduler:
         return moves
 
     def _admit(self) -> list[Sequence]:
-        """Takes sequences from the queue while rows, tokens and the budget of padded prefill tokens allow.
+        """Takes sequences from the queue while there are free rows, free tokens and budget for padded prefill tokens.
 
         The budget does not apply to the first one, so that a prompt longer than the budget is admitted too.
         """

@@ -24,12 +24,13 @@ _BACKLOG = 1024
 class EngineServer:
     """Serves a transformers model on the CPU over SGLang's HTTP API.
 
-    port                0: a free port
+    port                0 chooses a free port
     max_total_tokens    bound on the sum of the final lengths of running requests; beyond it, requests queue.
                         Default: `max_running_requests` full contexts
-    context_length      bounds the model's own; memory for `max_running_requests` contexts of it is reserved
+    context_length      upper limit of the model's context length; the KV cache has room for `max_running_requests`
+                        contexts of this length
     seed                seeds the requests without `sampling_seed`
-    min_queue_capacity  requests that may queue, at least; beyond the capacity they are refused (HTTP 503)
+    min_queue_capacity  lower bound of the queue's capacity in requests; further requests are refused (HTTP 503)
     """
 
     def __init__(

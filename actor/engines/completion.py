@@ -149,7 +149,8 @@ def _spans(meta: _MetaInfo, num_tokens: int, seen_version: str | None, engine: s
             before, after = PolicyTag.parse(seen_version), PolicyTag.parse(meta.weight_version)
             if before.run_id != after.run_id or before.publication > after.publication:
                 raise UnknownVersion(
-                    f"{engine}: the version changed from {before} to the older or foreign {after} during the request"
+                    f"{engine}: the version changed during the request from {before} to {after}, which is older "
+                    "or of another run"
                 )
         return (Span(0, num_tokens, seen_version),)
     spans = tuple(Span(s.start, s.end, s.version) for s in meta.weight_versions)

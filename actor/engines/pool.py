@@ -1,4 +1,4 @@
-"""Sends each request to one of several engines: to one that has committed a version new enough for the lease.
+"""Sends each request to an engine that has committed a version new enough for the lease.
 
 generate ──► eligible? ──► the trajectory's engine, else the one with the fewest in flight ──► POST /generate
                │ none: wait for set_engines, at most wait_s         │ unavailable, or version unknown or too old
@@ -31,7 +31,7 @@ _NUM_ATTEMPTS = 12
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """An engine, as the coordinator reports it. `version`: the step that it has committed, -1 for none."""
+    """An engine, as the coordinator reports it. `version`: the version that it has committed, -1 if none."""
 
     url: str
     version: int
@@ -88,7 +88,7 @@ class EnginePool:
         return self._in_flight.total()
 
     def set_engines(self, engines: Sequence[EngineInfo]) -> None:
-        """Replaces the engines. Requests in flight on an engine that is no longer listed run to their end.
+        """Replaces the engines. Requests in flight on an engine that is no longer listed are not cancelled.
 
         An engine whose URL is refused by `check_url` is ignored, with one warning: the list comes from the coordinator,
         and the other engines can serve.
@@ -111,7 +111,7 @@ class EnginePool:
     async def generate(
         self, input_ids: Sequence[int], sampling: SamplingParams, *, min_version: int, prefer: str = "", rid: str = ""
     ) -> Completion:
-        """Samples on an engine that has committed `min_version`: on `prefer` (a URL; for its prefix cache) if it has.
+        """Samples on an engine that has committed `min_version`: on the URL `prefer` if it has (for its prefix cache).
 
         The tokens of a failed attempt are dropped. An attempt also fails if the version of its tokens is unknown or
         below `min_version`: the engine was restarted, and the coordinator has not reported it yet.

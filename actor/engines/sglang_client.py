@@ -164,7 +164,7 @@ class SGLangClient:
     async def update_weights_from_disk(
         self, model_path: str, *, weight_version: str, flush_cache: bool = True
     ) -> UpdateResult:
-        """Loads a folder of the engine's machine. Raises: EngineRefused (a bad path), EngineError (success false)."""
+        """Loads a folder on the engine's machine. Raises: EngineRefused (a bad path), EngineError (success false)."""
         request = {"model_path": model_path, "weight_version": weight_version, "flush_cache": flush_cache}
         path = "/update_weights_from_disk"
         body = await self._call("POST", path, request, timeout_s=self._timeouts.update_s)
@@ -207,7 +207,7 @@ class SGLangClient:
 
 
 def update_mode(release: str) -> UpdateMode:
-    """Returns how to pause a server of this release for an update, which flushes its cache.
+    """Returns the pause mode for an update, which flushes the cache, of a server of this release.
 
     `retract` keeps all sampled tokens and takes milliseconds. But SGLang 0.5.20 crashes if the cache is flushed while
     requests are retracted; 0.5.23 does not. `abort` takes 1 s in SGLang, and is used for all releases not known to be

@@ -1,4 +1,4 @@
-"""Runs the workflow on a task's evaluation questions: accuracy and cost in tokens."""
+"""Runs the workflow on a task's evaluation questions, and measures accuracy and cost in tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class EvaluationPlan:
-    """`engines`: urls; empty takes those of the config. `temperature` 0 is greedy. `version`: wait until it is served.
+    """`engines`: URLs; empty: those of the config. `temperature` 0 is greedy. `version`: wait until it is served.
 
     The summary is written to `out` as JSON, trajectories to `trajectories` as JSONL.
     """
@@ -45,7 +45,10 @@ class EvaluationPlan:
 
 
 async def run_evaluation(config: Config, plan: EvaluationPlan) -> dict[str, float | int | str]:
-    """Raises: UserError (unwritable files, no engine, an engine that does not answer, task files, extensions)."""
+    """Evaluates and returns the summary; writes the plan's files.
+
+    Raises: UserError (unwritable files, no engine, an engine that does not respond, task files, extensions).
+    """
     for path in (plan.out, plan.trajectories):
         if path is not None:
             _check_writable(path)
@@ -61,7 +64,7 @@ async def run_evaluation(config: Config, plan: EvaluationPlan) -> dict[str, floa
     questions = [task.question(cursor) for cursor in range(num_questions)]
     sampling = SamplingParams(temperature=plan.temperature, seed=config.run.seed, allow_truncation=True)
     started = time.perf_counter()
-    results = await play(config, questions, urls=urls, sampling=sampling, concurrency=plan.concurrency)
+    results = await run_episodes(config, questions, urls=urls, sampling=sampling, concurrency=plan.concurrency)
     if plan.trajectories is not None:
         _save(plan.trajectories, "".join(_lines(questions, results)))
     summary = summarise([trajectory for trajectory, _ in results])
@@ -76,7 +79,7 @@ async def run_evaluation(config: Config, plan: EvaluationPlan) -> dict[str, floa
     return report
 
 
-async def play(
+async def run_episodes(
     config: Config,
     questions: Sequence[Question],
     *,
@@ -85,7 +88,7 @@ async def play(
     concurrency: int,
     split: Split = "eval",
 ) -> list[tuple[Trajectory, Episode]]:
-    """One episode per question on the engines at `urls`, in the questions' order. Raises: UserError."""
+    """Runs one episode per question on the engines at `urls`; keeps the questions' order. Raises: UserError."""
     async with AsyncExitStack() as stack:
         parts = await open_parts(
             config, stack, split=split, sampling=sampling, run_id=None, max_trajectories=concurrency
@@ -97,7 +100,7 @@ async def play(
 
 
 def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float | int]:
-    """Means over trajectories that did not fail; failed ones are counted."""
+    """Returns means over the trajectories that did not fail, and the number of failed ones."""
     counted = [t for t in trajectories if t.status is not Status.FAILED]
     names = sorted({name for t in counted for name in t.reward_parts})
     stats = sorted({name for t in counted for name in t.stats})
@@ -113,7 +116,10 @@ def summarise(trajectories: Sequence[Trajectory]) -> dict[str, float | int]:
 
 
 async def _served_version(urls: Sequence[str], *, api_key: str | None, wanted: int | None) -> str:
-    """The weight versions that the engines serve; waits until it is `wanted`, if given. Raises: UnreachableError."""
+    """Returns the weight versions that the engines serve. If `wanted` is given, waits until each engine serves it.
+
+    Raises: UnreachableError.
+    """
     served = set()
     for url in urls:
         async with SGLangClient(url, api_key=api_key) as client:
@@ -122,7 +128,7 @@ async def _served_version(urls: Sequence[str], *, api_key: str | None, wanted: i
                     served.add(await _version_of(client, wanted))
             except (EngineError, TimeoutError) as error:
                 what = (
-                    f"does not serve version {wanted} after {_WAIT_S:g} s" if wanted is not None else "does not answer"
+                    f"does not serve version {wanted} after {_WAIT_S:g} s" if wanted is not None else "does not respond"
                 )
                 raise UnreachableError(f"engine {url} {what}: {error}; start it, or correct --engine") from error
     return ", ".join(sorted(served))
@@ -143,7 +149,7 @@ async def _version_of(client: SGLangClient, wanted: int | None) -> str:
 
 
 def _check_writable(path: Path) -> None:
-    """Before the work is done. Raises: DataError."""
+    """Checks that a file can be written, before the evaluation runs. Raises: DataError."""
     if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise DataError(f"{path} cannot be written: its folder must exist and the file must not be protected")
 

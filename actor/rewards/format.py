@@ -1,7 +1,7 @@
-"""MemSearcher's format (arXiv 2511.02805): the boxed answer, and which rendered chats are well formed.
+"""MemSearcher's format rules (arXiv 2511.02805): reads the boxed answer and checks the text of a context.
 
-Rules on a chat rendered with ChatML markers. A response is what stands between `<|im_start|>assistant` and
-`<|im_end|>`; one without its end token is no response.
+The text has ChatML markers. A response is the text between `<|im_start|>assistant` and `<|im_end|>`; text without the
+end marker is not a response.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _BOX = "\\boxed{"
 
 @dataclass(frozen=True, slots=True)
 class FormatCheck:
-    """`reason` says what is wrong, and is None for a valid text; `boxed` is the answer of a valid one."""
+    """`reason`: the rule that the text violates; None if it is valid. `boxed`: the answer of a valid text."""
 
     reason: str | None
     boxed: str | None = None
@@ -29,7 +29,7 @@ class FormatCheck:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{…}`, braces balanced; None where there is none or it is not closed."""
+    r"""Returns the content of the last `\boxed{…}`, with balanced braces; None if there is none or it is not closed."""
     start = text.rfind(_BOX)
     if start < 0:
         return None
@@ -42,10 +42,10 @@ def last_boxed(text: str) -> str | None:
 
 
 def check_chat(text: str) -> FormatCheck:
-    """Checks a whole context, as rendered, by the paper's rules.
+    """Checks the text of a whole context by the paper's rules.
 
     Thought and tool JSON are checked in the first response only and the box in the last only, as in the original.
-    Deviation: a box that is never closed counts as missing (the original calls it valid, then crashes reading it).
+    Deviation: a box that is never closed counts as missing (the original accepts it, then crashes).
     """
     responses = _RESPONSE.findall(text)
     if not responses:

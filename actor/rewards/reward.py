@@ -1,4 +1,4 @@
-"""What a trajectory is worth: the base class, and the rewards for questions with gold answers."""
+"""Rewards of trajectories: the base class, and rewards for questions with gold answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Score:
 class Reward(ABC):
     """Base class of rewards. `Options` describes the keys of the `[reward]` section.
 
-    An exception from `score` fails the trajectory, not the actor: its reason is counted, its traceback is logged.
+    An exception from `score` fails the trajectory, not the actor: the error is counted and its traceback is logged.
     """
 
     Options: ClassVar[type[BaseModel]] = Options
@@ -36,9 +36,9 @@ class Reward(ABC):
 
     @abstractmethod
     async def score(self, question: Question, episode: Episode, trajectory: Trajectory) -> Score:
-        """The reward of one trajectory; not called for those that the environment failed.
+        """Returns the reward of one trajectory. Not called for FAILED trajectories.
 
-        `trajectory` has the contexts and no reward yet. A call to a judge can be awaited here.
+        `trajectory` has its contexts but no reward yet. The method may await a call to a judge.
         """
 
     async def start(self) -> None:
@@ -71,7 +71,7 @@ class MemSearcherOptions(Options):
 
 
 class MemSearcherReward(Reward):
-    """0 if the format fails; else the largest F1 if it is above 0, else 0.1 (arXiv 2511.02805)."""
+    """0 after a format error; otherwise the largest F1, or 0.1 if F1 is 0 (arXiv 2511.02805)."""
 
     Options = MemSearcherOptions
     options: MemSearcherOptions
@@ -84,9 +84,9 @@ class MemSearcherReward(Reward):
 
 
 def measure(question: Question, episode: Episode) -> dict[str, float]:
-    """em, f1 and format of an episode. Without a well-formed answer em and f1 are 0.
+    """Returns em, f1 and format of an episode. Without a well-formed answer, em and f1 are 0.
 
-    An episode has the format exactly if its status is COMPLETED: the workflow applies the rules of its format.
+    `format` is 1 if the status is COMPLETED and there is an answer: the workflow has checked its own format rules.
     """
     given = episode.answer if episode.status is Status.COMPLETED else None
     return {

@@ -1,4 +1,4 @@
-"""How answers are compared: one normaliser, for rewards and for evaluation alike.
+"""Comparison of answers, with the same normalisation for rewards and evaluation.
 
 Normalisation and scores are SQuAD's (Rajpurkar et al., 2016, v1.1 script); the rule for yes, no and noanswer is
 HotpotQA's (Yang et al., 2018).
@@ -17,18 +17,18 @@ _MUST_MATCH = frozenset({"yes", "no", "noanswer"})
 
 
 def normalise(text: str) -> str:
-    """Lowercases, strips ASCII punctuation, drops a/an/the, squeezes white space: in this order."""
+    """Lowercases, removes ASCII punctuation, removes a/an/the, and collapses whitespace, in this order."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, answers: Iterable[str]) -> float:
-    """1.0 where the normalised prediction is one of the normalised answers, else 0.0."""
+    """1.0 if the normalised prediction is one of the normalised answers, else 0.0."""
     normalised = normalise(prediction)
     return float(any(normalised == normalise(answer) for answer in answers))
 
 
 def f1(prediction: str, answers: Iterable[str]) -> float:
-    """The largest token F1 over the answers; 0.0 where one side is yes, no or noanswer and the other is not it."""
+    """The largest token F1 over the answers. F1 is 0.0 if only one of the two texts is yes (or no, or noanswer)."""
     return max((_token_f1(normalise(prediction), normalise(answer)) for answer in answers), default=0.0)
 
 

@@ -1,4 +1,4 @@
-"""Question-answer JSONL: one object a line with `id`, `question` and `answers`; other fields are ignored."""
+"""Question-answer JSONL: one object per line with `id`, `question` and `answers`; other fields are ignored."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class QuestionAnsweringOptions(Options):
 
 
 class QuestionAnswering(Task):
-    """Questions from JSONL files: in training each once per epoch, shuffled by epoch; in evaluation in file order."""
+    """Questions from JSONL files: in training reshuffled for each epoch, in evaluation in file order."""
 
     Options = QuestionAnsweringOptions
     options: QuestionAnsweringOptions
@@ -70,7 +70,7 @@ class QuestionAnswering(Task):
 
 
 def read_questions(paths: Sequence[Path]) -> list[Question]:
-    """Reads the files one after another. `hops` and `dataset` become metadata where they are given.
+    """Reads the files in order. `hops` and `dataset` become metadata if a row has them.
 
     Raises: DataError that names file, line and field of the first row that cannot be used.
     """

@@ -1,4 +1,4 @@
-"""What a task is: questions in an order that a seed fixes."""
+"""The base class of tasks: questions in an order that depends only on a seed."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ class Task(ABC):
     Options: ClassVar[type[BaseModel]] = Options
 
     def __init__(self, options: Any, *, split: Split, seed: int) -> None:
-        """`split`: the questions to train on, or those to evaluate on. `seed` is `run.seed`."""
+        """`split`: `train` or `eval` questions. `seed` is `run.seed`."""
         self.options = options
         self.split = split
         self.seed = seed
 
     @property
     def num_questions(self) -> int | None:
-        """Questions of one epoch; None if they are drawn without end."""
+        """The number of questions in an epoch; None if it is unlimited."""
         return None
 
     @abstractmethod
     def question(self, cursor: int) -> Question:
-        """The question of a lease: a function of options, split, seed and `cursor` >= 0 only, in any process."""
+        """Returns question number `cursor` >= 0. It must depend only on options, split, seed and `cursor`.
+
+        Any process may call it, in any order.
+        """

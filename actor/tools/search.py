@@ -20,14 +20,14 @@ class SearchOptions(Options):
     function_name: str = Field(default="wikipedia_search", description="Name of the function that the policy calls.")
     description: str = Field(
         default="Finds the passages of Wikipedia that are closest to the query.",
-        description="What the policy is told about the tool.",
+        description="Description of the tool in the policy's prompt.",
     )
     top_n: Annotated[int, Field(ge=1, le=100)] = Field(
-        default=5, description="Passages returned if the policy names no number."
+        default=5, description="Passages returned if the call has no `top_n`."
     )
-    max_top_n: Positive = Field(default=20, description="Most passages that the policy can ask for.")
+    max_top_n: Positive = Field(default=20, description="Largest `top_n` of a call; larger values are lowered to it.")
     collection: str = Field(
-        default="", description="Index to search; a question's metadata `collection` overrides it. Empty: the only one."
+        default="", description="Index to search; a question's metadata `collection` overrides it. Empty: the first."
     )
 
 
@@ -81,5 +81,5 @@ def _error_in(arguments: Mapping[str, Any]) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    r"""False if JSON escapes left half of a surrogate pair (`\ud800`), which cannot be encoded as UTF-8."""
+    r"""False if the text has half of a surrogate pair (`\ud800`, from a JSON escape), which UTF-8 cannot encode."""
     return not any("\ud800" <= char <= "\udfff" for char in text)

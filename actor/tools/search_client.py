@@ -1,4 +1,4 @@
-"""The retriever as a workflow sees it. Its failures fail the trajectory: they are never an observation."""
+"""A client of the retriever. A failed search fails the trajectory; it is not shown to the policy."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from protocol.request_client import RequestClient
 from protocol.transport import Transport
 from protocol.types import Passage
 
-# A search without an answer is sent again after so long: the retriever may have been started again since.
+# A search without a reply is sent again after this time: the retriever may have been restarted.
 RESEND_S = 2.0
 
 
 class SearchFailed(RemoteError):
-    """The retriever did not answer in time, or answered with an error or with nonsense."""
+    """The retriever did not reply in time, or replied with an error or an invalid message."""
 
 
 class SearchClient:
-    """Many searches in flight over one connection. Used as an async context manager; `transport` is its owner's."""
+    """Runs concurrent searches over one connection. An async context manager, which does not close `transport`."""
 
     def __init__(
         self, *, transport: Transport, address: str, timeout_s: float = 30.0, resend_s: float = RESEND_S
@@ -39,7 +39,7 @@ class SearchClient:
         await self._requests.__aexit__(*error)
 
     async def search(self, queries: Sequence[str], *, top_n: int, collection: str = "") -> list[list[Passage]]:
-        """For each query its passages, best first, at most `top_n`. Raises: SearchFailed."""
+        """Returns for each query its passages, best first, at most `top_n`. Raises: SearchFailed."""
         try:
             request = SearchRequest(
                 request_id=self._requests.next_id(), queries=list(queries), top_n=top_n, collection=collection

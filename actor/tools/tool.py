@@ -1,4 +1,4 @@
-"""What a tool is: something that the policy can call in the middle of an episode."""
+"""The base class of tools: functions that the policy can call during an episode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from protocol.types import Passage, Question
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a tool call returned. It is given to the policy, which did not sample it.
+    """The result of a tool call. The policy reads it; its tokens are not trained.
 
     text      the tool's reply
     passages  documents, best first, for workflows that number or shorten them; `text` may be empty then
@@ -29,23 +29,23 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class ToolContext:
-    """The episode that calls. `episode_id` is unique among the episodes of a run."""
+    """The episode that calls a tool. `episode_id` is unique among the episodes of a run."""
 
     question: Question
     episode_id: str
 
 
 class Searcher(Protocol):
-    """The retriever, as a tool sees it."""
+    """The retriever's interface for tools."""
 
     async def search(self, queries: Sequence[str], *, top_n: int, collection: str = "") -> list[list[Passage]]:
-        """For each query its passages, best first, at most `top_n`."""
+        """Returns for each query its passages, best first, at most `top_n`."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What an actor offers to tools. `searcher` is None if the run has no retriever."""
+    """Services of the actor for tools. `searcher` is None if the run has no retriever."""
 
     searcher: Searcher | None = None
 
@@ -54,10 +54,10 @@ class Tool(ABC):
     """Base class of tools. One instance serves all episodes of an actor, many at once.
 
     `Options` describes the keys of the tool's `[[tool]]` section. If a call takes time, `await` it: other episodes run
-    in that time. An exception from `call` fails the trajectory, not the actor; for arguments that the policy got wrong,
+    in that time. An exception from `call` fails the trajectory, not the actor; for invalid arguments,
     return `Observation(error=...)` instead.
 
-    schema   `name`, `description` and `parameters` (JSON schema), as in the `function` of a chat template's tools
+    schema   `name`, `description` and `parameters` (JSON schema): the `function` object of a tool in a chat template
     """
 
     Options: ClassVar[type[BaseModel]] = Options

@@ -52,11 +52,11 @@ class AgentTimeouts:
     """Time-outs and intervals of a weight agent.
 
     report_every_s  longest time between two reports
-    report_s        for the reply to a report
+    report_s        time-out of the reply to a report
     retry_s         wait after a failure, before the engine is checked again
-    canary_s        for the engine's responses to the canary
-    manifest_s      for a manifest
-    chunk_s         for a chunk
+    canary_s        time-out of the engine's responses to the canary
+    manifest_s      time-out of a manifest
+    chunk_s         time-out of a chunk
     """
 
     report_every_s: float = 1.0
@@ -174,11 +174,11 @@ class WeightAgent:
                 self._report_now.set()
 
     async def _check_version(self) -> None:
-        """Forgets the committed publication if the engine serves another version: it was restarted."""
+        """Clears the committed publication if the engine serves another version, because it was restarted."""
         info = await self._engine.model_info()
         if self._committed is not None and info.weight_version != str(self._committed):
             log.warning(
-                "engine %s serves %s instead of %s: it was restarted and gets its weights again",
+                "engine %s serves %s instead of %s: it was restarted and its weights are installed again",
                 self._name,
                 info.weight_version,
                 self._committed,
@@ -263,7 +263,7 @@ class WeightAgent:
         fault_point("agent.updated")
         canary = asyncio.ensure_future(measure_canary_error(self._engine, prepared, timeout_s=self._timeouts.canary_s))
         try:
-            await asyncio.sleep(0)  # lets the canary send its requests first
+            await asyncio.sleep(0)  # the canary sends its requests before the engine continues
             await self._engine.continue_()
             self.paused_s += time.perf_counter() - started_s
             self.canary_error = await canary

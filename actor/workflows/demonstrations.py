@@ -1,8 +1,8 @@
-"""Scripted episodes, played by the workflow itself, so that texts, tokens and masks are those of a rollout.
+"""Scripted episodes: a script replaces the engines, so texts, tokens and masks are the workflow's own.
 
     Script.write(context) ─► ScriptedGenerator, in place of an engine pool ─► Session, Workflow ─► contexts
 
-The recorded tokens are those that a policy would have to sample: supervised fine-tuning learns them
+The script's tokens have loss mask true, as sampled tokens do: supervised fine-tuning trains on them
 (learner/warmstart/sft.py).
 """
 
@@ -34,7 +34,7 @@ class Script(Protocol):
 
 
 class ScriptedGenerator:
-    """Implements `Generator` with a script. Its tokens have log-prob 0 and no version: not for training by RL."""
+    """Implements `Generator` with a script. Its tokens have log-prob 0 and no version, so RL must not train on them."""
 
     def __init__(self, *, script: Script, tokenizer: Tokenizer) -> None:
         self._script = script
@@ -43,7 +43,7 @@ class ScriptedGenerator:
     async def generate(
         self, input_ids: Sequence[int], sampling: SamplingParams, *, min_version: int, prefer: str = "", rid: str = ""
     ) -> Completion:
-        """The script's next piece, cut off at `max_new_tokens` as an engine would.
+        """Returns the script's next piece, cut off at `max_new_tokens` as an engine would.
 
         Raises: ConfigError if the piece does not end in a stop token.
         """

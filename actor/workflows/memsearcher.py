@@ -1,29 +1,31 @@
-"""MemSearcher (arXiv 2511.02805): each turn rewrites a memory, which is all that the next turn sees.
+"""MemSearcher (arXiv 2511.02805): each turn rewrites a memory; the next turn sees only the question and this memory.
 
     turn k, one context:  prompt(question, memory_k) ─► action ──answer──────────────► the end
                                                           │ tool calls
                                                           ▼
                                                      observation ─► memory_k+1 ─► close; turn k+1
 
-How a trajectory ends (all endings but FAILED are trained; the reward function decides what they are worth):
+How a trajectory ends (all but FAILED are trained, with the reward that the reward function gives):
 
     COMPLETED     an action with an answer and no tool call
-    FORMAT_ERROR  neither; tool tags that do not pair; a memory that is missing or empty; a stop at a foreign token;
-                  or an answer after a broken format rule (which rules: `format` below)
+    FORMAT_ERROR  an action without answer and tool call; unpaired tool tags; a missing or empty memory; a stop at a
+                  token other than the end token; an answer after a violated format rule (see `format` below)
     OVER_BUDGET   the last turn's action is a tool call (it is not carried out); an action cut off at `action_tokens`;
-                  no room in the context; a memory above its limit, if that is not truncated
-    FAILED        an engine or a tool failed
+                  no room in the context; a memory above its limit, unless it is truncated
+    FAILED        an error of an engine or a tool
 
-A tool call that cannot be read is answered with an error in the observation, and the trajectory continues.
+An invalid tool call gets an error message in the observation, and the trajectory continues.
 
 fidelity         paper                                     mended
-memory limit     generation stops at `action_tokens`,      the generation has room for `memory_tokens` and its tags;
-                 and stopping there is the end             beyond: `memory_overflow` truncates it or fails
-format           the rules of `check_chat` on the last     every action of every turn: thought and tool tags pair
-                 context: tags counted, not paired; the    and alternate, tool JSON can be read; an answer after an
-                 JSON of earlier turns is not checked      action that broke a rule is not COMPLETED
-top_n left out   10 passages                               the search tool's `top_n`
-a long context   the end                                   passages are shortened so that the memory fits
+memory limit     `action_tokens` per generation; reaching  `memory_tokens` plus the tags per generation; a longer
+                 it ends the trajectory                    memory is handled by `memory_overflow`
+format           the rules of `check_chat` on the last     all actions: thought and tool tags are paired and
+                 context: tags are counted, not paired;    alternate, tool calls are valid JSON; an answer after a
+                 JSON of earlier turns is not checked      violation ends as FORMAT_ERROR
+call without     10 passages                               the search tool's `top_n`
+`top_n`
+too long an      ends the trajectory                       passages are shortened so that the memory fits
+observation
 """
 
 from __future__ import annotations
@@ -49,10 +51,10 @@ from protocol.config_base import Options, Positive
 from protocol.errors import ConfigError
 from protocol.types import Edge, Question, Status
 
-# More calls in a turn are answered with an error, so that a policy cannot flood the retriever.
+# Further calls of a turn get an error, so that a policy cannot overload the retriever.
 MAX_CALLS = 8
 _PAPER_TOP_N = 10
-# Takes the place of a memory when the tokens of its frame are counted; no frame contains it.
+# Placeholder for a memory when the tokens around it are counted; the text around a memory never contains it.
 _PROBE = "\N{WHITE SQUARE}"
 
 
@@ -63,18 +65,20 @@ class MemSearcherOptions(Options):
         default="chat", description="Texts: `chat` is ChatML with JSON tool calls, `toy` the toy world's words."
     )
     fidelity: Literal["mended", "paper"] = Field(
-        default="mended", description="`paper` keeps the faults of the original, for comparison."
+        default="mended", description="`paper` reproduces the defects of the original code, for comparison."
     )
-    max_turns: Positive = Field(default=5, description="Most turns of an episode.")
-    action_tokens: Positive = Field(default=512, description="Most tokens of a thought with its tool calls or answer.")
-    memory_tokens: Positive = Field(default=1024, description="Most tokens of a memory.")
+    max_turns: Positive = Field(default=5, description="Maximum number of turns of an episode.")
+    action_tokens: Positive = Field(
+        default=512, description="Maximum tokens of an action: a thought with tool calls or an answer."
+    )
+    memory_tokens: Positive = Field(default=1024, description="Maximum tokens of a memory.")
     memory_overflow: Literal["truncate", "fail"] = Field(
         default="truncate", description="A memory above its limit is truncated, or ends the trajectory."
     )
 
 
 class MemSearcher(Workflow):
-    """The workflow. It calls the tool `search`, or those that `workflow.tools` names."""
+    """The workflow memsearcher. It calls the tool `search`, or the tools that `workflow.tools` names."""
 
     Options = MemSearcherOptions
     options: MemSearcherOptions
@@ -108,7 +112,7 @@ class MemSearcher(Workflow):
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """The trajectory is over."""
+    """The end of a trajectory: its status, reason and answer."""
 
     status: Status
     reason: str = ""
@@ -151,7 +155,7 @@ class _Run:
                 self._memories.append(memory)
         except BudgetExceeded as error:
             end = _End(Status.OVER_BUDGET, str(error))
-        assert end is not None  # the last turn ends the trajectory
+        assert end is not None  # the last turn always returns an _End
         if self._session.is_open:
             self._session.close_context()
         if end.answer is not None:
@@ -166,12 +170,12 @@ class _Run:
         )
 
     async def _turn(self, *, is_last: bool) -> str | _End:
-        """The next turn's memory, or the end."""
+        """Runs one turn in the open context. Returns the next turn's memory, or the trajectory's end."""
         generation = await self._session.generate(self._options.action_tokens, self._stop)
-        if (stopped := _illegal(generation)) is not None:
+        if (stopped := _end_if_illegal_stop(generation)) is not None:
             return stopped
         if generation.finish == "length":
-            return _End(Status.OVER_BUDGET, f"an action of {len(generation.token_ids)} tokens did not end")
+            return _End(Status.OVER_BUDGET, f"an action was cut off at {len(generation.token_ids)} tokens")
         match self._rendering.parse_action(generation.text):
             case Malformed(reason):
                 return _End(Status.FORMAT_ERROR, reason)
@@ -185,6 +189,7 @@ class _Run:
                 return await self._observe(calls) or await self._remember()
 
     async def _observe(self, calls: Sequence[ToolCall | BadCall]) -> _End | None:
+        """Carries out the calls and appends the observation. Returns the trajectory's end if it does not fit."""
         results = await asyncio.gather(*(self._carry_out(i, call) for i, call in enumerate(calls)))
         num_bad = sum(isinstance(result.call, BadCall) or bool(result.observation.error) for result in results)
         self._counts.update(num_searches=len(results) - num_bad, num_bad_calls=num_bad)
@@ -210,13 +215,13 @@ class _Run:
         return Result(call, await self._session.call(self._functions[call.name], arguments))
 
     async def _remember(self) -> str | _End:
-        """The policy's new memory, held to its limit."""
+        """Samples a memory. Returns it within its token limit, or the trajectory's end."""
         generation = await self._session.generate(self._memory_limit, self._stop)
-        if (stopped := _illegal(generation)) is not None:
+        if (stopped := _end_if_illegal_stop(generation)) is not None:
             return stopped
         cut_off = generation.finish == "length"
         if cut_off and not self._truncates:
-            return _End(Status.OVER_BUDGET, f"a memory of {len(generation.token_ids)} tokens did not end")
+            return _End(Status.OVER_BUDGET, f"a memory was cut off at {len(generation.token_ids)} tokens")
         memory = self._rendering.parse_memory(generation.text, truncated=cut_off)
         if memory is None:
             status = Status.OVER_BUDGET if cut_off else Status.FORMAT_ERROR
@@ -226,19 +231,19 @@ class _Run:
         if kept != memory and not self._truncates:
             return _End(Status.OVER_BUDGET, f"a memory must have at most {limit} tokens, this one has more")
         self._counts.update(num_truncated_memories=int(cut_off or kept != memory))
-        return kept or _End(Status.FORMAT_ERROR, "nothing is left of a truncated memory")
+        return kept or _End(Status.FORMAT_ERROR, "a truncated memory is empty")
 
 
 def frame_tokens(rendering: Rendering, tokenizer: Tokenizer) -> int:
-    """Tokens around a memory in the piece that writes it, its end token included.
+    """The number of tokens around a memory in the piece that the policy writes, end token included.
 
-    The text before and after is counted apart: around an empty memory the two could merge into fewer tokens.
+    The text before and the text after are encoded separately: joined, they could merge into fewer tokens.
     """
     before, _, after = rendering.write_memory(_PROBE).partition(_PROBE)
     return len(tokenizer.encode(before)) + len(tokenizer.encode(after))
 
 
-def _illegal(generation: Generation) -> _End | None:
+def _end_if_illegal_stop(generation: Generation) -> _End | None:
     if generation.finish != "illegal_stop":
         return None
-    return _End(Status.FORMAT_ERROR, f"stopped at token {generation.token_ids[-1]}, which does not end a piece")
+    return _End(Status.FORMAT_ERROR, f"stopped at token {generation.token_ids[-1]}, which is not the end token")

@@ -1,4 +1,4 @@
-"""What a workflow is: it drives a session through one question."""
+"""The base class of workflows: programs that run the episode of one question."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from protocol.types import Question
 
 
 class Workflow(ABC):
-    """Base class of workflows. One instance runs many episodes at once, each with a session of its own.
+    """Base class of workflows. One instance runs many episodes at once, each with its own session.
 
-    `Options` describes the keys of the `[workflow]` section, `tool_names` the tools that `self.tools` holds unless
-    `workflow.tools` names others. Keep no state of an episode in `self`.
+    `Options` describes the keys of the `[workflow]` section. `tool_names` lists the tools in `self.tools`; the key
+    `workflow.tools` overrides it. Do not keep the state of an episode in `self`.
 
-    An exception from `run` fails the trajectory, which is then not trained; its reason is counted and its traceback is
+    An exception from `run` fails the trajectory, which is then not trained; the error is counted and its traceback is
     in the actor's log. `BudgetExceeded` of the session ends the trajectory as OVER_BUDGET.
     """
 
@@ -30,7 +30,7 @@ class Workflow(ABC):
     tool_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: Any, *, tools: Mapping[str, Tool], context_tokens: int) -> None:
-        """`tools` by name; `context_tokens` is the most that a context of the session can hold."""
+        """`tools` by name; `context_tokens`: maximum number of tokens of a context."""
         self.options = options
         self.tools = dict(tools)
         self.context_tokens = context_tokens
@@ -40,4 +40,4 @@ class Workflow(ABC):
 
     @abstractmethod
     async def run(self, question: Question, session: Session) -> Episode:
-        """Plays one episode: opens contexts, samples, calls tools, rewrites its memory."""
+        """Runs one episode: opens contexts, samples, calls tools, and returns how the episode ended."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from actor.engine.server import EngineServer
 from actor.engines.sampling import SamplingParams
-from actor.evaluation.evaluate import EvaluationPlan, play, run_evaluation
+from actor.evaluation.evaluate import EvaluationPlan, run_episodes, run_evaluation
 from actor.extensions import make_task
 from learner.launch.process_plan import plan, with_ports
 from learner.launch.supervisor import Supervisor
@@ -80,7 +80,7 @@ async def well_formed_contexts(config: Config, *, folder: Path, threads: int) ->
     sampling = SamplingParams(temperature=config.sampling.temperature, seed=config.run.seed)
     async with serving(config, folder=folder, threads=threads) as served:
         limit, urls = served.engine.max_running_requests, served.engine.urls
-        played = await play(served, questions, urls=urls, sampling=sampling, concurrency=limit, split="train")
+        played = await run_episodes(served, questions, urls=urls, sampling=sampling, concurrency=limit, split="train")
     well_formed = [t for t, _ in played if t.status is Status.COMPLETED and len(t.contexts) >= 2]
     return [context for trajectory in well_formed for context in trajectory.contexts]
 

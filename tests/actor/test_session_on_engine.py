@@ -137,7 +137,8 @@ def save_chain(folder: Path, chain: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("missing", "reason"), [((0, 0), "no answer"), ((1, 0), "an action of 3"), ((0, 1), "a memory")]
+    ("missing", "reason"),
+    [((0, 0), "no answer"), ((1, 0), "an action was cut off at 3"), ((0, 1), "a memory was cut off")],
 )
 async def test_a_piece_as_long_as_its_token_limit_is_complete(
     tmp_path: Path, missing: tuple[int, int], reason: str

@@ -1,4 +1,4 @@
-"""Writes what a run on the toy starts from: tokenizer, demonstrations, and one corpus a world."""
+"""`prepare-toy`: writes the input files of a run on the toy: tokenizer, demonstrations, one corpus per world."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import click
 def main(out: Path, worlds: tuple[int, ...], eval_worlds: tuple[int, ...], episodes: int, seed: int) -> None:
     """Write tokenizer/, demonstrations.safetensors and corpora/world-SEED.jsonl under --out.
 
-    Demonstrations are played in the training worlds only.
+    Demonstrations use questions of the training worlds only.
     """
     from actor.chat.tokenizer import Tokenizer
     from actor.tasks.toy.demonstrations import write_demonstrations
@@ -36,7 +36,7 @@ def main(out: Path, worlds: tuple[int, ...], eval_worlds: tuple[int, ...], episo
         num_episodes=episodes,
         seed=seed,
     )
-    click.echo(f"{episodes} demonstrations, {share:.0%} answered right, in {out}")
+    click.echo(f"{episodes} demonstrations, {share:.0%} answered correctly, in {out}")
 
 
 if __name__ == "__main__":

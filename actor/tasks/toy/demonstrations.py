@@ -1,7 +1,7 @@
-"""Scripted episodes of the toy: a demonstrator that knows the answer's path and makes errors on purpose.
+"""Scripted episodes of the toy. The demonstrator gets the facts that lead to the answer, and makes random errors.
 
-It takes the policy's place in the MemSearcher workflow (actor/workflows/demonstrations.py). Its errors are what
-reinforcement learning removes: a demonstrator that never errs would leave nothing to improve.
+It replaces the policy in the MemSearcher workflow (actor/workflows/demonstrations.py). The errors are intended:
+reinforcement learning can remove them, and without them it would have nothing to improve.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from actor.workflows.demonstrations import ScriptedGenerator, save_demonstration
 from actor.workflows.memsearcher import MemSearcher, MemSearcherOptions
 from protocol.types import Context, Passage
 
-# No scripted piece comes near these limits.
+# Scripted pieces are much shorter than these limits.
 _OPTIONS = MemSearcherOptions(rendering="toy", max_turns=5, action_tokens=32, memory_tokens=32)
 _CONTEXT_TOKENS = 256
 _TOP_N = 3
@@ -36,7 +36,7 @@ _TOP_N = 3
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """Probability of each error, drawn once per turn in which it can be made."""
+    """Probability of each error, drawn once per turn in which it is possible."""
 
     answer_early: float = 0.15
     wrong_relation: float = 0.15
@@ -46,7 +46,7 @@ class Noise:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """One question as it was played."""
+    """A scripted episode of one question."""
 
     walk: Walk
     episode: Episode
@@ -56,7 +56,7 @@ class Demonstration:
 class Demonstrator:
     """Implements `Script` for one question: it writes actions and memories alternately.
 
-    It reads the passages from its context; the question's path and the fact in memory it knows.
+    It reads only the passages from its context. The question's facts and the remembered fact are attributes.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class Demonstrator:
         anchor = memory.relation if memory else walk.start
         if memory and (relation is None or self._rng.random() < self._noise.answer_early):
             return self._rendering.write_answer(f"{anchor} ?", known)
-        entity, relation = self._asked = self._slip(known, relation or walk.relations[0])
+        entity, relation = self._asked = self._draw_errors(known, relation or walk.relations[0])
         return self._rendering.write_action_search(f"{anchor} {relation}", [f"{entity} {relation}"])
 
-    def _slip(self, entity: str, relation: str) -> tuple[str, str]:
+    def _draw_errors(self, entity: str, relation: str) -> tuple[str, str]:
         if self._rng.random() < self._noise.wrong_relation:
             relation = str(self._rng.choice([other for other in RELATIONS if other != relation]))
         if self._rng.random() < self._noise.wrong_entity:
@@ -115,7 +115,7 @@ async def demonstrate(
     seed: int,
     noise: Noise | None = None,
 ) -> AsyncIterator[Demonstration]:
-    """Episodes on questions that rotate over the worlds with the given seeds."""
+    """Yields scripted episodes. The questions rotate over the worlds, which are given by their seeds."""
     rng = np.random.default_rng([seed, 0xDE40])
     task = ToyTask(ToyOptions(worlds=tuple(worlds)), split="train", seed=seed)
     search = SearchTool(SearchOptions(top_n=_TOP_N), services=Services(searcher=WorldSearch(task.worlds)))
@@ -145,16 +145,16 @@ def write_demonstrations(
     seed: int,
     noise: Noise | None = None,
 ) -> float:
-    """Saves the contexts of `demonstrate` (`save_demonstrations`); returns the share that is answered right.
+    """Saves the contexts of `demonstrate` (`save_demonstrations`); returns the fraction of correct answers.
 
     metadata: the ranges of ids `symbols` and `permutable`, as `start:stop`. Must not be called in an event loop.
     """
 
-    async def play() -> list[Demonstration]:
+    async def collect() -> list[Demonstration]:
         episodes = demonstrate(worlds, tokenizer=tokenizer, num_episodes=num_episodes, seed=seed, noise=noise)
         return [played async for played in episodes]
 
-    demonstrations = asyncio.run(play())
+    demonstrations = asyncio.run(collect())
     ranges = {"symbols": symbol_ids(), "permutable": syllable_ids()}
     save_demonstrations(
         path,
@@ -169,7 +169,7 @@ def _written(memory: Fact | None) -> str:
 
 
 def _next_relation(walk: Walk, memory: Fact | None) -> str | None:
-    """The relation to look up; None if the question's last one is in memory."""
+    """The relation to look up next; None if the memory has the fact of the question's last relation."""
     if memory is None or memory.relation not in walk.relations:
         return walk.relations[0]
     place = walk.relations.index(memory.relation) + 1
@@ -184,7 +184,7 @@ def _facts_in(context: str) -> list[Fact]:
 
 
 def _fact_found(facts: Sequence[Fact], entity: str, relation: str, rng: np.random.Generator) -> Fact:
-    """The fact that was asked for; if no passage states it, a random one of those found."""
+    """The fact with this entity and relation; if there is none, a random one of `facts`."""
     for fact in facts:
         if (fact.subject, fact.relation) == (entity, relation):
             return fact

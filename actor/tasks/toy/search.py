@@ -1,4 +1,4 @@
-"""Exact search over one world in memory, for demonstrations: what an idf-weighted bag of words would return."""
+"""Exact search over one world in memory, for demonstrations, with the ranking of the retriever's `bow` encoder."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from protocol.types import Passage
 class ExactSearch:
     """Ranks passages by the cosine of idf-weighted word counts; ties keep the order of the corpus.
 
-    The weights are those of the retriever's bag-of-words encoder, ln((1 + n) / (1 + df)) + 1, so that a
-    demonstration shows the distractors that the policy will meet.
+    The weights are those of the retriever's bag-of-words encoder, ln((1 + n) / (1 + df)) + 1, so that
+    demonstrations contain the same distractors as rollouts.
     """
 
     def __init__(self, passages: Sequence[Passage]) -> None:

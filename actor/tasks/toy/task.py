@@ -1,4 +1,4 @@
-"""The toy's questions and documents, one collection of documents a world."""
+"""The toy's questions and documents, one collection of documents per world."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ToyOptions(Options):
 
 
 class ToyTask(Task):
-    """Questions rotate over the worlds; each is drawn from (seed, cursor), without end.
+    """Questions rotate over the worlds. Each is drawn from (seed, world, cursor); their number is unlimited.
 
     metadata: `collection`, the index to search, and `hops`.
     """
@@ -64,7 +64,7 @@ def question_text(walk: Walk) -> str:
 
 
 def documents(world: World) -> tuple[Passage, ...]:
-    """One document a fact: subject, relation, object, stop."""
+    """One document per fact, with the text `SUBJECT RELATION OBJECT .`"""
     return tuple(
         Passage(id=f"{world.collection}/{k}", title="", text=f"{fact.subject} {fact.relation} {fact.object} .")
         for k, fact in enumerate(world.facts.values())

@@ -1,4 +1,4 @@
-"""The toy's tokenizer: one token a word, one token a syllable of a name, as an ordinary Hugging Face folder."""
+"""The toy's tokenizer: one token per word and per syllable of a name; saved as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ VOCABULARY_SIZE = 98
 
 
 def vocabulary() -> tuple[str, ...]:
-    """The tokens in the order of their ids: pad 0, end 1, markers, words, relations, syllables, and a reserve."""
+    """The tokens in the order of their ids: pad 0, end 1, markers, words, relations, syllables, reserved tokens."""
     used = (PAD, END, UNKNOWN, *MARKERS, *WORDS, *RELATIONS, *SYLLABLES)
     return used + tuple(f"<reserve{k}>" for k in range(VOCABULARY_SIZE - len(used)))
 
 
 def syllable_ids() -> range:
-    """The ids that names are made of: what may be permuted without changing what a text means."""
+    """The ids of the syllables of names. A permutation of them renames entities and changes nothing else."""
     first = vocabulary().index(SYLLABLES[0])
     return range(first, first + len(SYLLABLES))
 
 
 def symbol_ids() -> range:
-    """The ids that texts are made of: words, relations and syllables, without markers and reserve."""
+    """The ids of words, relations and syllables, without markers and reserved tokens."""
     return range(vocabulary().index(WORDS[0]), syllable_ids().stop)
 
 
 def build_tokenizer() -> Tokenizer:
     """Words are split at spaces and names into syllables; decoding writes the syllables of a name as one word.
 
-    `encode(decode(ids)) == ids` for any ids but `<unk>`.
+    `encode(decode(ids)) == ids` for all ids except `<unk>`.
     """
     tokens = vocabulary()
     tokenizer = Tokenizer(models.WordLevel({token: k for k, token in enumerate(tokens)}, unk_token=UNKNOWN))

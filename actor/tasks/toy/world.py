@@ -1,7 +1,7 @@
-"""A made-up world of typed facts, and the questions that walk through it.
+"""A random world of typed facts, and questions about chains of facts.
 
-A world is drawn from a seed: names of two syllables, and for every entity one object a relation that its kind has.
-Nothing about a world can be known but by searching it, and another seed gives other names and other facts.
+A world is generated from a seed: names of two syllables, and one fact for each entity and each relation of its kind.
+The facts can be found only by searching, because each seed gives other names and other facts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SYLLABLES: tuple[str, ...] = tuple(consonant + vowel for consonant in "bdfgklmprstz" for vowel in "aeiou")
-"""60 of them. No `n`, so that no name spells `none`, which stands for an empty memory."""
+"""60 syllables. They have no `n`, so that no name is `none`, the text of an empty memory."""
 
 AVOIDED_NAMES = frozenset({"rape", "pedo", "dago", "lies", "side", "same", "like", "made", "take", "male", "time"})
 
@@ -35,7 +35,7 @@ RELATIONS: Mapping[str, tuple[str, str]] = MappingProxyType(
 """relation -> (kind of its subject, kind of its object)."""
 
 KIND_SIZES: Mapping[str, int] = MappingProxyType({"person": 400, "company": 200, "city": 200, "country": 60})
-"""With RELATIONS this makes 2,120 facts."""
+"""Number of entities of each kind. With RELATIONS, a world has 2,120 facts."""
 
 MAX_HOPS = 3
 
@@ -49,7 +49,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """A question's way: `facts[k].object` is `facts[k + 1].subject`, the last object is the answer."""
+    """A question's chain of facts: `facts[k].object` is `facts[k + 1].subject`; the last object is the answer."""
 
     facts: tuple[Fact, ...]
 
@@ -80,7 +80,7 @@ class World:
         return f"world-{self.seed}"
 
     def draw_walk(self, rng: np.random.Generator) -> Walk:
-        """Draws 1 to MAX_HOPS hops uniformly, from any entity, with no relation twice."""
+        """Draws a chain of 1 to MAX_HOPS facts (uniform) from a random entity; no relation occurs twice."""
         num_hops = int(rng.integers(1, MAX_HOPS + 1))
         entity = list(self.kinds)[int(rng.integers(len(self.kinds)))]
         walked: list[Fact] = []
@@ -105,9 +105,9 @@ def possible_names() -> tuple[str, ...]:
 def make_world(seed: int) -> World:
     """Draws a world; the same seed gives the same world on every machine.
 
-    Facts are independent draws (a capital need not lie in its country), so that none can be inferred from another.
-    Spouses alone are mutual: then no more than two facts have both words of a query, so that the one asked for is
-    always among the top 3, even for a search that is blind to the order of words.
+    Facts are drawn independently (a capital need not lie in its country), so that none can be inferred from another.
+    Only spouses are drawn in mutual pairs: otherwise many people could have the same spouse. So at most two facts
+    contain both words of a query, and the wanted fact is among the top 3, although the search ignores word order.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, 0x70A1]))
     bounds = np.cumsum([0, *KIND_SIZES.values()])
@@ -124,7 +124,7 @@ def make_world(seed: int) -> World:
 
 
 def _couples(num: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """int64 [num], `num` even: the partner of each; everyone is the partner of their partner."""
+    """Draws mutual pairs: int64 [num], the index of each one's partner. `num` must be even."""
     pairs = rng.permutation(num).reshape(-1, 2)
     partners = np.empty(num, dtype=np.int64)
     partners[pairs] = pairs[:, ::-1]
