@@ -1,6 +1,7 @@
 """The loss of an optimizer step: the policy loss that `learner.loss.use` selects, and optional terms.
 
-    sum over trained tokens t of weight_t * ( w~_t * policy loss_t  +  KL to a reference  -  entropy  +  value loss )
+    sum over trained tokens t of  weight_t * ( w~_t * policy loss_t + kl_coefficient * KL_t
+                                               - entropy_coefficient * entropy_t + value.coefficient * value loss_t )
 
 All inputs are flat trained tokens [N]. Token losses are summed, never averaged: the weights contain the denominators,
 which are counted over all ranks.

@@ -1,4 +1,4 @@
-"""The processes that a config requires. Pure, except for the search for free ports."""
+"""Plans the processes of a run from its config. Pure, except for the search for free ports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from protocol.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """One process of a run on this machine. `role`: learner, actor, engine, agent or retriever."""
+    """One process of a run on this machine.
+
+    role: learner, actor, engine, retriever, agent (weight agent of an SGLang server), or step (runs once)
+    """
 
     name: str
     role: str
@@ -67,12 +70,17 @@ def plan(config: Config, *, config_path: Path) -> list[ProcessSpec]:
     return processes
 
 
-def extension_check(config_path: Path) -> ProcessSpec:
-    """A process that imports workflow, task, reward and tools of the run, and ends with status 2 if one is wrong.
+def extension_checks(config: Config, *, config_path: Path) -> list[ProcessSpec]:
+    """Processes to run before the roles: each imports extensions of the run and ends with status 2 if one is wrong.
 
-    The launcher imports no role, so it asks an actor before the other roles start.
+    An actor checks workflow, task, reward and tools, unless actors run elsewhere. The learner checks imported
+    algorithms; options of built-in ones are checked when the config is read.
     """
-    return ProcessSpec("check", "step", _command("actor", str(config_path), "--check"))
+    learner = config.learner
+    algorithms = (learner.advantage, learner.loss, *learner.loss.corrections)
+    roles = ["actor"] if config.actor.count else []
+    roles += ["learner"] if any(":" in section.use for section in algorithms) else []
+    return [ProcessSpec(f"check-{role}", "step", _command(role, str(config_path), "--check")) for role in roles]
 
 
 def _retriever(config: Config) -> ProcessSpec:
@@ -90,9 +98,9 @@ def _command(*arguments: str) -> tuple[str, ...]:
 
 
 def _free_ports(host: str, count: int) -> list[int]:
-    """Returns `count` different ports that are free now; another process may take one before its role does.
+    """Returns `count` different ports that are free now. Another process may take one before the role listens on it.
 
-    Raises: ConfigError (`host` is not an address of this machine).
+    Raises: ConfigError if `host` is not an address of this machine.
     """
     sockets = []
     try:

@@ -1,4 +1,4 @@
-"""`palimpsest up RUN.toml`: runs all roles of a run on this machine.
+"""`palimpsest up RUN.toml`: runs all processes of a run on this machine.
 
 RUN.toml ─► config with ports ─► check ─► RUN/config.json ─► process plan ─► supervisor + live view ─► last step
 """
@@ -80,14 +80,14 @@ def is_finished(config: Config) -> bool:
 
 
 def check(config: Config) -> None:
-    """Checks what can be checked before a process starts. Raises: DataError, SecurityError."""
+    """Checks folders and network settings before any process starts. Raises: DataError, SecurityError."""
     from protocol.addresses import is_loopback
     from protocol.errors import DataError, SecurityError
 
     for key, path in [("model.path", config.model.path), *config.retriever.indexes.items()]:
         if not path.is_dir():
             name = key if key == "model.path" else f"retriever.indexes.{key}"
-            raise DataError(f"{name}: no folder {path}")
+            raise DataError(f"{name}: folder {path} does not exist")
     if not (config.model.path / "tokenizer.json").is_file():
         raise DataError(f"model.path: {config.model.path} has no tokenizer.json; save the model's fast tokenizer there")
     if not is_loopback(config.network.control_address) and config.network.keys is None:
@@ -97,20 +97,20 @@ def check(config: Config) -> None:
         )
     if not is_loopback(config.network.control_address) and config.engine.count and config.network.api_key_file is None:
         raise SecurityError(
-            f"network.host {config.network.host} is beyond loopback and engines speak HTTP there: write a long random "
-            "word into a file and set network.api_key_file to it"
+            f"network.host {config.network.host} is beyond loopback, so engines need a bearer token: write a long random "
+            "string to a file and set network.api_key_file to its path"
         )
 
 
 async def run_all(config: Config, processes: list[ProcessSpec], *, quiet: bool) -> None:
     """Runs the processes until the learner ends. Raises: UserError, TrainingStopped, RunFailed."""
     from learner.launch.live_view import show_while, view_of
-    from learner.launch.process_plan import extension_check
+    from learner.launch.process_plan import extension_checks
     from learner.launch.supervisor import Supervisor
     from learner.store.run_folder import RunFolder
 
     async with Supervisor(config.run.dir) as supervisor:
-        if config.actor.count:
-            await supervisor.run(extension_check(RunFolder(config.run.dir).config))
+        for check_process in extension_checks(config, config_path=RunFolder(config.run.dir).config):
+            await supervisor.run(check_process)
         await supervisor.start(processes)
         await show_while(view_of(config, supervisor.states, quiet=quiet), supervisor.wait("learner"))

@@ -7,7 +7,7 @@
 A snapshot is made when the deltas since the last snapshot have more than a quarter of its bytes. So a new agent fetches
 at most 1.25 times the bytes of a snapshot; if nearly every weight changes, each publication has a snapshot. The newest
 two snapshots and all later parts are kept, so that an agent can finish a fetch that it has begun. Memory: the newest
-weights uncompressed, and at most 2.5 compressed snapshots.
+weights uncompressed, and three to four compressed snapshots with their deltas.
 """
 
 from __future__ import annotations

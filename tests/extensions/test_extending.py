@@ -84,7 +84,7 @@ def test_a_loss_an_estimator_and_a_correction_outside_the_repository_train_three
     assert len(steps) == 3
     assert any(step["learner/advantage_mean"] != pytest.approx(0.0, abs=1e-6) for step in steps)
     config = json.loads((run / "config.json").read_text())["learner"]
-    assert (config["advantage"]["margin"], config["loss"]["width"]) == (0.6, 0.3)
+    assert (config["advantage"]["scale"], config["loss"]["width"]) == (2.0, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,7 @@ def test_a_loss_an_estimator_and_a_correction_outside_the_repository_train_three
         ("task.use=agent:MyTool", "agent:MyTool has no method def question(self, cursor) -> Question"),
         ("workflow.action_tokens=0", "workflow.action_tokens: must be >= 1, got 0"),
         ("workflow.actoin_tokens=1", "workflow.actoin_tokens: unknown key; did you mean 'action_tokens'"),
+        ("learner.loss.use=agent:Loss", "agent:Loss cannot be imported: its module has no 'Loss'"),
         ("workflow.tools=['lookup']", "needs the tool 'lookup', but no [[tool]] has this name"),
     ],
 )
@@ -109,7 +110,7 @@ def test_an_invalid_extension_is_refused_with_one_sentence_before_any_role_start
     (line,) = done.stderr.splitlines()
     assert sentence in line
     logs = {path.name for path in (agent / "runs" / "my-agent" / "logs").iterdir()}
-    assert logs == {"check.log"}
+    assert logs <= {"check-actor.log", "check-learner.log"}
 
 
 def test_an_error_in_an_episode_fails_the_trajectory_and_the_actor_continues(agent: Path, tmp_path: Path) -> None:
@@ -153,7 +154,7 @@ def test_importing_palimpsest_loads_no_torch_and_offers_every_name() -> None:
     code = (
         "import sys, palimpsest\n"
         "assert not {'torch', 'actor', 'learner'} & sys.modules.keys()\n"
-        "actor = [n for n in palimpsest.__all__ if palimpsest._HOME_OF[n].startswith(('actor', 'protocol'))]\n"
+        "actor = [n for n in palimpsest.__all__ if palimpsest._MODULE_OF[n].startswith(('actor', 'protocol'))]\n"
         "[getattr(palimpsest, n) for n in actor]\n"
         "assert 'torch' not in sys.modules\n"
         "[getattr(palimpsest, n) for n in palimpsest.__all__]\n"
