@@ -1,4 +1,4 @@
-"""Groups to flat NumPy columns: the sampled tokens, the context and trajectory of each, and its weight in the loss.
+"""Converts groups to flat NumPy columns, one row per sampled token, and computes the tokens' weights in the loss.
 
     groups ──flatten──► Batch: one row per sampled token [N], per context [C], per trajectory [T]
                           │  microbatches.py: minibatches by trajectory, micro-batches by shared prefix
@@ -50,7 +50,7 @@ class SampledTokens:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """T trajectories, none FAILED, of C contexts; context c is `token_ids[starts[c] : starts[c + 1]]`.
+    """T trajectories (none FAILED) with C contexts; context c is `token_ids[starts[c] : starts[c + 1]]`.
 
     token_ids       int32   [sum of lengths]
     starts          int64   [C + 1]
@@ -81,13 +81,13 @@ class Batch:
         return len(self.reward)
 
     @property
-    def context_number(self) -> Index:
-        """int64 [C]: the index of each context in its trajectory."""
+    def context_index(self) -> Index:
+        """int64 [C]: the place of each context in its trajectory, from 0."""
         first = np.searchsorted(self.trajectory, self.trajectory)
         return np.arange(self.num_contexts) - first
 
     def credit(self, trained: NDArray[np.bool_]) -> Credit:
-        """The inputs of the advantages of the tokens that `trained` [N] selects; no other token is part of them."""
+        """The inputs of an advantage estimator, with only the tokens that `trained` (bool [N]) selects."""
         roles, role = np.unique(np.array(self.role, dtype=np.str_), return_inverse=True)
         _, policy = np.unique(np.array(self.policy, dtype=np.str_), return_inverse=True)
         return Credit(
@@ -108,7 +108,7 @@ def flatten(groups: Sequence[TrajectoryGroup], *, last_context_only: bool = Fals
     """The columns of every sampled token, context and trajectory of a batch.
 
     FAILED trajectories are left out. `last_context_only` (an ablation) drops all but the last context of a trajectory.
-    Raises: MalformedMessage if the first token of a context is sampled, which no forward pass can score, or if version
+    Raises: MalformedMessage if the first token of a context is sampled (no forward pass can score it), or if version
     spans do not cover the sampled tokens.
     """
     counted = [(g, t) for g, group in enumerate(groups) for t in group.trajectories if t.status is not Status.FAILED]
@@ -148,7 +148,7 @@ def flatten(groups: Sequence[TrajectoryGroup], *, last_context_only: bool = Fals
 def aggregation_weights(
     trajectory: Index, context: Index, *, aggregation: Aggregation, constant: float = 1.0
 ) -> NDArray[np.float64]:
-    """float64 [N]: the weight of each sampled token in the loss, before any age or ratio mask.
+    """float64 [N]: the weight of each sampled token in the loss; tokens that are masked later count in denominators.
 
     trajectory, context: int [N], of *every* sampled token of one optimizer step (one minibatch), over all ranks.
     With n_x the number of sampled tokens in x: `token` 1/N; `context` 1/(C n_c); `trajectory` 1/(T n_i);

@@ -1,4 +1,4 @@
-"""Splits a batch into minibatches and micro-batches: which tokens are trained, their weights, what is packed together.
+"""Splits a batch into minibatches and micro-batches, and computes the tokens' weights and the age mask.
 
     Batch ──► minibatches, split by trajectory in lease order (one optimizer step each)
                 │  weights over *all* sampled tokens of the minibatch, on all ranks; then the age mask
@@ -26,7 +26,7 @@ class MicroBatch:
     """Contexts that go through the model as one packed row.
 
     tokens     int64 [n]  the trained tokens, as indices into the batch's sampled tokens
-    placement             where these n tokens are scored in the row
+    placement             the places in the row at which these n tokens are scored
     """
 
     pack: Pack
@@ -37,7 +37,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
-    """How one training step treats the N sampled tokens of its batch.
+    """The plan of one training step for the N sampled tokens of its batch.
 
     weight       float32 [N]  factor of a token's loss; a minibatch's loss is the sum over its micro-batches and ranks
     trained      bool    [N]  false if a token is over age: it is not trained, but counts in the denominator
@@ -66,10 +66,10 @@ def make_plan(
     rank: int = 0,
     num_ranks: int = 1,
 ) -> StepPlan:
-    """Splits a batch by trajectory, in lease order, into `num_minibatches`; into fewer if trajectories are fewer.
+    """Splits a batch by trajectory, in lease order, into `num_minibatches`, or fewer if there are fewer trajectories.
 
-    The denominators of `aggregation` are those of the minibatch, which is one optimizer step, over all ranks; not those
-    of the whole batch. Tokens of a version below `oldest_version` (the learner's step minus the staleness bound) are
+    The denominators of `aggregation` are counted over one minibatch (one optimizer step) on all ranks, not over the
+    whole batch. Tokens of a version below `oldest_version` (the learner's step minus the staleness bound) are
     not trained but count in the denominators. A minibatch without trained tokens has no micro-batches.
     Raises: MalformedMessage if a version is above `newest_version`, the learner's step.
     """
@@ -108,8 +108,8 @@ def make_micro_batches(
 ) -> list[MicroBatch]:
     """One rank's micro-batches for training `tokens`, ascending indices into the batch's sampled tokens.
 
-    A micro-batch has at most `tokens_per_micro_batch` unique tokens, or a single longer context. A context ends before
-    its last trained token, which is never an input; a context without trained tokens is not computed.
+    A micro-batch has at most `tokens_per_micro_batch` unique tokens, or a single longer context. The input of a
+    context ends before its last trained token, which is only a target; contexts without trained tokens are left out.
     """
     owner = batch.sampled.context[tokens]
     contexts, first = np.unique(owner, return_index=True)

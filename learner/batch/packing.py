@@ -10,9 +10,9 @@
 
 Prefixes are shared in whole blocks of `min_share` tokens, as in prefix caches: sharing a prefix of a few tokens costs
 more in small attention calls than it saves. The rule compares only neighbours in the sorted order, so it gives the same
-result in any micro-batch. A context that is a prefix of the next one is shared whole. Log-probs are computed once per
-(packed index, next token) and gathered to every (context, position), where losses are formed; the first token of a
-branch is predicted by its parent's last token.
+result in any micro-batch. A context that is a prefix of the next one is shared completely. A log-prob is computed once
+per (packed index, next token) and copied to every (context, position) that has this pair; losses are computed there.
+The first token of a branch is predicted by the last token of its parent.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Pack:
     token_ids         int64 [U]
     depth             int64 [U]    position in the context, used as the rotary position
     subtree_end       int64 [U]    key j is visible to query i iff j <= i < subtree_end[j]
-    node_start        int64 [B]    a node is an unbranched interval [start, end) with one subtree_end, in packed order
+    node_start        int64 [B]    a node is an interval [start, end) of packed tokens with the same subtree_end
     node_end          int64 [B]
     num_total_tokens               sum of the contexts' lengths, without sharing
     path_first        int64 [C+1]  context c consists of the segments [path_first[c], path_first[c + 1])
@@ -73,26 +73,27 @@ class Pack:
     def locate(self, context: ArrayLike, position: ArrayLike) -> Index:
         """int64 [N]: the packed index of the tokens at (context, position), int [N] each; positions must exist."""
         context, position = np.asarray(context, dtype=np.int64), np.asarray(position, dtype=np.int64)
-        beyond = int(self.depth.max(initial=0)) + 1
+        stride = int(self.depth.max(initial=0)) + 1
         owner = np.repeat(np.arange(len(self.path_first) - 1), np.diff(self.path_first))
-        keys = owner * beyond + self.path_depth
-        return position + self.path_shift[np.searchsorted(keys, context * beyond + position, side="right") - 1]
+        keys = owner * stride + self.path_depth
+        return position + self.path_shift[np.searchsorted(keys, context * stride + position, side="right") - 1]
 
     def place(self, context: ArrayLike, position: ArrayLike, token_id: ArrayLike) -> Placement:
-        """Places N tokens to score: `token_id` at (context, position >= 1). They need not be inputs themselves."""
+        """Places N tokens to score: `token_id` at (context, position >= 1). Only their predecessors must be inputs."""
         source = self.locate(context, np.asarray(position, dtype=np.int64) - 1)
         target = np.asarray(token_id, dtype=np.int64)
-        beyond = int(target.max(initial=0)) + 1
-        pairs, gather = np.unique(source * beyond + target, return_inverse=True)
-        return Placement(source=pairs // beyond, target=pairs % beyond, gather=gather.reshape(-1))
+        stride = int(target.max(initial=0)) + 1
+        pairs, gather = np.unique(source * stride + target, return_inverse=True)
+        return Placement(source=pairs // stride, target=pairs % stride, gather=gather.reshape(-1))
 
 
 def pack(contexts: Sequence[NDArray[np.integer]], *, share: Share = "auto", min_share: int = 8) -> Pack:
-    """Packs C contexts, int [L_c] each, that end before their last trained token, which is never an input.
+    """Packs C contexts, int [L_c] each, into one row. Each ends before its last trained token, which is only a target.
 
-    share      whether common prefixes are computed once; `auto`: if that saves a tenth of the predicted cost
+    share      whether common prefixes are computed once; `auto`: if this saves a tenth of the predicted cost
     min_share  prefixes are shared in blocks of this many tokens
-    Without contexts the row is one token of id 0, so that a rank without work takes part in a sharded forward.
+    Without contexts the row is one token of id 0, so that a rank without work can run the sharded forward
+    pass that all ranks must run.
     Raises: ConfigError for a `min_share` below 1.
     """
     forest = Forest.of(contexts, min_share=min_share)
@@ -112,12 +113,12 @@ def split(
     share: Share = "auto",
     min_share: int = 8,
 ) -> list[list[Index]]:
-    """Per rank its micro-batches: arrays of context indices in the order of execution, the same number on every rank.
+    """For each rank, its micro-batches (arrays of context indices) in order of execution; equally many on every rank.
 
     The depth-first order of the contexts is cut into intervals, so that contexts with a common prefix stay together.
     `pack` of an interval, with the same `share`, has at most `budget` tokens, or the interval is a single context.
-    There are as few intervals as that allows, and the most expensive one is as cheap as possible; those that the ranks
-    execute at the same time cost about the same. A micro-batch is empty only if no interval can be cut further.
+    The number of intervals is as small as possible, and so is the cost of the most expensive one; the intervals that
+    ranks execute at the same time have similar costs. A micro-batch is empty only if no interval can be cut further.
     Raises: ConfigError for a `budget`, `num_ranks` or `min_share` below 1.
     """
     for name, value in (("budget", budget), ("num_ranks", num_ranks)):
@@ -169,7 +170,7 @@ def _lay_out(contexts: Sequence[NDArray[np.integer]], order: Index, shared: Inde
 
 @dataclass(slots=True)
 class _Segment:
-    """Packed tokens from index `start`, of depths [depth, depth_end), whose subtree is not complete yet."""
+    """Packed tokens from index `start`, with depths [depth, depth_end), whose subtree is not complete yet."""
 
     start: int
     depth: int

@@ -1,4 +1,4 @@
-"""Common prefixes of contexts, the cost that sharing them saves, and cuts of their depth-first order; pure NumPy."""
+"""Finds common prefixes of contexts, predicts the cost saved by sharing them, and cuts their order into intervals."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ Index = NDArray[np.int64]
 Share = bool | Literal["auto"]
 
 MIN_SAVING = 0.1
-"""`auto` shares if this fraction of the predicted cost is saved; below it, smaller attention calls cost the gain."""
+"""`auto` shares prefixes if this saves at least this fraction of the predicted cost. Below it, the overhead of smaller
+attention calls is larger than the saving."""
 
 _PAIR_COST = 1 / 8192
-"""Cost of a query-key pair in units of a token's linear layers: 2 x width of the heads / parameters of a layer. This
-fits a 0.5B model; for 3B the true value is half of it. Costs are only compared with each other."""
+"""Cost of a query-key pair in units of a token's linear layers: 2 x width of the heads / parameters of a layer. The
+value is for a 0.5B model; a 3B model has half of it. Costs are only compared with each other."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,7 +29,7 @@ class Forest:
 
     order    int64 [C]  the context at each place
     lengths  int64 [C]
-    shared   int64 [C]  number of first tokens that the i-th shares with the one before it
+    shared   int64 [C]  length of the prefix that the i-th context shares with the one before it
     """
 
     order: Index
@@ -39,7 +40,9 @@ class Forest:
     def of(cls, contexts: Sequence[NDArray[np.integer]], *, min_share: int) -> Forest:
         if min_share < 1:
             raise ConfigError(f"min_share must be >= 1, got {min_share}")
-        keys = [np.asarray(context).astype(">u4").tobytes() for context in contexts]  # bytes compare as ids do
+        keys = [
+            np.asarray(context).astype(">u4").tobytes() for context in contexts
+        ]  # big-endian bytes sort as the ids do
         order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
         lengths = np.array([len(contexts[c]) for c in order], dtype=np.int64)
         common = np.zeros(len(order), dtype=np.int64)
@@ -50,7 +53,7 @@ class Forest:
 
     @property
     def unshared(self) -> Index:
-        """int64 [C]: `shared` if nothing is shared."""
+        """int64 [C], zeros: replaces `shared` if prefixes are not shared."""
         return np.zeros_like(self.shared)
 
     def costs(self, *, shared: bool) -> NDArray[np.float64]:
@@ -67,8 +70,9 @@ def _cost(length: Index) -> NDArray[np.float64]:
     return length + _PAIR_COST * length * (length + 1) / 2
 
 
-def is_worth_sharing(shared_cost: float, plain_cost: float, share: Share) -> bool:
-    enough = shared_cost <= (1 - MIN_SAVING) * plain_cost * (1 + 1e-9)  # independent of the order of summation
+def is_worth_sharing(shared_cost: float, unshared_cost: float, share: Share) -> bool:
+    """`share` if it is a bool; for `auto`, whether sharing saves at least MIN_SAVING of the cost."""
+    enough = shared_cost <= (1 - MIN_SAVING) * unshared_cost * (1 + 1e-9)  # tolerates other orders of summation
     return enough if share == "auto" else share
 
 
@@ -92,7 +96,10 @@ class Cutter:
         self._costs = {shared: _Sums(costs, saved * shared) for shared in (False, True)}
 
     def balanced(self, num_ranks: int) -> list[tuple[int, int]]:
-        """Intervals by descending cost: the fewest that `num_ranks` divides; the largest is as cheap as possible."""
+        """Intervals by descending cost.
+
+        Their number is the smallest possible multiple of `num_ranks`; the cost of the first is minimised to 1 %.
+        """
         low, high = 0.0, self._costs[False].of(0, self._num_contexts)
         parts = self._cut(high)
         wanted = -(-len(parts) // num_ranks) * num_ranks
@@ -104,10 +111,10 @@ class Cutter:
             else:
                 low = middle
         while len(parts) < wanted:
-            parts = self._one_more(parts)
+            parts = self._with_one_more(parts)
         return sorted(parts, key=lambda part: self._cost(*part), reverse=True)
 
-    def _one_more(self, parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    def _with_one_more(self, parts: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Halves the most expensive interval that can be halved; if there is none, adds an empty interval."""
         for start, end in sorted(parts, key=lambda part: self._cost(*part), reverse=True):
             halves = [(start, (start + end) // 2), ((start + end) // 2, end)]
@@ -116,11 +123,11 @@ class Cutter:
         return [*parts, (self._num_contexts, self._num_contexts)]
 
     def _fits(self, start: int, end: int) -> bool:
-        """Whether the interval is within the budget. Half of a shared interval may be packed unshared, so be larger."""
+        """Whether the interval is within the budget. Half of a shared interval may be packed unshared and be larger."""
         return end - start == 1 or self._sizes[self._is_shared(start, end)].of(start, end) <= self._budget
 
     def _cut(self, bound: float) -> list[tuple[int, int]]:
-        """Greedy from the left: each interval as long as the budget of tokens and the cost `bound` allow."""
+        """Cuts greedily from the left: each interval is as long as the token budget and the cost `bound` allow."""
         parts, start = [], 0
         while start < self._num_contexts:
             end = self._furthest(start, bound, shared=self._share is not False)
@@ -142,7 +149,7 @@ class Cutter:
 
 
 class _Sums:
-    """Sums over intervals: each context adds `whole` [C], minus `shared` [C] unless it is the interval's first."""
+    """Sums over intervals: a context adds `whole` [C], minus `shared` [C] unless it is the first of the interval."""
 
     def __init__(self, whole: ArrayLike, shared: ArrayLike) -> None:
         self._shared = np.asarray(shared, dtype=np.float64)

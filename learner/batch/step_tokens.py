@@ -1,4 +1,4 @@
-"""From a batch, its plan and its advantages to token columns on the device."""
+"""Builds the token columns of a batch, on the device, from the batch, its plan and its advantages."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from learner.batch.flatten import Batch
 from learner.batch.microbatches import StepPlan
 
 
-def step_tokens(batch: Batch, plan: StepPlan, earned: Advantages, *, step: int, device: torch.device) -> TokenData:
-    """All N sampled tokens of the batch. `earned` is of the trained ones; the others get advantage and return 0."""
+def step_tokens(batch: Batch, plan: StepPlan, advantages: Advantages, *, step: int, device: torch.device) -> TokenData:
+    """All N sampled tokens of the batch. `advantages` has the trained ones; the others get advantage and return 0."""
     sampled = batch.sampled
 
     def moved(array: NDArray[np.generic]) -> Tensor:
@@ -28,10 +28,10 @@ def step_tokens(batch: Batch, plan: StepPlan, earned: Advantages, *, step: int, 
     return TokenData(
         behavior=moved(sampled.behavior_logprob),
         weight=moved(plan.weight),
-        advantages=spread(earned.advantage),
+        advantages=spread(advantages.advantage),
         context=moved(sampled.context),
         trajectory=moved(sampled.trajectory),
         age=moved(step - sampled.version.astype(np.int64)),
-        context_index=moved(batch.context_number[sampled.context]),
-        returns=None if earned.returns is None else spread(earned.returns),
+        context_index=moved(batch.context_index[sampled.context]),
+        returns=None if advantages.returns is None else spread(advantages.returns),
     )

@@ -1,4 +1,4 @@
-"""Attention over a packed forest, as an attention implementation of transformers: exact, without a dense mask.
+"""Attention over a packed forest, registered as an attention implementation of transformers; exact, no dense mask.
 
 Scorer ── attention_plan=plan ──► decoder ──► each layer's attention ──► plan.attend(query, key, value)
                                                                         blocks (CPU): learner/model/attention_cpu.py
@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 
 class AttentionPlan(Protocol):
-    """The attention of one pack: planned once, used by all layers."""
+    """The attention of one pack; it is planned once and used by all layers."""
 
     @property
     def num_depths(self) -> int:
@@ -55,8 +55,8 @@ class PackedInputs:
 
 
 @functools.cache
-def choose(device_type: str) -> Implementation:
-    """`flex` (FlexAttention) on CUDA, `blocks` on a CPU; logs each once. Raises: DataError for another device type."""
+def default_implementation(device_type: str) -> Implementation:
+    """`flex` (FlexAttention) on CUDA, `blocks` on a CPU; logged once. Raises: DataError for another device type."""
     if device_type not in ("cpu", "cuda"):
         raise DataError(f"packed attention runs on a device of type cpu or cuda, got {device_type}")
     chosen: Implementation = "flex" if device_type == "cuda" else "blocks"
@@ -65,9 +65,9 @@ def choose(device_type: str) -> Implementation:
 
 
 def to_device(pack: Pack, device: torch.device | str, *, implementation: Implementation | None = None) -> PackedInputs:
-    """Plans a pack's attention and moves it to `device`; `implementation` defaults to `choose(device.type)`."""
+    """Plans a pack's attention and moves it to `device`; `implementation` defaults to that of the device."""
     device = torch.device(device)
-    if (implementation or choose(device.type)) == "flex":
+    if (implementation or default_implementation(device.type)) == "flex":
         from learner.model.attention_flex import flex_inputs  # imports torch's compiler
 
         token_ids, position_ids, plan = flex_inputs(pack, device)
@@ -80,9 +80,9 @@ def to_device(pack: Pack, device: torch.device | str, *, implementation: Impleme
 
 
 def install(model: PreTrainedModel) -> None:
-    """Makes `model` use the plan that its decoder's forward gets as `attention_plan=`.
+    """Makes `model` attend by the plan that its decoder's forward gets as `attention_plan=`.
 
-    Without a plan its attention is causal and has no mask: rows may be padded on the right, never on the left.
+    Without a plan, attention is causal without a mask: rows may be padded on the right, never on the left.
     """
     AttentionInterface.register(NAME, _attention_forward)
     model.set_attn_implementation(NAME)

@@ -7,9 +7,9 @@
 
 Partial results are merged by their log-sum-exp (lse). With P = exp(S - lse) and D = rowsum(dO O), the gradient of a
 block depends on other blocks only through lse and O, so the backward pass calls each block's kernel with the *global*
-lse and O (Dao et al. 2022, FlashAttention, algorithm 4). Small blocks of similar size go through the kernel as one
-batch, padded on the right: in self blocks the causal mask hides padded keys from real queries, in cross blocks a mask
-does.
+lse and O (Dao et al. 2022, FlashAttention, algorithm 4). Small blocks of similar size are computed as one batch,
+padded on the right: in self blocks the causal mask hides padded keys from real queries, in cross blocks an additive
+mask does.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor
 from learner.batch.packing import Index, Pack
 
 _SMALL = 128**2
-"""Query-key pairs. A larger block gets a separate kernel call, which needs no copies."""
+"""In query-key pairs. A larger block gets a separate kernel call, which needs no copies."""
 _CLASS = 1.25
-"""Largest factor between the lengths in one padded batch."""
+"""Largest ratio of two lengths in one padded batch."""
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -104,7 +104,7 @@ class _Rows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Block:
-    """Queries and the keys they attend to: causal, or all. mask: additive [b, 1, Lq, Lk], hides padded keys."""
+    """Queries and the keys that they attend to, causally or all. mask: additive [b, 1, Lq, Lk], hides padded keys."""
 
     queries: _Slice | _Rows
     keys: _Slice | _Rows
@@ -113,11 +113,11 @@ class _Block:
 
     @property
     def sides(self) -> tuple[_Slice | _Rows, _Slice | _Rows, _Slice | _Rows]:
-        """The rows of query, key and value, to read them and to write their gradients."""
+        """The rows of query, key and value, which are also the rows of their gradients."""
         return self.queries, self.keys, self.keys
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """(out [n, H, D], lse [n, H]) of the block's queries over only its keys; arguments [U, heads, D]."""
+        """(out [n, H, D], lse [n, H]) of the block's queries over the block's keys only; arguments [U, heads, D]."""
         inputs = _heads_first(self.queries.take(query), self.keys.take(key), self.keys.take(value))
         out, lse = _forward(*inputs, 0.0, self.causal, attn_mask=self._mask(query), scale=scale)
         return self.queries.unpadded(out.transpose(1, 2)), self.queries.unpadded(lse.transpose(1, 2))
@@ -135,8 +135,8 @@ class _Block:
             self.queries.take(lse, padding=float("inf")),
         )
         grads = _backward(*inputs, 0.0, self.causal, attn_mask=self._mask(query), scale=scale)
-        of_query, of_key, of_value = (each.transpose(1, 2) for each in grads)
-        return self.queries.unpadded(of_query), self.keys.unpadded(of_key), self.keys.unpadded(of_value)
+        grad_query, grad_key, grad_value = (each.transpose(1, 2) for each in grads)
+        return self.queries.unpadded(grad_query), self.keys.unpadded(grad_key), self.keys.unpadded(grad_value)
 
     def _mask(self, query: Tensor) -> Tensor | None:
         return None if self.mask is None else self.mask.to(query.dtype)
@@ -144,27 +144,28 @@ class _Block:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockPlan:
-    """The blocks of a pack: `own` are self blocks, with every token once as query; `inner` are cross blocks."""
+    """The blocks of a pack. Every token is a query of exactly one self block; cross blocks add its ancestors' keys."""
 
     num_depths: int
-    own: tuple[_Block, ...]
-    inner: tuple[_Block, ...]
+    self_blocks: tuple[_Block, ...]
+    cross_blocks: tuple[_Block, ...]
 
     @classmethod
     def of(cls, pack: Pack) -> BlockPlan:
         starts, ends, subtree_ends = pack.node_start, pack.node_end, pack.subtree_end[pack.node_start]
-        own = []
+        self_blocks = []
         for members in _batches(ends - starts, ends - starts):
             rows = _rows(starts[members], ends[members])
-            own.append(_Block(rows, rows, causal=True))
-        inner = []
+            self_blocks.append(_Block(rows, rows, causal=True))
+        cross_blocks = []
         level = _levels(starts, subtree_ends)
         parents = subtree_ends > ends
         for each in np.unique(level[parents]):
             nodes = np.flatnonzero(parents & (level == each))
             for members in _batches(subtree_ends[nodes] - ends[nodes], (ends - starts)[nodes]):
-                inner.append(_cross(starts[nodes[members]], ends[nodes[members]], subtree_ends[nodes[members]]))
-        return cls(num_depths=int(pack.depth.max()) + 1, own=tuple(own), inner=tuple(inner))
+                cross_blocks.append(_cross(starts[nodes[members]], ends[nodes[members]], subtree_ends[nodes[members]]))
+        num_depths = int(pack.depth.max()) + 1
+        return cls(num_depths=num_depths, self_blocks=tuple(self_blocks), cross_blocks=tuple(cross_blocks))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
         """[1, U, H, D] from query [1, H, U, D] and key, value [1, K, U, D], H a multiple of K."""
@@ -180,11 +181,11 @@ class _BlockAttention(torch.autograd.Function):
         precise = torch.promote_types(query.dtype, torch.float32)
         out = torch.empty(query.shape, dtype=precise)
         lse = torch.empty(query.shape[:2], dtype=precise)
-        for block in plan.own:
+        for block in plan.self_blocks:
             part, part_lse = block.forward(query, key, value, scale)
             block.queries.write(out, part.to(precise))
             block.queries.write(lse, part_lse)
-        for block in plan.inner:
+        for block in plan.cross_blocks:
             part, part_lse = block.forward(query, key, value, scale)
             before = block.queries.read(lse)
             after = torch.logaddexp(before, part_lse)
@@ -201,11 +202,11 @@ class _BlockAttention(torch.autograd.Function):
         saved = ctx.saved_tensors
         precise = torch.promote_types(saved[0].dtype, torch.float32)
         totals = [torch.empty(each.shape, dtype=precise) for each in saved[:3]]
-        for block in ctx.plan.own:
+        for block in ctx.plan.self_blocks:
             parts = block.backward(grads[0], *saved, ctx.scale)
             for rows, total, part in zip(block.sides, totals, parts, strict=True):
                 rows.write(total, part.to(precise))
-        for block in ctx.plan.inner:
+        for block in ctx.plan.cross_blocks:
             parts = block.backward(grads[0], *saved, ctx.scale)
             for rows, total, part in zip(block.sides, totals, parts, strict=True):
                 rows.add(total, part.to(precise))
@@ -221,7 +222,7 @@ def _rows(starts: Index, ends: Index) -> _Slice | _Rows:
 
 
 def _cross(starts: Index, ends: Index, subtree_ends: Index) -> _Block:
-    """All queries below some nodes on these nodes' keys. The nodes have one level, so no query occurs twice."""
+    """All queries below some nodes on these nodes' keys. The nodes have the same level, so no query occurs twice."""
     queries, keys = _rows(ends, subtree_ends), _rows(starts, ends)
     if isinstance(keys, _Slice) or not len(keys.padding):
         return _Block(queries, keys, causal=False)
@@ -231,7 +232,7 @@ def _cross(starts: Index, ends: Index, subtree_ends: Index) -> _Block:
 
 
 def _batches(num_queries: Index, num_keys: Index) -> list[Index]:
-    """The blocks of each kernel call: a large one alone, small ones of similar size; both arguments int64 [n]."""
+    """Block indices of each kernel call: one large block, or small blocks of similar size. Arguments are int64 [n]."""
     sizes = np.stack([num_queries, num_keys])
     classes = np.ceil(np.log(np.maximum(sizes, 8)) / np.log(_CLASS)).astype(np.int64)
     large, small = np.flatnonzero(num_queries * num_keys > _SMALL), np.flatnonzero(num_queries * num_keys <= _SMALL)

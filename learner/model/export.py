@@ -30,8 +30,8 @@ _CANARY_STRIDE = 7919
 def published_weights(model: PreTrainedModel, *, world: World, dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights in `dtype`, tied ones once, adapters merged, under the names that `save_pretrained` uses.
 
-    All ranks must call it; rank 0 gets the weights, the others an empty dict. On a CPU the tensors may be the
-    parameters themselves: write or copy them before the next update.
+    All ranks must call it; rank 0 gets the weights, the others an empty dict. On a CPU the tensors may share memory
+    with the parameters: write or copy them before the next update.
     """
     tied = set(model.all_tied_weights_keys or ())
     scaling = scalings(model)
@@ -48,8 +48,8 @@ def published_weights(model: PreTrainedModel, *, world: World, dtype: torch.dtyp
 def canary(scorer: Scorer, *, device: torch.device) -> CanaryFields:
     """Prompts without a common prefix, and the log-prob of the most likely next token of each, to verify engines.
 
-    An engine with the published weights must reproduce the log-probs. All ranks must call it. It is one forward of a
-    few tokens in the learner's compute dtype.
+    An engine with the published weights must reproduce the log-probs. All ranks must call it. It runs one forward
+    pass of a few tokens in the learner's compute dtype.
     """
     num_tokens = cast(nn.Linear, scorer.model.get_output_embeddings()).weight.shape[0]
     places = np.arange(_CANARY_PROMPTS)[:, None]

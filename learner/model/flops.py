@@ -22,8 +22,8 @@ def training_flops(model: PreTrainedModel, *, num_tokens: int, num_scored: int, 
     """6 P U + 6 V H M for forward and backward of U tokens with logits at M of them, plus 2 P U + 2 V H M per forward.
 
     num_tokens: U; num_scored: M; num_forwards: further forward passes. A frozen weight has factor 4 instead of 6,
-    because its gradient is not computed. P counts all parameters but the embeddings. The quadratic part of attention is
-    left out, so MFU is a lower bound.
+    because its gradient is not computed. P counts all parameters except the embeddings. The quadratic part of attention
+    is left out, so MFU is a lower bound.
     Source: Kaplan et al. 2020, section 2.1.
     """
     head = _parameters(model.get_output_embeddings())

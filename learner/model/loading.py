@@ -35,7 +35,7 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 class Policy:
     """A model ready for training, and its tokenizer files.
 
-    Dropout is always off: the proximal policy is the model itself, so two forwards of one input must agree.
+    Dropout is always off: the proximal policy is the model itself, so two forward passes of one input must be equal.
     """
 
     model: PreTrainedModel
@@ -49,7 +49,7 @@ class Policy:
 def load_policy(folder: Path, *, device: str = "cpu") -> Policy:
     """Loads config, safetensors (as float32) and tokenizer files of `folder`, without network access or remote code.
 
-    Raises: DataError if a part is missing or does not fit the config, or if the model's logits are not exactly the
+    Raises: DataError if a file is missing or does not match the config, or if the model's logits are not exactly the
     output embedding of its last hidden states (capped or scaled logits): the scorer relies on this.
     """
     _require(folder, ("config.json",), "config")

@@ -42,7 +42,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
     }
     for target in config.targets:
         if target not in linear:
-            raise ConfigError(f"learner.lora.targets must be of {', '.join(sorted(linear))}, got {target!r}")
+            raise ConfigError(f"learner.lora.targets must be one of {', '.join(sorted(linear))}, got {target!r}")
     chosen = peft.LoraConfig(r=config.rank, lora_alpha=cast(int, config.alpha), target_modules=list(config.targets))
     peft.inject_adapter_in_model(chosen, model, adapter_name=_ADAPTER)
 

@@ -32,7 +32,7 @@ _TORCHRUN = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process's place among the learner's `size` processes; the default is a single process.
+    """This process's rank among the learner's `size` processes; the default is a single process.
 
     control  a gloo group for bytes and numbers on the CPU; None if size is 1
     """
@@ -51,11 +51,11 @@ class World:
         dist.all_reduce(total)
         return total
 
-    def reduce(self, watched: Diagnostics) -> Diagnostics:
-        """What all ranks watched: sums added, maxima compared, in float64."""
+    def reduce(self, diagnostics: Diagnostics) -> Diagnostics:
+        """The diagnostics of all ranks together: sums are added, of maxima the largest is taken, in float64."""
         if self.size == 1:
-            return watched
-        sums, maxima = watched.to_tensors()
+            return diagnostics
+        sums, maxima = diagnostics.to_tensors()
         dist.all_reduce(sums, group=self.control)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self.control)
         return Diagnostics.from_tensors(sums, maxima)
@@ -89,10 +89,10 @@ class World:
 
 @contextmanager
 def join(device: str = "cpu", *, timeout_s: float = 600.0) -> Iterator[World]:
-    """The world that torchrun's variables describe (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_*); one process without them.
+    """Yields the world of torchrun's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_*); without them, one process.
 
     device     cpu or cuda; with several processes, each takes the CUDA device of its local rank
-    timeout_s  of a step's collectives
+    timeout_s  time limit of each collective within a step
     Raises: ConfigError if the device cannot be used.
     """
     size, rank, local_rank = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
@@ -121,7 +121,7 @@ def shard(module: nn.Module, world: World, *, dtype: Literal["float32", "bfloat1
 
     dtype  bfloat16: forward and backward in bf16; parameters, gradient reduction and update in fp32, for any `world`.
            float32: with one rank the module is not changed
-    Every rank must hold the same weights: none are sent. Call it before the optimizer is built.
+    Every rank must already have the same weights, because none are sent. Call it before the optimizer is built.
     Raises: ValueError if dtype is bfloat16 and a trained parameter is not float32.
     """
     mixed = dtype == "bfloat16"

@@ -29,9 +29,8 @@ class Scorer(nn.Module):
     To shard it, shard its decoder layers and then this module as the root. The output embedding must not be sharded
     separately: its weight is read here and the module is not called.
 
-    model       its attention implementation is replaced by the one for packs; its logits must be the output embedding
-    of
-                its last hidden states, neither scaled nor capped
+    model       its attention implementation is replaced by the one for packs; its logits must be the output
+                embedding of its last hidden states, neither scaled nor capped
     value_head  nn.Linear(hidden size, 1), initialised to 0, or None
     """
 
@@ -50,10 +49,10 @@ class Scorer(nn.Module):
         temperature: float = 1.0,
         entropy_grad: bool = False,
     ) -> Scores:
-        """Scores the token ids `target` as next tokens after the packed indices `source`, int64 [M >= 0] each.
+        """Scores the token ids `target` as next tokens of the packed indices `source`, int64 [M >= 0] each.
 
         Without `target` it scores the most likely next tokens; this forms all [M, V] logits at once, so M must be
-        small. A value is computed from the hidden state that predicts the token: the state before it.
+        small. The value of a token is computed from the hidden state that predicts the token.
         """
         decoder = cast(nn.Module, self.model.get_decoder())
         head = cast(nn.Linear, self.model.get_output_embeddings())

@@ -1,4 +1,4 @@
-"""A tiny untrained model with a word-level vocabulary, for examples and skeletons that run at once on a CPU."""
+"""A tiny untrained model with a word-level vocabulary, for the examples and for the skeleton of `palimpsest init`."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
                           state.json                                          step, counters, sizes of all other files
 
 learner/training/checkpoint_tensors.py writes training/: one file per rank, readable by any number of ranks. A folder is
-written under a temporary name, fsynced and renamed, so a folder named step-* that lists all its files is complete; any
-other is ignored. No file is a pickle.
+written under a temporary name, fsynced and renamed. It is complete if its name is step-* and state.json lists all other
+files with their sizes; incomplete folders are ignored. No file is a pickle.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _TRAINING = "training"
 
 @dataclass(frozen=True, slots=True)
 class TrainingProgress:
-    """How far training has come. `step`: the version of the weights = the number of batches trained."""
+    """The progress of training. `step`: the version of the weights = the number of batches trained."""
 
     step: int
     num_skipped_updates: int = 0
@@ -57,14 +57,14 @@ def save_checkpoint(
     world: World | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Durably writes the checkpoint of `progress.step` under `root`, then deletes the old ones; returns its folder.
+    """Durably writes the checkpoint of `progress.step` under `root`, then deletes old ones; returns its folder.
 
-    keep, keep_every_steps  the newest `keep` stay, and all whose step is a multiple of `keep_every_steps`
+    keep, keep_every_steps  kept are the newest `keep`, and all whose step is a multiple of `keep_every_steps`
     value_head              trained with the policy; None if there is none
-    world                   all its ranks call this and return when it is done; `root` is a folder that they share
+    world                   all its ranks call this and return when it is done; `root` must be a shared folder
     dtype                   of the Hugging Face folder; the model's own by default
     A complete checkpoint of the same step is left unchanged: a version has one set of weights.
-    Raises: OSError if the disk cannot be written; the checkpoints that existed before stay.
+    Raises: OSError if the disk cannot be written; older checkpoints are then kept.
     """
     if keep < 1:
         raise ValueError(f"keep must be >= 1, got {keep}")
@@ -123,8 +123,8 @@ def restore_checkpoint(
     """Restores the trained weights, the optimizer and the RNG; the number of ranks may have changed.
 
     Weights that are not trained are not restored: with adapters, `policy` must be loaded from the folder that the run
-    started from; otherwise from any folder with the same config. A rank that the checkpoint has no RNG for keeps its
-    own. Raises: DataError if the folder is not a complete checkpoint of this model.
+    started from; otherwise from any folder with the same config. A rank without an RNG state in the checkpoint keeps
+    its current one. Raises: DataError if the folder is not a complete checkpoint of this model.
     """
     if not _is_complete(folder):
         raise DataError(f"checkpoint {folder} is not complete: {_STATE} or a file that it lists is missing")
@@ -168,14 +168,14 @@ def _step_of(folder: Path) -> int:
 
 def _discard(folder: Path) -> None:
     """Deletes a checkpoint. It is renamed first, so a partly deleted folder never has the name of a checkpoint."""
-    doomed = folder.with_name(f"{_DISCARDED}{folder.name}")
-    folder.rename(doomed)
+    discarded = folder.with_name(f"{_DISCARDED}{folder.name}")
+    folder.rename(discarded)
     fault_point("checkpoint.discarded")
-    shutil.rmtree(doomed)
+    shutil.rmtree(discarded)
 
 
 def _remove_unfinished(root: Path) -> None:
-    """Removes what a killed process left: unfinished checkpoints and partly deleted ones."""
+    """Removes the unfinished and partly deleted checkpoints of a process that was killed."""
     for child in root.iterdir():
         if child.name.startswith((_UNFINISHED, _DISCARDED)):
             shutil.rmtree(child)

@@ -1,7 +1,7 @@
 """Saves and loads the tensors of a checkpoint's training/ folder with torch.distributed.checkpoint (DCP), sharded.
 
 One flat table: `model/NAME` trained weights; `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME` AdamW's state;
-`rng/RANK/cpu`, `rng/RANK/cuda` RNG states. The learning-rate schedule is a pure function of the step: it has no state.
+`rng/RANK/cpu`, `rng/RANK/cuda` RNG states. The learning-rate schedule has no state: it is a pure function of the step.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def save_training_tensors(
 def load_training_tensors(
     folder: Path, *, model: nn.Module, value_head: nn.Module | None, optimizer: torch.optim.Optimizer, world: World
 ) -> None:
-    """Loads what `save_training_tensors` wrote, with any number of ranks, into model, optimizer and RNGs.
+    """Loads the tensors that `save_training_tensors` wrote on any number of ranks into model, optimizer and RNGs.
 
-    Raises: DataError if it cannot be read or belongs to another model.
+    Raises: DataError if they cannot be read or belong to another model.
     """
     reader = HuggingFaceStorageReader(str(folder))
     try:
@@ -82,7 +82,7 @@ def load_training_tensors(
 
 
 def _trained(model: nn.Module, value_head: nn.Module | None) -> dict[str, nn.Parameter]:
-    """The trained parameters by name, tied ones once. Taken from `state_dict`, which makes FSDP restore its shards."""
+    """The trained parameters by name, tied ones once. `state_dict` makes FSDP reshard them first."""
     named = model.state_dict(keep_vars=True)
     if value_head is not None:
         named |= {f"value_head.{name}": tensor for name, tensor in value_head.state_dict(keep_vars=True).items()}

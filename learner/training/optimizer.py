@@ -60,7 +60,7 @@ def apply_update(
 
 
 class SkipGuard:
-    """Counts skipped updates. Checkpoints hold both counts."""
+    """Counts skipped updates, in total and in a row. Checkpoints contain both counts."""
 
     def __init__(self, *, max_consecutive: int, num_skipped: int = 0, num_consecutive: int = 0) -> None:
         self.max_consecutive = max_consecutive
@@ -78,5 +78,5 @@ class SkipGuard:
             raise DivergenceError(
                 f"the last {self.num_consecutive} updates had a loss or gradient that is not finite, and "
                 f"learner.optimizer.max_consecutive_skips is {self.max_consecutive}: lower learner.optimizer."
-                "learning_rate, and look at the batch that was saved"
+                "learning_rate, and inspect the batch that was saved"
             )

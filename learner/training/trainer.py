@@ -3,9 +3,9 @@
     groups ─► flatten ─► plan ─► pre-pass, if a token's loss depends on other micro-batches ─► advantages, corrections
         ─► for each minibatch: forward, loss, backward of its micro-batches ─► update
 
-The proximal policy is the policy at the start of the step. With one minibatch that is the model itself, and its
-log-probs are those of the training forward, detached. A pre-pass (one more forward of the batch) is needed with several
-minibatches, corrections over trajectories or the batch, a value head, and a KL in the reward.
+The proximal policy is the policy at the start of the step. With one minibatch it is the model itself: its
+log-probs are those of the training forward pass, detached. A pre-pass (one more forward pass of the batch) is needed
+for several minibatches, corrections over trajectories or the batch, a value head, or a KL in the reward.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from protocol.types import TrajectoryGroup
 
 
 class Trainer:
-    """Owns the optimizer of a policy and the algorithm that the config names.
+    """Trains a policy with the algorithm of the config. It owns the optimizer.
 
-    temperature   of sampling: learner logits are divided by it
+    temperature   sampling temperature; the learner's logits are divided by it
     world         the ranks over which policy and reference are sharded; every rank calls `train_step` with the same
-                  groups and trains its own micro-batches of them
-    base_dir      folder that relative paths in options of imported algorithms are taken from
+                  groups and trains only its own micro-batches
+    base_dir      folder to which relative paths in options of imported algorithms are relative
 
     Raises (on creation): ConfigError if an algorithm cannot be loaded.
     """
@@ -81,8 +81,8 @@ class Trainer:
     def train_step(self, groups: Sequence[TrajectoryGroup], *, step: int) -> StepMetrics:
         """Trains the policy from version `step` to `step + 1` on one batch of groups.
 
-        Raises: MalformedMessage where a group cannot be scored, or holds tokens of a version above `step`;
-        DivergenceError where too many updates in a row were not finite.
+        Raises: MalformedMessage if a group cannot be scored, or has tokens of a version above `step`;
+        DivergenceError if too many updates in a row were not finite.
         """
         clock = Clock(self.policy.device)
         batch = flatten(groups, last_context_only=self.config.ablation == "last-context")
@@ -90,16 +90,16 @@ class Trainer:
         clock.lap("plan")
         tokens = self.prepare(batch, plan, step=step, clock=clock)
         rate = self._rate(step)
-        watched, norms = Diagnostics(), []
+        total, norms = Diagnostics(), []
         for minibatch in plan.minibatches:
-            seen = self.accumulate(minibatch, tokens, clock=clock)
-            norms.append(self._update(seen, rate=rate))
-            watched += seen
+            diagnostics = self.accumulate(minibatch, tokens, clock=clock)
+            norms.append(self._update(diagnostics, rate=rate))
+            total += diagnostics
             clock.lap("update")
         return summarise(
             batch,
             plan,
-            self.world.reduce(watched),
+            self.world.reduce(total),
             self._work(plan, tokens),
             norms=norms,
             advantage_mean=float(tokens.advantages.double().mean()) if len(batch.sampled) else 0.0,
@@ -126,17 +126,17 @@ class Trainer:
         )
 
     def prepare(self, batch: Batch, plan: StepPlan, *, step: int, clock: Clock | None = None) -> TokenData:
-        """Advantages and weights of a batch's tokens.
+        """Computes the columns of a batch's tokens that must be known before training: advantages, weights, log-probs.
 
-        Runs up to two forward passes of the batch: the pre-pass, if it is needed, and that of a reference policy.
+        Runs up to two forward passes of the batch: the pre-pass if it is needed, and that of the reference policy.
         """
         clock, loss = clock or Clock(self.policy.device), self.config.loss
         proximal = values = reference = penalty = importance = None
         if self._needs_prepass(plan):
-            proximal, values = self._pass(self.scorer, batch, plan)
+            proximal, values = self._score_batch(self.scorer, batch, plan)
             clock.lap("proximal")
         if self.reference is not None:
-            reference, _ = self._pass(self.reference, batch, plan)
+            reference, _ = self._score_batch(self.reference, batch, plan)
             clock.lap("reference")
         if loss.kl_in == "reward" and reference is not None and proximal is not None:
             kl = approx_kl(proximal, reference, estimator=loss.kl_estimator)
@@ -146,8 +146,8 @@ class Trainer:
             values=None if values is None else values.double().cpu().numpy()[plan.trained],
             kl_penalty=None if penalty is None else penalty[plan.trained],
         )
-        earned = token_advantages(credit, self.config.advantage, self.estimator)
-        tokens = step_tokens(batch, plan, earned, step=step, device=self.policy.device)
+        advantages = token_advantages(credit, self.config.advantage, self.estimator)
+        tokens = step_tokens(batch, plan, advantages, step=step, device=self.policy.device)
         if proximal is not None:
             trained = self._tensor(plan.trained)
             importance = torch.zeros_like(proximal)
@@ -158,31 +158,31 @@ class Trainer:
     def accumulate(
         self, minibatch: Sequence[MicroBatch], tokens: TokenData, *, clock: Clock | None = None
     ) -> Diagnostics:
-        """Adds the gradient of this rank's part of one minibatch to the parameters' and returns its diagnostics."""
-        clock, watched = clock or Clock(self.policy.device), Diagnostics()
+        """Runs forward and backward of this rank's micro-batches; gradients are added to the parameters' `grad`."""
+        clock, total = clock or Clock(self.policy.device), Diagnostics()
         for micro_batch in minibatch:
-            scores, gather = self._score(self.scorer, micro_batch)
-            scored = self._scored(tokens.select(self._tensor(micro_batch.tokens)), scores, gather)
-            loss, seen = self.loss(scored)
+            scores, gather = self._score_micro_batch(self.scorer, micro_batch)
+            scored = self._with_scores(tokens.select(self._tensor(micro_batch.tokens)), scores, gather)
+            loss, diagnostics = self.loss(scored)
             clock.lap("forward")
             loss.backward()
             clock.lap("backward")
-            watched += seen
-        return watched
+            total += diagnostics
+        return total
 
     def _rate(self, step: int) -> float:
         if self.config.check_drift:
             return 0.0
         return learning_rate(step, num_steps=self.config.num_steps, config=self.config.optimizer)
 
-    def _update(self, seen: Diagnostics, *, rate: float) -> float:
-        """The gradient norm before clipping. Raises: DivergenceError."""
+    def _update(self, diagnostics: Diagnostics, *, rate: float) -> float:
+        """Updates the weights; returns the gradient norm before clipping. Raises: DivergenceError."""
         norm = apply_update(
             self.scorer,
             self.optimizer,
             rate=rate,
             clip_norm=self.config.optimizer.clip_norm,
-            loss_is_finite=self.world.all(math.isfinite(seen.loss)),
+            loss_is_finite=self.world.all(math.isfinite(diagnostics.loss)),
         )
         self.guard.record(norm)
         return norm
@@ -197,19 +197,19 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def _pass(self, scorer: Scorer, batch: Batch, plan: StepPlan) -> tuple[Tensor, Tensor | None]:
-        """(log-probs [N], values [N] or None) of all trained tokens, on all ranks; 0 for those that are not trained."""
+    def _score_batch(self, scorer: Scorer, batch: Batch, plan: StepPlan) -> tuple[Tensor, Tensor | None]:
+        """(log-probs [N], values [N] or None), complete on all ranks; 0 for tokens that are not trained."""
         dtype = torch.promote_types(self.policy.model.dtype, torch.float32)
         logprobs, values = torch.zeros(2, len(batch.sampled), dtype=dtype, device=self.policy.device)
         for micro_batch in (each for minibatch in plan.minibatches for each in minibatch):
-            scores, gather = self._score(scorer, micro_batch)
+            scores, gather = self._score_micro_batch(scorer, micro_batch)
             index = self._tensor(micro_batch.tokens)
             logprobs[index] = scores.logprob[gather]
             if scores.value is not None:
                 values[index] = scores.value[gather]
         return self.world.sum(logprobs), self.world.sum(values) if scorer.value_head is not None else None
 
-    def _score(self, scorer: Scorer, micro_batch: MicroBatch) -> tuple[Scores, Tensor]:
+    def _score_micro_batch(self, scorer: Scorer, micro_batch: MicroBatch) -> tuple[Scores, Tensor]:
         placement = micro_batch.placement
         scores = scorer(
             to_device(micro_batch.pack, self.policy.device),
@@ -220,8 +220,8 @@ class Trainer:
         )
         return scores, self._tensor(placement.gather)
 
-    def _scored(self, tokens: TokenData, scores: Scores, gather: Tensor) -> TokenData:
-        """`tokens` of a micro-batch with the columns of the training forward."""
+    def _with_scores(self, tokens: TokenData, scores: Scores, gather: Tensor) -> TokenData:
+        """`tokens` of a micro-batch with the columns of the training forward pass."""
         logprobs = scores.logprob[gather]
         proximal, importance = tokens.proximal, tokens.importance
         if proximal is None or importance is None:

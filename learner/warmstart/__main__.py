@@ -13,12 +13,12 @@ import click
     "--data",
     type=click.Path(path_type=Path, exists=True),
     required=True,
-    help="Folder that actor.tasks.toy.command wrote.",
+    help="Folder that `python -m actor.tasks.toy.command` wrote.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Model folder to write.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def main(data: Path, out: Path, seed: int) -> None:
-    """Train the toy task's initial policy on DATA/demonstrations.safetensors. OUT appears only when it is complete."""
+    """Train the toy task's initial policy on DATA/demonstrations.safetensors. OUT is created when it is complete."""
     import torch
 
     from learner.warmstart.recipe import warm_start

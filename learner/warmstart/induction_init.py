@@ -1,9 +1,9 @@
-"""Initialises a two-layer model with induction heads and trains it to copy, before it sees any task.
+"""Initialises a two-layer model with induction heads and trains it to copy, before it is trained on a task.
 
 A search agent copies names from the question into a query, and facts from passages into its memory. An induction head
-(find an earlier occurrence of the current token, output the token that followed it) does this. Gradient descent finds
-it only after a plateau of 900 steps here, and not for every seed. As an initialisation, which training then corrects,
-it needs 100 to 200 steps. Two tokens are matched, not one, because a single syllable occurs in many names.
+(find an earlier occurrence of the current token, output the token that followed it) can copy. From random weights,
+gradient descent learns it here only after a plateau of 900 steps, and not for every seed; from this initialisation, in
+100 to 200 steps. Two tokens are matched, not one, because a single syllable occurs in many names.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def wire_induction(model: Qwen2ForCausalLM, *, seed: int) -> None:
     """Sets heads of the first two layers to an induction circuit, in place; all other weights keep their random values.
 
     Layer 0: biases alone make each of four heads attend one or two positions back (RoPE rotates the query back by that
-    many positions); the head writes that token's embedding into a random subspace. Layer 1: queries read the current
-    token and the one before it, keys the two tokens before theirs, so two heads find the place after an earlier
-    occurrence of both; values copy the token there.
+    many positions); the head writes that token's embedding into a random subspace. Layer 1: queries encode the
+    current token and the one before it, keys the two tokens before the key; so two heads attend to the token after an
+    earlier occurrence of both, and values copy this token.
     """
     hidden, heads = model.config.hidden_size, model.config.num_attention_heads
     size = hidden // heads
@@ -71,8 +71,8 @@ def induction_pretrain(
 ) -> float:
     """Trains copying on random sequences of `symbols`, in place; returns the mean loss of the last steps.
 
-    First sequences of distinct symbols, until the loss is below 0.1 or for `max_distinct_steps`; then `repeated_steps`
-    on sequences of few symbols that repeat, where one token of context does not determine the next.
+    It trains first on sequences of distinct symbols, until the loss is below 0.1 or for `max_distinct_steps`; then
+    for `repeated_steps` on sequences of few, repeated symbols, in which one token does not determine the next.
     """
     rng = np.random.default_rng([seed, 0x1D])
     fit = NextTokenFit(model, optimizer, num_steps=max_distinct_steps + repeated_steps)
@@ -90,7 +90,7 @@ def induction_pretrain(
 def distinct_batch(
     symbols: range, *, batch_size: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """16–24 distinct symbols, a gap of 0–12 others, then a copy from a random offset to the end.
+    """16–24 distinct symbols, 0–12 other symbols, then a copy of the first from a random offset to their end.
 
     ids int64 [B, L]; mask bool [B, L]: the copy without its first symbol, which cannot be predicted.
     """

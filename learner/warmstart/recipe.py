@@ -1,4 +1,4 @@
-"""The toy task's initial policy: a tiny model that can copy, fine-tuned on a noisy demonstrator."""
+"""The toy task's initial policy: a tiny model that is trained to copy, then on demonstrations with noise."""
 
 from __future__ import annotations
 
@@ -53,15 +53,16 @@ def warm_start(
 ) -> None:
     """Trains the toy task's initial policy and saves it, with its tokenizer, as a Hugging Face folder `model_dir`.
 
-    Copying is trained on the demonstrations' `symbols`; imitation permutes their `permutable` ids in every context.
+    It first trains copying of random sequences of the demonstrations' `symbols`, then imitation of the demonstrations,
+    whose `permutable` ids are permuted in every context.
     Raises: DataError if the demonstrations or the tokenizer cannot be used.
     """
     tokenizer, end, pad = _load_tokenizer(tokenizer_dir)
     examples = Demonstrations.load(demonstrations)
     if examples.symbols is None or int(examples.token_ids.max()) >= len(tokenizer):
         raise DataError(
-            f"demonstrations {demonstrations} must name their `symbols` and use ids below the {len(tokenizer)} of the "
-            f"tokenizer in {tokenizer_dir}; write both again"
+            f"demonstrations {demonstrations} must have `symbols` in their metadata and ids below the "
+            f"{len(tokenizer)} of the tokenizer in {tokenizer_dir}; write both again"
         )
     model = build_toy_model(vocab_size=len(tokenizer), eos_token_id=end, pad_token_id=pad, seed=seed)
     wire_induction(model, seed=seed)
@@ -95,5 +96,5 @@ def _load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, int, int]:
         raise DataError(f"cannot load a tokenizer from {folder}: {error}") from None
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     if not isinstance(end, int) or not isinstance(pad, int):
-        raise DataError(f"the tokenizer in {folder} must name an eos_token and a pad_token; it is no toy tokenizer")
+        raise DataError(f"the tokenizer in {folder} must have an eos_token and a pad_token; it is not a toy tokenizer")
     return tokenizer, end, pad

@@ -29,7 +29,7 @@ OnProgress = Callable[[str, int, float], None]
 """Called after every step with (phase, steps done, mean loss of the last steps)."""
 
 _WINDOW = 8
-"""Contexts of this many batches are sorted by length before they are cut into batches: random, with little padding."""
+"""Number of batches whose contexts are sorted by length together, so that random batches need little padding."""
 _MEAN_STEPS = 20
 
 
@@ -96,7 +96,7 @@ class NextTokenFit:
         return float(np.mean(self._losses[-_MEAN_STEPS:])) if self._losses else float("inf")
 
     def step(self, token_ids: NDArray[np.int64], loss_mask: NDArray[np.bool_]) -> None:
-        """token_ids, loss_mask [B, L]: the tokens with a true mask are predicted.
+        """One update. token_ids, loss_mask [B, L]: the loss is over the tokens with a true mask.
 
         Rows are padded on the right, so causal attention alone hides padding from every trained token.
         """
@@ -127,8 +127,8 @@ def supervised_finetune(
 ) -> float:
     """Trains `model` in place and returns the mean loss of the last steps.
 
-    permute: in every context of every batch, these ids are permuted at random, so that their meaning can only be read
-             from the context and cannot be memorised
+    permute: in every context of every batch, these ids are permuted at random, so that their meaning cannot be
+             memorised, only read from the context
     Raises: ConfigError if `permute` is not within the vocabulary.
     """
     vocabulary = int(model.config.vocab_size)
