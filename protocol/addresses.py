@@ -1,4 +1,4 @@
-"""Socket addresses: how they are written, and which of them are loopback (reachable from this machine only)."""
+"""Formats socket addresses and checks that they are loopback addresses (reachable only from this machine)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_loopback(address: str) -> bool:
 
 
 def require_loopback(address: str, remedy: str) -> None:
-    """Refuses an address beyond loopback; for sockets without keys. `remedy` says how to get keys.
+    """Checks that a socket without keys has a loopback address. `remedy` is the error's hint how to get keys.
 
     Raises: SecurityError.
     """

@@ -1,8 +1,8 @@
 """The sections that choose an algorithm: advantage, policy loss, corrections. docs/algorithms.md explains them.
 
 `use` names a built-in, whose options are the models below, or an import path to the user's own class. Options of
-built-ins are checked when the config is read; those of imported classes when the learner loads them. Nothing here may
-be infinite or NaN: the resolved config is saved as JSON, which has neither.
+built-ins are checked when the config is read; those of imported classes when the learner loads them. No value
+may be infinite or NaN: the resolved config is saved as JSON, which has neither.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ ADVANTAGE_OPTIONS: Mapping[str, type[BaseModel]] = MappingProxyType(
 
 
 class AdvantageConfig(ExtensionSection):
-    """How sampled tokens are credited. The other keys are the options of the estimator that `use` names."""
+    """How the advantages of sampled tokens are computed. The other keys are the options of the estimator in `use`."""
 
     use: Use = Field(default="grpo", description="grpo, rloo, maxrl, reinforce_pp, gae, or an import path.")
     context_rewards: Literal["none", "add"] = Field(
-        default="none", description="`add` also credits the rewards that the workflow gave to single contexts."
+        default="none", description="`add` also uses the rewards that the workflow gave to single contexts."
     )
     role_weights: dict[str, Coefficient] = Field(
         default_factory=dict, description="Role → factor on the advantages of its tokens; roles not named have 1."
@@ -85,7 +85,7 @@ class AdvantageConfig(ExtensionSection):
 
     @property
     def is_zero_without_variance(self) -> bool:
-        """Whether a group of equal rewards is known to get advantage 0."""
+        """Whether every group of equal rewards gets advantage 0."""
         return self.use in WITHIN_GROUP and self.context_rewards == "none"
 
 
@@ -129,7 +129,7 @@ class _Band(Options):
 class TruncateOptions(Options):
     """Truncated importance sampling: min(w, high), w = pi_prox / pi_behave over the scope."""
 
-    scope: Scope = Field(default="token", description="What one weight is computed over.")
+    scope: Scope = Field(default="token", description="Tokens over which one w is computed.")
     ratio: Literal["geometric", "product"] = Field(
         default="geometric", description="Mean or sum of log w over the scope."
     )
@@ -139,7 +139,7 @@ class TruncateOptions(Options):
 class MaskOptions(_Band):
     """Masked importance sampling (IcePop): w inside [low, high], 0 outside."""
 
-    scope: Scope = Field(default="token", description="What one weight is computed over.")
+    scope: Scope = Field(default="token", description="Tokens over which one w is computed.")
     ratio: Literal["geometric", "product"] = Field(
         default="geometric", description="Mean or sum of log w over the scope."
     )
@@ -148,12 +148,12 @@ class MaskOptions(_Band):
 
 
 class RejectOptions(_Band):
-    """A scope is kept with weight 1 if its w lies in [low, high], else dropped."""
+    """A scope is kept with weight 1 if its w is in [low, high], else dropped."""
 
-    scope: Scope = Field(default="context", description="What is kept or dropped as a whole.")
+    scope: Scope = Field(default="context", description="Tokens that are kept or dropped together.")
     ratio: Literal["geometric", "product", "worst"] = Field(
         default="geometric",
-        description="Mean or sum of log w over the scope; `worst`: every token must lie in the band.",
+        description="Mean or sum of log w over the scope; `worst`: the w of every token must be in [low, high].",
     )
     low: Lower = Field(default=0.5, description="Lowest w that is kept.")
     high: Bound = Field(default=2.0, description="Highest w that is kept.")
@@ -162,7 +162,7 @@ class RejectOptions(_Band):
 class RejectNegativeOptions(Options):
     """Drops tokens with A < 0 in a scope whose mean log(pi_behave / pi_prox) exceeds `threshold`."""
 
-    scope: Scope = Field(default="context", description="What the mean is taken over.")
+    scope: Scope = Field(default="context", description="Tokens over which the mean is computed.")
     threshold: Bound = Field(default=1.0, description="In nats.")
 
 
@@ -194,7 +194,8 @@ class ValueConfig(Section):
 
     coefficient: Coefficient = Field(default=0.5, description="Factor of the value loss.")
     clip: Bound | None = Field(
-        default=None, description="How far a value may move from its value at the start of the step. Unset: no clip."
+        default=None,
+        description="Values are clipped to this distance from their value at the start of the step. Unset: no clip.",
     )
 
 
@@ -211,7 +212,7 @@ class LossConfig(ExtensionSection):
     )
     aggregation: Literal["trajectory", "context", "token", "constant"] = Field(
         default="trajectory",
-        description="What counts equally in the loss; `constant` divides by `constant` per trajectory.",
+        description="Unit that has equal weight in the loss; `constant` divides by `constant` per trajectory.",
     )
     constant: Bound = Field(default=1024.0, description="Denominator per trajectory of aggregation `constant`.")
     minibatches: Positive = Field(default=1, description="Optimizer steps per batch, split by trajectory.")

@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all: written under a temporary name, then renamed."""
+"""Atomic writes of files and folders: they are written under a temporary name, then renamed."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def decode_frames(frames: Sequence[Buffer]) -> GroupView:
 
 
 def pack_groups(groups: Sequence[TrajectoryGroup]) -> bytes:
-    """Serializes groups: each frame of each group, preceded by its length (8 bytes, little-endian)."""
+    """Serializes groups: all frames of all groups, each preceded by its length (8 bytes, little-endian)."""
     frames = [frame for group in groups for frame in encode_group(group, lease_id=0)]
     return b"".join(part for frame in frames for part in (struct.pack("<Q", len(frame)), frame))
 
@@ -144,13 +144,13 @@ def _context_columns(contexts: Sequence[Context], lengths: list[int]) -> dict[st
 
 
 def _check_masks(contexts: Sequence[Context], lengths: list[int]) -> None:
-    """Loss masks are not sent: checks that each is equal to the positions that the context's spans cover."""
+    """Checks that each loss mask is equal to the positions that the spans cover; masks are not sent."""
     covered = []
     for context, length in zip(contexts, lengths, strict=True):
         if not length == len(context.loss_mask) == len(context.behavior_logprobs):
             raise MalformedMessage(
-                f"group: a context of {length} tokens has {len(context.loss_mask)} in its loss_mask and "
-                f"{len(context.behavior_logprobs)} behavior_logprobs"
+                f"group: a context of {length} tokens must have as many entries in loss_mask and behavior_logprobs, "
+                f"got {len(context.loss_mask)} and {len(context.behavior_logprobs)}"
             )
         at = 0
         for span in context.policy_versions:
@@ -229,7 +229,7 @@ def _view_columns(
         if expected is not None and len(frame) != expected:
             raise MalformedMessage(f"group: {name} must have {expected} bytes, got {len(frame)}")
     if len(payload[2]) % 4:
-        raise MalformedMessage(f"group: behavior_logprobs must be whole floats, got {len(payload[2])} bytes")
+        raise MalformedMessage(f"group: the bytes of behavior_logprobs must be a multiple of 4, got {len(payload[2])}")
     ids, logprobs = np.frombuffer(payload[0], "<i4"), np.frombuffer(payload[2], "<f4")
     return ids, np.frombuffer(payload[1], "<i4").reshape(num_spans, 4), logprobs
 

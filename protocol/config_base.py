@@ -1,4 +1,4 @@
-"""What every section of a config is, and the bounds that fields of several sections share."""
+"""Base classes of config sections, and types of fields that several sections have."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Section(BaseModel):
 
 
 class Options(BaseModel):
-    """The options of an extension: the keys of its section that the run file may set. Unknown keys are refused."""
+    """Base class of an extension's options, which are keys of its section in the run file. Unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

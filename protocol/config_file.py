@@ -1,4 +1,4 @@
-"""Reading and saving a run's config: TOML or JSON, overrides, errors that name the key."""
+"""Reads and saves a run's config (TOML or JSON) and applies overrides; errors name the key."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     except ValueError as error:
         raise DataError(f"config {path} is not valid {path.suffix.lstrip('.') or 'TOML'}: {error}") from error
     if not isinstance(tree, dict):
-        raise DataError(f"config {path} must hold a table of sections, got {type(tree).__name__}")
+        raise DataError(f"config {path} must be a table of sections, got {type(tree).__name__}")
     folder = path.resolve().parent
     for key in _PATH_KEYS:
         _resolve(tree, key, folder)
@@ -61,7 +61,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(tree: dict[str, object], *, source: str) -> Config:
-    """Raises: ConfigError with the path, the bound and the value of each problem."""
+    """Validates a config. Raises: ConfigError with the key, the bound and the value of each problem."""
     try:
         config = Config.model_validate(tree)
         _check_algorithm_options(config)
@@ -73,7 +73,7 @@ def parse_config(tree: dict[str, object], *, source: str) -> Config:
 
 
 def _check_algorithm_options(config: Config) -> None:
-    """Options of built-in algorithms; those of imported classes are checked by the learner. Raises: ConfigError."""
+    """Checks options of built-in algorithms; the learner checks those of imported classes. Raises: ConfigError."""
     sections: list[tuple[str, ExtensionSection, Mapping[str, type[BaseModel]]]] = [
         ("learner.advantage", config.learner.advantage, ADVANTAGE_OPTIONS),
         ("learner.loss", config.learner.loss, LOSS_OPTIONS),
@@ -99,7 +99,7 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def require_ports(config: Config, *keys: str) -> None:
-    """Port 0 is for a launcher to resolve; a socket that connects to it would wait for ever. Raises: ConfigError."""
+    """Checks that the ports in `keys` are set: only a launcher replaces 0 by a free port. Raises: ConfigError."""
     ports = {
         "network.control_port": config.network.control_port,
         "network.weights_port": config.network.weights_port,

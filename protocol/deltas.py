@@ -2,8 +2,8 @@
 
 A weights file is treated as words of 2 bytes (bf16) or 4 bytes (fp32), in blocks of 2 MiB. Each block has a codec:
 
-    sparse   few words changed: the gaps between them, and by how many representable numbers (ULP) each has moved
-    dense    many words changed: the XOR with the base
+    sparse   for few changed words: the gaps between them, and the change of each in units in the last place (ULP)
+    dense    for many changed words: the XOR with the base
 
 The columns of both are split into byte planes (bytes of equal significance are similar), and each plane is compressed
 with zstd level 1. A snapshot is a delta whose base is all zeros. Measured sizes and times: docs/weights.md.
@@ -28,8 +28,8 @@ Words = NDArray[np.unsignedinteger]
 
 WORD_BYTES = (2, 4)
 _BLOCK_BYTES = 2 << 20
-# Fraction of a block's 8-byte pieces that changed. From here on (about 1/4 of bf16 values) the XOR is about as small as
-# the sparse form and much faster.
+# Sparse is used below this fraction of changed 8-byte pieces in a block. Above it (about 1/4 of bf16 values changed),
+# the XOR is about as small as the sparse form and much faster.
 _SPARSE_BELOW = 0.68
 _SPARSE, _DENSE = 0, 1
 _FORMS = {(_SPARSE, 1), (_SPARSE, 2), (_SPARSE, 4), (_DENSE, 0)}
@@ -73,8 +73,8 @@ def decode(
 ) -> bytearray:
     """Applies the delta `payload` to `base` and returns the target: `num_bytes` bytes with the checksum `expected`.
 
-    If `out` is given, the target is written to it and `out` is returned; `out` may be `base`. Allocating new memory
-    costs as much time as decoding.
+    If `out` is given, the target is written to it and `out` is returned; `out` may be `base`. This saves time:
+    allocating new memory takes as long as decoding.
     Raises: WeightsError (not a delta, another base, or damaged: any flipped bit is detected); the content of `out` is
     then undefined.
     """
@@ -100,7 +100,7 @@ def decode(
 
 
 class _Reader:
-    """Reads the blocks of a payload in order, and checks every value that it reads."""
+    """Reads the blocks of a payload in order and checks every value."""
 
     def __init__(self, payload: Data, *, word_bytes: int) -> None:
         self._payload = memoryview(payload)
@@ -179,7 +179,7 @@ def _changed(difference: NDArray[np.uint64], touched: NDArray[np.intp], word: np
 def _sparse(index: NDArray[np.intp], new: Words, old: Words) -> list[Words]:
     """Returns [gaps, moves], each [len(index)].
 
-    A gap is the number of unchanged words before a changed one. A move is its change in ULP, zigzag-coded:
+    A gap is the number of unchanged words before a changed word. A move is the word's change in ULP, zigzag-coded:
     0 -1 1 -2 2 … as 0 1 2 3 4 …
     """
     gaps = np.diff(index, prepend=-1) - 1

@@ -6,8 +6,8 @@ PalimpsestError
 │   ├── DataError             a corpus, question file, index, model folder or keys folder that cannot be used
 │   ├── SecurityError         an address beyond loopback without keys, a key file that is missing
 │   └── UnreachableError      a required server that does not answer; an address that cannot be bound
-├── ProtocolError             a message that does not conform: only that message is refused
-│   ├── MalformedMessage      truncated, not a message, or not of the schema
+├── ProtocolError             a message that violates the protocol: only this message is refused
+│   ├── MalformedMessage      truncated, not a message, or not matching the schema
 │   ├── MessageTooLarge       a header or frame larger than its limit
 │   └── IncompatibleVersion   of another protocol version
 ├── RemoteError               a peer answered a request with an error
@@ -17,6 +17,7 @@ PalimpsestError
 │   └── UnknownVersion        the engine cannot state the policy version of its tokens: they are refused
 ├── WeightsError              a weight manifest, delta or chunk that fails verification
 ├── TrainingStopped           training cannot continue, and a restart would not help (exit status 3)
+│   ├── ExtensionError        an imported advantage estimator, policy loss or correction raised an error
 │   ├── DivergenceError       too many updates in a row were skipped: their loss or gradient is not finite
 │   └── DriftError            the mismatch between engines and learner grows although nothing is trained
 └── StoreError                the run's store cannot be read or written
@@ -25,11 +26,11 @@ PalimpsestError
 
 
 class PalimpsestError(Exception):
-    """Base of all errors that this project raises deliberately."""
+    """Base of all errors that this project defines."""
 
 
 class UserError(PalimpsestError):
-    """Bad input at start-up. The message says what is wrong, where, and what to do; a command exits with status 2."""
+    """Bad input at start-up. The message has the problem, its place and the remedy. Exit status 2."""
 
 
 class ConfigError(UserError):
@@ -49,7 +50,7 @@ class UnreachableError(UserError):
 
 
 class ProtocolError(PalimpsestError):
-    """A message that does not conform. The message is refused; the connection and the receiver's state are kept."""
+    """A message that violates the protocol. It is refused; the connection and the receiver's state are kept."""
 
 
 class MalformedMessage(ProtocolError):
@@ -109,4 +110,4 @@ class StoreError(PalimpsestError):
 
 
 class StoreFullError(StoreError):
-    """The disk or a quota is full; nothing of the write was stored."""
+    """The disk or a quota is full; no part of the write was stored."""

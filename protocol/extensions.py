@@ -6,8 +6,8 @@
                                   ─►     Notes(options, **resources)
 
 `use` is a built-in name or an import path `package.module:Name`. The process that needs the code imports it, so the
-learner never imports a workflow. Whatever is wrong is one sentence that names the key, the import path and what is
-missing.
+learner never imports a workflow. An error is one sentence with the key, the import path and the
+problem.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ExtensionPoint:
     """One kind of extension.
 
     key       the section of the run file: `workflow`, `learner.loss` …
-    noun      what error messages call it: "workflow", "policy loss" …
+    noun      its name in error messages: "workflow", "policy loss" …
     builtins  built-in name → import path `package.module:Name`
     methods   method name → its signature, as error messages print it; a signature that starts with `async` must be a
               coroutine function
@@ -48,7 +48,7 @@ class ExtensionPoint:
     methods: Mapping[str, str] = field(default_factory=dict)
 
     def load(self, use: str, *, key: str = "") -> type:
-        """The class that `use` names. `key` replaces the point's own in errors (`tool[1]`). Raises: ConfigError."""
+        """The class that `use` names. `key` replaces `self.key` in errors (`tool[1]`). Raises: ConfigError."""
         key = f"{key or self.key}.use"
         path = self.builtins.get(use, use)
         module_name, separator, name = path.partition(":")
@@ -62,7 +62,7 @@ class ExtensionPoint:
         return found
 
     def create(self, section: ExtensionSection, *, base_dir: Path | None, key: str = "", **resources: Any) -> Any:
-        """An instance of what `section` names, made with its validated options and the given `resources`.
+        """An instance of the class that `section.use` names, from its validated options and the given `resources`.
 
         Relative paths among the options are taken from `base_dir`. Raises: ConfigError.
         """
@@ -78,10 +78,10 @@ class ExtensionPoint:
 
     @contextmanager
     def running(self, use: object) -> Iterator[None]:
-        """Around a call into learner code that `use` (an import path, or the object itself) names.
+        """Converts exceptions in the body, a call of the algorithm `use` (an import path or the object itself).
 
-        An exception of an imported class ends the run with one sentence; the traceback is in the log. Exceptions of
-        built-ins pass through. Raises: ExtensionError.
+        An exception of an imported class is logged with its traceback and raised as ExtensionError, which ends the run
+        with one sentence. Exceptions of built-ins are not converted.
         """
         name = use if isinstance(use, str) else f"{type(use).__module__}:{type(use).__qualname__}"
         try:
@@ -131,7 +131,7 @@ def problems(
 ) -> list[str]:
     """One clause for each problem that pydantic found in a config: its key, the bound and the value.
 
-    `own_keys` are known at the top level beside the fields of `model`.
+    `own_keys` are valid at the top level in addition to the fields of `model`.
     """
     return [_problem(each, model, key=key, own_keys=own_keys) for each in error.errors()]
 
@@ -212,7 +212,7 @@ _BOUNDS["less_than"] = ("lt", "<")
 
 
 def _plain(problem: Any) -> str:
-    """Pydantic's message in the words of this project's other errors."""
+    """Pydantic's message, reworded like this project's other errors."""
     if problem["type"] in _BOUNDS:
         bound, sign = _BOUNDS[problem["type"]]
         return f"must be {sign} {problem['ctx'][bound]:g}"

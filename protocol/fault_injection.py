@@ -1,4 +1,4 @@
-"""Named points at which a process can be made to kill itself, so that tests can prove what survives a crash there.
+"""Named points at which a process can be made to kill itself, so that tests can check the recovery from a crash there.
 
 `PALIMPSEST_FAULT=name:count` kills the process (SIGKILL) when it reaches that point for the count-th time. The points
 are before and after every commit, acknowledgement and rename. A launcher sets the variable only for the first start of
@@ -54,7 +54,7 @@ class _Fault:
 
 
 def fault_point(name: str) -> None:
-    """Kills the process if PALIMPSEST_FAULT names this point and its count is reached; otherwise costs a look-up."""
+    """Kills the process if PALIMPSEST_FAULT names this point and its count is reached; else it costs one look-up."""
     fault = _configured_fault()
     if fault is not None and fault.name == name:
         fault.num_left -= 1

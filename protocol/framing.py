@@ -30,7 +30,7 @@ _QUOTES.maxstring = 60
 
 
 class Message(BaseModel):
-    """Base of all message headers. A subclass sets `kind`, by which `decode` finds it.
+    """Base of all message headers. A subclass sets `kind`, from which `decode` finds the class.
 
     Fields are validated strictly, and unknown keys are refused.
     """
@@ -53,7 +53,7 @@ def encode(message: Message) -> bytes:
 
 
 def encode_fields(cls: type[Message], fields: dict[str, object]) -> bytes:
-    """Returns the header frame of a `cls` with these fields, without copying them. Raises: MalformedMessage."""
+    """Returns the header frame of a message `cls` with these fields, which are not copied. Raises: MalformedMessage."""
     _validated(cls, fields)
     try:
         return _pack(cls.kind, fields)
@@ -64,7 +64,7 @@ def encode_fields(cls: type[Message], fields: dict[str, object]) -> bytes:
 def decode(frames: Sequence[Buffer]) -> tuple[Message, Sequence[Buffer]]:
     """Returns the message in `frames` and its payload frames (not copied).
 
-    Raises: MessageTooLarge, IncompatibleVersion, MalformedMessage (truncated, not a message, not of the schema).
+    Raises: MessageTooLarge, IncompatibleVersion, MalformedMessage (truncated, not a message, not matching the schema).
     """
     check_sizes(frames)
     try:
@@ -95,7 +95,7 @@ def check_sizes(frames: Sequence[Buffer]) -> None:
 
 
 def expect(message: Message, cls: type[M]) -> M:
-    """Returns `message`, typed as a `cls`. Raises: MalformedMessage (it is of another kind)."""
+    """Returns `message`, typed as `cls`. Raises: MalformedMessage if it is of another kind."""
     if not isinstance(message, cls):
         raise MalformedMessage(f"expected {cls.kind}, got {message.kind}")
     return message

@@ -1,7 +1,7 @@
 """A received group: a checked header and three columns, from which trajectories are built on demand.
 
-The coordinator reads what it needs (versions, numbers of sampled tokens) from the columns; contexts are built only in
-the learner's loop.
+The coordinator reads versions and numbers of sampled tokens from the columns; contexts are built only in the learner's
+loop.
 """
 
 from __future__ import annotations

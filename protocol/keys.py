@@ -1,4 +1,4 @@
-"""CURVE keys in files of zmq.auth's format: a process's own key pair, and the client keys that a server accepts."""
+"""CURVE keys in files of zmq.auth's format: key pairs of processes, and the clients' keys that a server accepts."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ Id = Annotated[int, Field(ge=0, lt=1 << 62)]
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 """As computed by `protocol.deltas.checksum`."""
 Counts = Annotated[list[Count], FailFast()]
-"""A column. It is refused at its first wrong value: a long wrong column costs little time."""
+"""A column. Validation stops at the first wrong value, so a long wrong column costs little time."""
 
 
 # --- actor <-> coordinator ---
@@ -46,7 +46,8 @@ class Heartbeat(Message):
     """An actor's complete state, sent twice a second and on each change; a lost heartbeat does no harm.
 
     `capacity`: the number of groups that it can hold at once. `held`: the leases that it works on or whose group is not
-    yet acknowledged. `incarnation`: drawn at start; a new one under the same name frees the old one's leases.
+    yet acknowledged. `incarnation`: random, chosen at start; a new incarnation of the same name frees the old one's
+    leases.
     """
 
     kind: ClassVar[str] = "heartbeat"
@@ -86,7 +87,7 @@ class RunStatus(Message):
 
 
 class Lease(Message):
-    """A question to answer `group_size` times.
+    """Permission to answer the question at `cursor` `group_size` times.
 
     `lease_id` is never reused. `min_version`: a group with tokens of an older version will be refused.
     """
@@ -131,7 +132,7 @@ class SubmitGroup(Message):
 
 
 class SubmitReply(Message):
-    """`accepted`: the group is stored durably. `duplicate`: another attempt was first. `refused`: never accepted."""
+    """`accepted`: the group is stored durably. `duplicate`: another attempt was stored first. `refused`: invalid."""
 
     kind: ClassVar[str] = "submit_reply"
     lease_id: Id
@@ -140,7 +141,7 @@ class SubmitReply(Message):
 
 
 class Drain(Message):
-    """The run is over or pausing: the actor stops its rollouts and leaves."""
+    """The run is over or paused: the actor must stop its rollouts and leave."""
 
     kind: ClassVar[str] = "drain"
     reason: str = ""
@@ -180,7 +181,7 @@ class Announcement(Message):
 
 
 class ManifestRequest(Message):
-    """Asks for the parts that lead from publication `held` (-1: none) to `publication`."""
+    """Asks for the parts that update publication `held` (-1: none) to `publication`."""
 
     kind: ClassVar[str] = "manifest_request"
     request_id: Id
@@ -228,7 +229,7 @@ class CanaryFields(BaseModel):
 
 
 class Manifest(Message):
-    """The tensors of a publication, and the parts that lead to it, each applied to the result of the one before."""
+    """The tensors of a publication, and the parts that produce it, each applied to the result of the previous one."""
 
     kind: ClassVar[str] = "manifest"
     request_id: Id
@@ -254,7 +255,7 @@ class ChunkRequest(Message):
 
 
 class Chunk(Message):
-    """One payload frame: the part's bytes from index * chunk_bytes on, at most chunk_bytes."""
+    """One payload frame: at most chunk_bytes bytes of the part, from offset index * chunk_bytes."""
 
     kind: ClassVar[str] = "chunk"
     request_id: Id
@@ -267,7 +268,7 @@ class Chunk(Message):
 
 
 class SearchRequest(Message):
-    """Up to 256 queries to one index. `collection` names one of the service's indexes; "" is the first or only one."""
+    """Up to 256 queries to one index. `collection` names one of the service's indexes; "" selects the first."""
 
     kind: ClassVar[str] = "search"
     request_id: Id
@@ -277,6 +278,8 @@ class SearchRequest(Message):
 
 
 class PassageFields(BaseModel):
+    """`protocol.types.Passage` as it is sent."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     id: str
     title: str

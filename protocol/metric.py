@@ -13,9 +13,9 @@ _PLACEHOLDER = re.compile(r"\{\w+\}")
 class Metric:
     """`name` is the TensorBoard tag and the key in metrics.jsonl.
 
-    A name with a placeholder, such as `reward/{part}`, declares a family: the placeholder stands for any text.
-    `reduction` says how the values of tokens, trajectories or processes become the one value of a step.
-    `absent_if` says when a step has no value; empty if every step has one.
+    A name with a placeholder, such as `reward/{part}`, declares a family: the placeholder matches any text.
+    `reduction`: how the values of tokens, trajectories or processes become the one value of a step.
+    `absent_if`: when a step has no value; empty if every step has one.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""A rate limit for each peer of a server: a token bucket that messages spend. Pure."""
+"""Rate limit of each peer of a server: a token bucket. Pure: the caller passes the time."""
 
 from __future__ import annotations
 

@@ -52,8 +52,8 @@ class RequestClient:
         """Sends `message` and returns its reply and the reply's payload frames.
 
         `resend_s`: send the request again after this time, then after twice this time, and so on; the first reply is
-        returned. Requests that a server has read are lost if it is killed. Only for requests that may be answered
-        twice; None sends once.
+        returned. It is needed because a killed server loses the requests that it has read. Use it only for requests
+        that may be answered twice. None sends once.
 
         Raises: TimeoutError, RemoteError (the peer's ErrorReply), ProtocolError (another kind of reply).
         """

@@ -38,7 +38,7 @@ def start_role(title: str) -> None:
 def run_async(coroutine: Coroutine[object, object, T]) -> T:
     """Runs `coroutine` as `asyncio.run` does, on uvloop except on Windows.
 
-    SIGTERM and SIGHUP act as Ctrl-C does: the task is cancelled, and once it has ended, KeyboardInterrupt is raised.
+    SIGTERM and SIGHUP act like Ctrl-C: the task is cancelled, and KeyboardInterrupt is raised after it has ended.
     """
     signals: list[int] = []
     run = asyncio.run

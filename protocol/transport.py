@@ -28,9 +28,9 @@ from protocol.keys import AllowList, Keys
 from protocol.rate_limit import RateLimit
 from protocol.socket_wait import SocketWaiter
 
-# Messages queued for one peer. When the queue is full, a DEALER's send waits, and a ROUTER or PUB drops the message.
+# Bound of the queue of messages to one peer. If it is full, a DEALER's send waits; a ROUTER or PUB drops the message.
 _SEND_LIMIT = 1_000
-# Messages of one peer received and not yet read. With MAX_FRAME_BYTES it bounds the memory that a peer can use here.
+# Bound of the queue of messages from one peer. With MAX_FRAME_BYTES it bounds the memory that a peer can use here.
 _RECEIVE_LIMIT = 64
 # A receiver yields to the event loop after this number of messages, even if more are waiting.
 _YIELD_EVERY = 32
@@ -57,7 +57,9 @@ def create_client(folder: Path, name: str) -> Path:
     Keys(folder).server_public()
     client, public = folder / "clients" / name, folder / "authorized" / f"{name}.key"
     if client.exists() or public.exists():
-        raise DataError(f"{folder} already has a client {name}: choose another name, or delete {public} to shut it out")
+        raise DataError(
+            f"{folder} already has a client {name}: choose another name, or delete {public} to revoke its access"
+        )
     client.mkdir(parents=True, mode=0o700)
     _create_pair(client, "client")
     shutil.copyfile(folder / "server.key", client / "server.key")
@@ -156,7 +158,7 @@ class Transport:
 
 
 class Socket:
-    """Base of all sockets. `address`: bound to (with the real port), or connected to."""
+    """Base of all sockets. `address`: the address it is bound to (with the real port) or connected to."""
 
     def __init__(self, socket: zmq.Socket[bytes], address: str) -> None:
         self._socket = socket
@@ -193,7 +195,7 @@ class Socket:
 
 
 class Router(Socket):
-    """Exchanges messages with many peers. A peer is identified by opaque bytes, valid while its connection lives.
+    """Exchanges messages with many peers. A peer is identified by opaque bytes, valid until it disconnects.
 
     Messages of a peer that exceeds its rate limit are dropped and counted in `num_dropped`.
     """
@@ -217,7 +219,7 @@ class Router(Socket):
         self._limit.penalize(peer, now_s=time.monotonic())
 
     def send(self, peer: bytes, frames: Sequence[Buffer]) -> bool:
-        """Queues a message without waiting. Returns False if the peer is gone or its queue is full: it is dropped."""
+        """Queues a message without waiting. Returns False, and drops it, if the peer is gone or its queue is full."""
         try:
             self._send_nowait([peer, *frames])
         except zmq.ZMQError as error:

@@ -1,7 +1,7 @@
 """Types of groups of multi-context trajectories.
 
 Group → Trajectory → Context → token; there are no padded rows. A context has exactly the tokens that the policy read
-and sampled. A memory enters the next context as text and is tokenised there.
+and sampled. A memory is passed to the next context as text and tokenised again there.
 """
 
 from __future__ import annotations

@@ -344,7 +344,7 @@ def test_encoding_refuses_values_that_msgpack_cannot_represent(stats: dict[str, 
 def test_encoding_refuses_columns_of_another_length(name: str) -> None:
     context = one_group().trajectories[0].contexts[0]
     longer = dataclasses.replace(context, **{name: np.append(getattr(context, name), getattr(context, name)[:1])})
-    with pytest.raises(MalformedMessage, match="a context of 6 tokens has"):
+    with pytest.raises(MalformedMessage, match="a context of 6 tokens must have"):
         encode_group(one_group(trajectories=(Trajectory((longer,), 0.0),)), lease_id=1)
 
 
