@@ -1,4 +1,4 @@
-"""The `palimpsest` command (cli.py) and what runs a whole run on one machine.
+"""The `palimpsest` command (cli.py), and the launcher that runs all processes of a run on one machine (supervisor.py).
 
-chaos.py, demo.py, keys.py and up.py each hold the subcommand of the same name.
+chaos.py, demo.py, init.py, keys.py and up.py each define the subcommand of the same name.
 """

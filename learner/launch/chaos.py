@@ -3,10 +3,10 @@
     wait for the first step ─► draw (seeded): process, kind, duration ─► pause ─► inject ─┐
                                  ▲                                                        │
                                  └────────────────────────────────────────────────────────┘
-    until `--faults` were injected or the run nears its end ─► wait for two more steps ─► audit
+    until `--faults` were injected or the last steps begin ─► wait for two more steps ─► audit
 
-    task per fault   consumes: a drawn fault, when its pause is over   waits for: the fault's end
-                     produces: a row of RUN/chaos.json, and the process may be hit again
+    task per fault   consumes: a drawn fault, after its pause   waits for: the fault's end
+                     produces: a row of RUN/chaos.json; its process may be drawn again
 
 Faults may overlap, but a process has one at a time. A process is killed less often than `RestartPolicy` allows.
 """
@@ -41,7 +41,7 @@ from protocol.role_startup import run_async
 
 KINDS: tuple[FaultKind, ...] = ("kill", "stop", "slow", "cut")
 ROLES = ("learner", "actor", "engine", "retriever")
-# (shortest, longest) duration. The longest stop exceeds the time after which a silent engine is considered lost.
+# (shortest, longest) duration. The longest stop exceeds the time after which an engine without reports is not serving.
 _DURATION_S: dict[FaultKind, tuple[float, float]] = {
     "kill": (0, 0),
     "stop": (0.5, 10.0),
@@ -57,7 +57,12 @@ _PROCESS_NAME = re.compile(r"(learner|actor|engine|retriever)(-\d+)?")
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault; `pause_s` is the pause before it. `ended_at` (Unix time) is 0 until the fault has ended."""
+    """One fault.
+
+    for_s     duration; 0 for a kill
+    pause_s   pause before it
+    ended_at  Unix time; 0 until it has ended
+    """
 
     process: str
     kind: FaultKind
@@ -71,8 +76,8 @@ class Fault:
 
 
 def draw(rng: random.Random, *, kinds: Sequence[FaultKind], processes: Sequence[str], every_s: float) -> Fault:
-    """Draws kind and process uniformly, the pause from an exponential distribution with mean `every_s`, cut off at
-    three times the mean."""
+    """Draws the next fault. Kind, process and duration are uniform; the pause is exponential with mean `every_s`, and
+    at most three times the mean."""
     kind = rng.choice(kinds)
     return Fault(
         process=rng.choice(processes),
@@ -92,8 +97,10 @@ def eligible_processes(
 ) -> list[str]:
     """The names, sorted, of the processes that the next fault may hit. Pure.
 
-    These are the processes that the launcher restarts, of `roles`, without those that have a fault now (`disturbed`)
-    and those that one more kill without a new step might exhaust. `kills`: (process, the run's newest step then).
+    These are the restartable processes of `roles`, except those that have a fault now (`disturbed`), and those that one
+    more kill before the next step might bring to `RestartPolicy.max_restarts`.
+
+    kills: (process, the run's newest step at the time) of each kill so far
     """
     num_kills = Counter(name for name, step in kills if step == newest_step)
     limit = RestartPolicy().max_restarts - 1
@@ -128,7 +135,7 @@ def chaos(
 
     It starts after the run's first step and ends with an audit. The exit status is 1 if the audit finds a problem or
     if the run makes no progress after the last fault. RUN/chaos.json lists the faults. Linux only; run it on the
-    launcher's machine as the launcher's user.
+    same machine and as the same user as the launcher.
     """
     injector = Chaos(run, seed=seed, kinds=kinds or KINDS, roles=roles or ROLES, every_s=every_s)
     recovered = run_async(injector.run(num_faults=num_faults))
@@ -143,7 +150,7 @@ def chaos(
 
 
 class Chaos:
-    """Injects faults into the run in `run_dir`. Raises: DataError if no launcher runs there."""
+    """Injects faults into the processes of the run in `run_dir`. Raises: DataError if no launcher runs there."""
 
     def __init__(
         self, run_dir: Path, *, seed: int, kinds: Sequence[FaultKind], roles: Sequence[str], every_s: float
@@ -162,7 +169,7 @@ class Chaos:
             raise DataError(f"no launcher runs in {run_dir}: start `palimpsest up` or `palimpsest demo` there first")
 
     async def run(self, *, num_faults: int) -> bool:
-        """Injects the faults, then returns whether the run completed two more steps or ended."""
+        """Injects the faults, then waits until two more steps are complete or the run ends. False after a time-out."""
         while self._is_running() and not self._step_times():  # noqa: ASYNC110 (the learner writes them)
             await asyncio.sleep(_POLL_S)
         self._drop_cuts_without_permission()
@@ -170,7 +177,7 @@ class Chaos:
         last = config.learner.num_steps - _NUM_LAST_STEPS_WITHOUT_FAULTS
         async with asyncio.TaskGroup() as tasks:
             for _ in range(num_faults):
-                fault = await self._next(last_step=last)
+                fault = await self._next_fault(last_step=last)
                 if fault is None:
                     break
                 self._disturbed.add(fault.process)
@@ -184,6 +191,7 @@ class Chaos:
         return time.monotonic() <= deadline
 
     def report(self) -> str:
+        """The summary to print: number of faults, recovery times."""
         counts = Counter(f"{fault.kind} {fault.role}" for fault in self._faults)
         lines = [f"chaos: {len(self._faults)} faults: " + ", ".join(f"{n} x {what}" for what, n in counts.items())]
         for what, seconds in (
@@ -208,8 +216,8 @@ class Chaos:
                 raise SecurityError(f"--kind cut: {reason}; run it as root")
             click.echo(f"chaos: no faults of kind cut: {reason}")
 
-    async def _next(self, *, last_step: int) -> Fault | None:
-        """Draws the next fault and returns it after its pause, once its process runs; None if the run nears its end."""
+    async def _next_fault(self, *, last_step: int) -> Fault | None:
+        """Draws the next fault; returns it after its pause, once its process runs. None after step `last_step`."""
         fault = None
         while self._is_running() and self._newest_step() < last_step:
             candidates = self._candidates()
@@ -223,7 +231,7 @@ class Chaos:
         return None
 
     async def _inject(self, fault: Fault) -> None:
-        """Injects a fault and records it; afterwards its process may be hit again."""
+        """Injects a fault and records it; then its process may be drawn again."""
         if fault.kind == "kill":
             self._kills.append((fault.process, self._newest_step()))
         click.echo(f"chaos: {fault.kind} {fault.process}" + (f" for {fault.for_s:.1f} s" if fault.for_s else ""))

@@ -1,4 +1,4 @@
-"""The `palimpsest` command. A subcommand is imported when it is called, so `--help` is instant."""
+"""The `palimpsest` command. A subcommand's module is imported when it is called, so that `--help` is instant."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _COMMANDS = {
     "eval": ("actor.command:evaluate", "Measure accuracy and token cost of the policy that an engine serves."),
     "audit": (
         "learner.store.audit:audit",
-        "Check a run's store: what was leased, trained and skipped, and how stale it was.",
+        "Check a run's guarantees: no group lost or trained twice, no token over the staleness bound.",
     ),
     "chaos": (
         "learner.launch.chaos:chaos",
         "Kill, stop, slow down and disconnect processes of a running run; then audit it.",
     ),
-    "init": ("learner.launch.init:init", "Write a run file and the skeleton of an agent of your own."),
-    "keys": ("learner.launch.keys:keys", "Make CURVE keys, which addresses beyond loopback need."),
+    "init": ("learner.launch.init:init", "Write a run file and template code for your own agent."),
+    "keys": ("learner.launch.keys:keys", "Make CURVE keys; required if a role listens beyond loopback."),
 }
 
 
@@ -70,17 +70,17 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BaseException as error:
-        known = _known(error)
-        if known is None:
+        reported = _message_and_status(error)
+        if reported is None:
             raise
-        message, code = known
+        message, code = reported
         click.echo(f"error: {message}", err=True)
         sys.exit(code)
     sys.exit(status if isinstance(status, int) else 0)  # the argument of ctx.exit()
 
 
-def _known(error: BaseException) -> tuple[str, int] | None:
-    """(message, exit status) of an error of PalimpsestError's tree, also inside exception groups; None for a bug."""
+def _message_and_status(error: BaseException) -> tuple[str, int] | None:
+    """(message, exit status) of a PalimpsestError or a group of them; None for any other exception (a bug)."""
     from protocol.errors import PalimpsestError, TrainingStopped, UserError
 
     leaves = list(_leaves(error))

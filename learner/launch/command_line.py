@@ -1,4 +1,4 @@
-"""Command lines that a message shows, written so that the user can paste them into the shell they are in."""
+"""Formats command lines for messages, so that the user can paste them into the current shell."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 def command_line(program: str, *arguments: str | Path, argv0: str | None = None) -> str:
     """Returns a command line that runs `program`, a script installed with Palimpsest, from the current folder.
 
-    The program is named as the user named `palimpsest`: by its name if the shell finds it, else by its path. Paths are
-    relative to the current folder if they are below it. `argv0` defaults to sys.argv[0].
+    The program is a bare name if the shell finds the same file by that name, else a path. Paths below the current
+    folder are relative. `argv0` defaults to sys.argv[0].
     """
     called = Path(sys.argv[0] if argv0 is None else argv0)
     if called.name == "__main__.py":  # python -m learner.launch
@@ -29,7 +29,7 @@ def command_line(program: str, *arguments: str | Path, argv0: str | None = None)
 
 def relative(path: Path) -> Path:
     """Returns `path` relative to the current folder if it is below it, else unchanged."""
-    # abspath, because resolve() would follow a virtual environment's link to the system's python
+    # abspath, because resolve() would follow the symbolic link from a virtual environment to the system's python
     absolute, here = Path(os.path.abspath(path)), Path.cwd()
     return absolute.relative_to(here) if absolute.is_relative_to(here) else path
 

@@ -1,4 +1,4 @@
-"""`palimpsest demo`: made-up worlds, a warm start, then RL through the whole asynchronous path.
+"""`palimpsest demo`: synthetic worlds, a supervised warm start, then RL with all asynchronous processes.
 
     worlds, tokenizer, demonstrations ─► indexes          (one core)
                                       └► warm start       (the other core)
@@ -62,9 +62,9 @@ def demo(
 ) -> None:
     """Run the whole system on this machine and see the reward rise: real processes, real sockets.
 
-    A tiny model answers multi-hop questions about made-up worlds; it searches and rewrites a memory of one fact. A warm
-    start on scripted, noisy demonstrations teaches it the format. RL then makes the behaviour reliable; it teaches no
-    new skill. About four minutes on two cores.
+    A tiny model answers multi-hop questions about synthetic worlds; it searches and rewrites a memory of one fact. A
+    supervised warm start on scripted, noisy demonstrations teaches it the format. RL then makes it reliable; RL teaches
+    no new skill here. About four minutes on two cores.
     """
     import logging
 
@@ -125,7 +125,7 @@ async def _run(run: DemoRun) -> None:
 
 
 def _config(run: DemoRun) -> Config:
-    """The demo's recipe. Learning rate, batch and schedule come from a prototype (docs/log.md)."""
+    """The demo's config. Learning rate, batch size and schedule were tuned on a prototype (docs/log.md)."""
     from learner.launch.process_plan import with_ports
     from protocol.config_file import parse_config
 

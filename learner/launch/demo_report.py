@@ -1,4 +1,4 @@
-"""The demo's report.json and the summary that the demo prints."""
+"""Writes the demo's report.json and its printed summary."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _summary(report: Mapping[str, object], rewards: list[float], run: DemoRun) -
             f"   ({r['num_eval_questions']} questions)",
             f"trained {r['num_trajectories_trained']:,} trajectories, {r['num_contexts_trained']:,} contexts, "
             f"{r['num_tokens_trained']:,} tokens; staleness mean {r['staleness_mean']:.2f}, "
-            f"max {r['staleness_max']} of at most {r['staleness_bound']}; groups lost {r['num_groups_lost']}",
+            f"max {r['staleness_max']} (bound {r['staleness_bound']}); groups lost {r['num_groups_lost']}",
             f"warm start {r['warm_start_s']:.0f} s, reinforcement learning {r['rl_s']:.0f} s, "
             f"evaluations {r['eval_s']:.0f} s",
             "",
@@ -80,7 +80,7 @@ def _summary(report: Mapping[str, object], rewards: list[float], run: DemoRun) -
 
 
 def _next_commands(run: DemoRun) -> list[str]:
-    """Commands that run as printed, from the current folder."""
+    """The commands to try next; they work from the current folder as printed."""
     lines = [
         f"next:  {command_line('palimpsest', 'audit', run.run_dir)}",
         f"       {command_line('tensorboard', '--logdir', run.folder.tensorboard)}",

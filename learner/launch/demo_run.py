@@ -15,7 +15,7 @@ _SETTINGS_NAME = "demo.json"
 
 @dataclass(frozen=True, slots=True)
 class DemoSettings:
-    """The options of `palimpsest demo` that determine its result; a stopped demo resumes only with equal ones."""
+    """The options of `palimpsest demo` that determine its result. A stopped demo resumes only with equal ones."""
 
     seed: int
     num_steps: int
@@ -27,7 +27,7 @@ class DemoSettings:
 
 @dataclass(frozen=True, slots=True)
 class DemoRun:
-    """One demo. `run_dir` is absolute."""
+    """The settings and paths of one demo. `run_dir` is absolute."""
 
     settings: DemoSettings
     run_dir: Path
@@ -57,7 +57,7 @@ class DemoRun:
         return self.run_dir / "warm-start"
 
     def evaluation(self, when: str) -> Path:
-        """The results of the evaluation `when`, which is "before" or "after" RL."""
+        """The results of one evaluation. `when`: "before" or "after" RL."""
         return self.run_dir / f"eval-{when}.json"
 
     def index(self, world: int) -> Path:

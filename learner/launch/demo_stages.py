@@ -1,4 +1,4 @@
-"""The demo's stages that run once as a process: data, indexes, warm start, evaluation.
+"""The demo's stages that run as separate processes and end: data, indexes, warm start, evaluation.
 
 Each stage writes its result into the demo's folder and is skipped if the result exists.
 """
@@ -79,5 +79,5 @@ async def _warm_start(run: DemoRun, supervisor: Supervisor) -> None:
 
 
 async def _run_module(supervisor: Supervisor, name: str, module: str, *arguments: str) -> None:
-    """Runs `python -m module arguments` as the process `name` until it ends. Raises: UserError, RunFailed."""
+    """Runs `python -m module arguments` as the process `name` and waits for its end. Raises: UserError, RunFailed."""
     await supervisor.run(ProcessSpec(name, "step", (sys.executable, "-m", module, *arguments)))

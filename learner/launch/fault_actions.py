@@ -1,6 +1,6 @@
-"""The faults that `palimpsest chaos` injects into a process of this machine: kill, stop, slow, cut (Linux).
+"""Implements the faults of `palimpsest chaos` for a process of this machine: kill, stop, slow, cut. Linux only.
 
-A pidfd is held during a fault, so that a new process with the same pid is never hit.
+Each fault uses a pidfd, so that it cannot hit a new process with the same pid.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Sleep = Callable[[float], Awaitable[object]]
 
 _SLOW_STOPPED_S, _SLOW_RUNNING_S = 0.09, 0.01
 _CUT_INTERVAL_S = 0.02
-_PIDFD_GETFD = 438  # the system call's number, the same on every architecture
+_PIDFD_GETFD = 438  # number of the system call on every architecture
 
 
 async def inject_fault(kind: FaultKind, pid: int, *, for_s: float, sleep: Sleep = asyncio.sleep) -> bool:
-    """Returns False if the process does not exist or ends during the fault.
+    """Injects a fault for `for_s` seconds. Returns False if the process does not exist or ends during the fault.
 
-    A stopped process is always continued, also after an error or a cancellation. `sleep` times the steps of "slow",
-    "stop" and "cut". Raises: PermissionError.
+    A stopped process always gets SIGCONT, also after an error or a cancellation. `sleep`: waits between the signals or
+    cuts. Raises: PermissionError.
     """
     try:
         with _open_pidfd(pid) as pidfd:
@@ -46,7 +46,7 @@ async def inject_fault(kind: FaultKind, pid: int, *, for_s: float, sleep: Sleep 
 
 
 def can_cut(pid: int) -> bool:
-    """Whether this process may duplicate the sockets of `pid`; a debugger's permission (kernel.yama.ptrace_scope)."""
+    """Whether this process may duplicate the sockets of `pid` (ptrace permission, see kernel.yama.ptrace_scope)."""
     try:
         with _open_pidfd(pid) as pidfd:
             return all(True for _ in _connections(pid, pidfd))

@@ -1,4 +1,4 @@
-"""`palimpsest init DIR`: a folder with an agent of one's own that runs as it is."""
+"""`palimpsest init DIR`: writes a folder with an agent to edit; it runs without changes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 _FILES = ("agent.py", "run.toml")
-# The words of the skeleton's prompts and questions.
+# The vocabulary of the skeleton's prompts and questions.
 _WORDS = ("look", "up", "answer", ":", "unknown", "red", "green", "blue", "black", "white", "gold")
 
 
@@ -20,9 +20,9 @@ _WORDS = ("look", "up", "answer", ":", "unknown", "red", "green", "blue", "black
     help="Hugging Face folder to start from.  [default: a tiny untrained model is written to DIR/model]",
 )
 def init(folder: Path, model: Path | None) -> None:
-    """Write a commented run file and the skeleton of an agent of your own to DIR.
+    """Write a commented run file and template code for your own agent to DIR.
 
-    The skeleton has a task, a tool, a workflow and a reward, and learns in half a minute on a CPU. Files that exist are
+    The template has a task, a tool, a workflow and a reward, and trains in half a minute on a CPU. Existing files are
     not overwritten.
     """
     from learner.launch.command_line import command_line
@@ -31,7 +31,7 @@ def init(folder: Path, model: Path | None) -> None:
 
     for name in (*_FILES, *(() if model else ("model",))):
         if (folder / name).exists():
-            raise DataError(f"{folder / name} exists: give another DIR, or remove it")
+            raise DataError(f"{folder / name} already exists: give another DIR, or remove it")
     skeleton = files("learner.launch") / "skeleton"
     for name in _FILES:
         text = (skeleton / name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`palimpsest keys`: makes CURVE keys."""
+"""`palimpsest keys`: makes CURVE key pairs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The live view of a run: reward, staleness, throughput, and what the learner and the actors wait for.
-
-Reads RUN/metrics.jsonl.
-"""
+"""The live view of a run, from RUN/metrics.jsonl: reward, staleness, throughput, waiting times."""
 
 from __future__ import annotations
 
@@ -29,8 +26,11 @@ States = Mapping[str, tuple[str, int]]
 
 
 class LiveView:
-    """Runs beside a supervisor. On a terminal it redraws a panel; otherwise it prints a line for every tenth step
-    and the last one. With `quiet` it shows nothing."""
+    """Shows the progress of a run. On a terminal it redraws a panel; otherwise it prints a line for every tenth step
+    and the last one. With `quiet` it shows nothing.
+
+    states: returns the state of each process
+    """
 
     def __init__(
         self,
@@ -120,22 +120,25 @@ def rows(step: StepMetrics, *, bound: int) -> list[tuple[str, str]]:
     """(label, text) for each row of the panel, from one step's metrics. `bound`: the staleness bound."""
     busy_s = step["learner/step_s"] + step["learner/publish_s"]
     waiting = step["learner/wait_s"] / max(1e-9, busy_s + step["learner/wait_s"])
-    waits = f"learner {waiting:.0%} of its time for trajectories"
+    waits = f"learner waits for trajectories {waiting:.0%} of its time"
     free = step.get("queue/credits_free", 0.0)
     if free > 0:
-        waits += f"; actors for leases: the staleness bound holds back {free:.0f} groups"
+        waits += f"; actors wait for leases of {free:.0f} groups (staleness bound)"
     reward = f"{step['reward/mean']:.3f}"
     if "reward/em" in step:
         reward += f"   EM {step['reward/em']:.3f}"
     return [
         ("reward", f"{reward}   entropy {step['policy/entropy']:.3f}"),
-        ("staleness", f"mean {step['staleness/mean']:.2f}, max {step['staleness/max']:.0f} of at most {bound}"),
+        ("staleness", f"mean {step['staleness/mean']:.2f}, max {step['staleness/max']:.0f} (bound {bound})"),
         (
             "tokens/s",
             f"sampled {step['rollout/tokens_per_s']:,.0f}, learner {step['learner/tokens_per_s']:,.0f} (step "
             f"{step['learner/step_s']:.2f} s)",
         ),
-        ("contexts", f"{step['rollout/contexts']:.2f} a trajectory, {step['rollout/context_tokens']:.0f} tokens each"),
+        (
+            "contexts",
+            f"{step['rollout/contexts']:.2f} per trajectory, {step['rollout/context_tokens']:.0f} tokens each",
+        ),
         (
             "queue",
             f"{step.get('queue/running', 0):.0f} groups running, {step.get('queue/buffered', 0):.0f} buffered, "
@@ -146,7 +149,7 @@ def rows(step: StepMetrics, *, bound: int) -> list[tuple[str, str]]:
 
 
 def sparkline(values: list[float], *, width: int) -> str:
-    """At most `width` bars over [0, max(1, largest bar)]; each bar is the mean of consecutive values."""
+    """At most `width` bars on the scale 0 to max(1, largest bar). Each bar is the mean of consecutive values."""
     if not values:
         return ""
     size = -(-len(values) // width)

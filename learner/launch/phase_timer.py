@@ -1,4 +1,4 @@
-"""The seconds that each phase of a run took, kept in a file, so that they add up over stops and resumes."""
+"""Measures the seconds of each phase of a run, summed in a file over stops and resumes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from protocol.atomic_write import atomic_write
 
 
 class PhaseTimer:
+    """`seconds`: phase → total seconds, loaded from `path` if it exists."""
+
     def __init__(self, path: Path) -> None:
         self._path = path
         self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
 
     @contextmanager
     def measure(self, phase: str) -> Iterator[None]:
-        """Adds the seconds that the block takes to `phase` and saves them, also if the block raises."""
+        """Adds the duration of the block to `phase` and saves the file, also if the block raises."""
         started = time.perf_counter()
         try:
             yield

@@ -1,4 +1,4 @@
-"""How long a run took to recover from a fault, computed from the completion times of its steps. Pure."""
+"""Computes how long a run took to recover from a fault, from the completion times of its steps. Pure."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ _FULL_RATE_FRACTION = 0.8
 def second_step_s(ended_at: float, steps: Mapping[int, float]) -> float | None:
     """Returns the seconds from a fault's end to the second new step after it, or None if there is no such step.
 
-    The second, because the first may have been in progress during the fault. `steps`: step → Unix time; a step that
-    was repeated after a kill has its later time.
+    The second, because the first may already have been running during the fault.
+
+    ended_at  Unix time of the fault's end
+    steps     step → Unix time of its completion; of a step that was repeated after a kill, the last one
     """
     after = steps.get(_newest_step(ended_at, steps) + 2)
     return after - ended_at if after is not None else None
 
 
 def full_rate_s(ended_at: float, steps: Mapping[int, float], *, next_fault_at: float | None = None) -> float | None:
-    """Returns the seconds from a fault's end until the run is at full rate again, or None if the run ended or the next
-    fault came (`next_fault_at`, Unix time) before that."""
+    """Returns the seconds from a fault's end until the run is at full rate again.
+
+    Full rate: _NUM_STEPS consecutive steps at _FULL_RATE_FRACTION of the run's median rate. None if the run ended or
+    `next_fault_at` (Unix time) came before that.
+    """
     first, numbers = _newest_step(ended_at, steps) + 1, sorted(steps)
     if len(numbers) < 2:
         return None

@@ -7,23 +7,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """The limits of `RestartState`. The defaults are those of `palimpsest up` and `palimpsest demo`."""
+    """Constants of the restart rule. The defaults are those of `palimpsest up` and `palimpsest demo`."""
 
     max_restarts: int = 5
-    """A process that fails once more than this while the run completes no step fails the run."""
+    """The run fails if a process fails more often than this without a new step of the run in between."""
     base_pause_s: float = 0.25
-    """The pause before a restart is this, doubled once, and once more for each short uptime in a row."""
+    """The pause before a restart: `base_pause_s` * 2 ** (1 + consecutive short uptimes), up to a maximum."""
     short_uptime_s: float = 10.0
     max_pause_s: float = 15.0
     max_pause_after_kill_s: float = 2.0
-    """After SIGKILL: the process itself is probably sound, so an early restart probably works."""
+    """Maximum pause after SIGKILL. It is shorter, because the process probably has no defect of its own."""
     reset_uptime_s: float = 600.0
     """The uptime that resets the crash-loop counter."""
 
 
 @dataclass(slots=True)
 class RestartState:
-    """The failures of one process so far."""
+    """Counts the failures of one process."""
 
     policy: RestartPolicy
     num_failures: int = 0
@@ -33,7 +33,7 @@ class RestartState:
     _newest_step: int = -1
 
     def record_failure(self, *, uptime_s: float, newest_step: int) -> None:
-        """`newest_step` is the newest step that the run has completed, -1 before the first."""
+        """Call it after each failure. `newest_step`: the newest completed step of the run, -1 before the first."""
         if newest_step > self._newest_step or uptime_s > self.policy.reset_uptime_s:
             self.num_failures = 0
         self.num_failures += 1
@@ -42,6 +42,7 @@ class RestartState:
 
     @property
     def is_exhausted(self) -> bool:
+        """Whether the process must not be restarted again."""
         return self.num_failures > self.policy.max_restarts
 
     def pause_s(self, *, was_killed: bool) -> float:

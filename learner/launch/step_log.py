@@ -12,7 +12,7 @@ StepMetrics = Mapping[str, float]
 
 
 class StepLog:
-    """The steps of a metrics.jsonl; if a step was written twice, the later line counts."""
+    """The steps in a metrics.jsonl. If a step was written twice, the later line is used."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -20,7 +20,7 @@ class StepLog:
         self.by_step: dict[int, StepMetrics] = {}
 
     def refresh(self) -> None:
-        """Reads the lines that were completed since the last call."""
+        """Reads the complete lines that were added since the last call."""
         if not self._path.is_file():
             return
         with self._path.open("rb") as lines:

@@ -1,14 +1,15 @@
-"""Starts, watches, restarts and stops the processes of a plan on this machine.
+"""The supervisor: starts, watches, restarts and stops the processes of a run on this machine.
 
     start ─► running ──exit 0──► done
-               │  └──exit 2──► at the first start: a user error, which stops the run with its message
-               │  └──exit 3──► at any start: training cannot continue, which stops the run with its message
-               └──any other──► restarted after a growing pause; too many failures without a new step fail the run
+               ├──exit 2, first start──► user error: the run stops with its message
+               ├──exit 3───────────────► training cannot continue: the run stops with its message
+               └──any other────────────► restarted after a growing pause; too many failures without a new step
+                                         fail the run
 
     task per process   consumes: its exit status   produces: a restart, or the run's failure
     wait(), run()      wait for: the process they name, or the run's failure
 
-Each process leads its own session, so Ctrl-C reaches only the launcher. The launcher stops the processes: SIGTERM to
+Each process runs in its own session, so Ctrl-C reaches only the launcher. The launcher stops the processes: SIGTERM to
 all, then SIGKILL to those that still run after `stop_timeout_s`. If the launcher is killed, the kernel sends SIGTERM
 to its processes (protocol/role_startup.py).
 """
@@ -59,7 +60,7 @@ class _Child:
 
 
 class Supervisor:
-    """An async context manager; its exit stops all processes, also after an error or a cancellation."""
+    """An async context manager. Its exit stops all processes, also after an error or a cancellation."""
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class Supervisor:
         self._lock = ExitStack()
 
     async def __aenter__(self) -> Supervisor:
-        """Raises: DataError if another launcher works in the folder."""
+        """Raises: DataError if another launcher runs in the folder."""
         self._lock.enter_context(locked(self._folder.launcher_lock, what="a launcher"))
         self._folder.logs.mkdir(exist_ok=True)
         shutil.rmtree(self._temporary, ignore_errors=True)
@@ -98,7 +99,7 @@ class Supervisor:
         return self._folder.log(name)
 
     async def start(self, specs: Iterable[ProcessSpec]) -> None:
-        """Starts the processes in order and restarts those that fail."""
+        """Starts the processes in order; from now on, restarts those that fail."""
         for spec in specs:
             child = await self._spawn_new(spec)
             watcher = asyncio.create_task(self._watch(child), name=f"watch {spec.name}")
@@ -106,8 +107,10 @@ class Supervisor:
             self._watchers[spec.name] = watcher
 
     async def wait(self, name: str) -> None:
-        """Waits until `name` ends with status 0. Raises: UserError, TrainingStopped, RunFailed if any process stops
-        the run."""
+        """Waits until the process `name` ends with status 0.
+
+        Raises: UserError, TrainingStopped or RunFailed as soon as any process stops the run.
+        """
         assert self._failure is not None
         watcher = self._watchers[name]
         await asyncio.wait([watcher, self._failure], return_when=asyncio.FIRST_COMPLETED)
@@ -115,8 +118,11 @@ class Supervisor:
             self._failure.result()
 
     async def run(self, spec: ProcessSpec) -> None:
-        """Runs a process once, until it ends. Raises: UserError, TrainingStopped, RunFailed (every other status but 0),
-        or the error of another process that stops the run."""
+        """Runs a process once, without restarts, and waits for its end.
+
+        Raises: UserError (status 2), TrainingStopped (3), RunFailed (other than 0), or the error of another process
+        that stops the run.
+        """
         child = await self._spawn_new(spec)
         assert child.process is not None
         assert self._failure is not None
@@ -131,13 +137,13 @@ class Supervisor:
             raise error
 
     def _watcher_ended(self, watcher: asyncio.Task[None]) -> None:
-        """Without its watcher a process is unsupervised: the watcher's error stops the run."""
+        """Stops the run if a watcher raised, because its process is no longer supervised."""
         error = None if watcher.cancelled() else watcher.exception()
         if error is not None and self._failure is not None and not self._failure.done():
             self._failure.set_exception(error)
 
     async def stop(self, names: list[str]) -> None:
-        """SIGTERM to all, SIGKILL to those that do not end in time. Shielded: a second Ctrl-C does not interrupt it."""
+        """Sends SIGTERM to all, and SIGKILL to those that run after `stop_timeout_s`. Shielded from cancellation."""
         for name in names:
             if (watcher := self._watchers.pop(name, None)) is not None:
                 watcher.cancel()
@@ -145,7 +151,7 @@ class Supervisor:
         await asyncio.shield(asyncio.gather(*(self._end(child) for child in children)))
 
     def states(self) -> dict[str, tuple[str, int]]:
-        """name → (running, done or restarting; restarts so far)"""
+        """Process name → (state: running, done or restarting; number of restarts)"""
         return {name: (_state(child), child.num_restarts) for name, child in self._children.items()}
 
     async def _spawn_new(self, spec: ProcessSpec) -> _Child:
@@ -213,7 +219,7 @@ class Supervisor:
         return RunFailed(f"{child.spec.name} ended ({_ended(status)}); {path} ends:\n{tail}")
 
     def _write_processes(self) -> None:
-        """Writes RUN/processes.json, the name and pid of each running process, for people and tools."""
+        """Writes RUN/processes.json: the name and pid of each running process."""
         pids = {
             name: child.process.pid
             for name, child in self._children.items()
@@ -225,10 +231,10 @@ class Supervisor:
 def _environment(temporary: Path, *, first: bool) -> dict[str, str]:
     """The environment of a child process.
 
-    - One torch/BLAS thread per process, unless the user's environment says otherwise.
-    - The launcher's pid, so that a role ends when its launcher does.
+    - One torch/BLAS thread per process, unless the user's environment sets another number.
+    - The launcher's pid: a role ends when the launcher ends.
     - A folder for temporary files, which the launcher removes because a killed process cannot.
-    - The fault to inject, if one was requested, only at the `first` start.
+    - PALIMPSEST_FAULT, if it is set, only at the `first` start.
     """
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name not in os.environ}
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}

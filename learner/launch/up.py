@@ -97,8 +97,8 @@ def check(config: Config) -> None:
         )
     if not is_loopback(config.network.control_address) and config.engine.count and config.network.api_key_file is None:
         raise SecurityError(
-            f"network.host {config.network.host} is beyond loopback, so engines need a bearer token: write a long random "
-            "string to a file and set network.api_key_file to its path"
+            f"network.host {config.network.host} is beyond loopback, so engines need a bearer token: write a long "
+            "random string to a file and set network.api_key_file to its path"
         )
 
 

@@ -1,4 +1,4 @@
-"""An agent of your own: replace each class by what you need. docs/extending.md explains them."""
+"""Your own agent: replace each class with your code. docs/extending.md explains them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WORDS = ("red", "green", "blue", "black", "white", "gold")
 
 
 class MyTask(Task):
-    """Which question has which answer: here a word, and a random dictionary that maps it to another."""
+    """Questions and their answers: here a word, and a random dictionary that translates it."""
 
     def question(self, cursor: int) -> Question:
         rng = random.Random(f"{self.seed}/{self.split}/{cursor}")
@@ -22,7 +22,7 @@ class MyTask(Task):
 
 
 class MyTool(Tool):
-    """What the agent can call: here one look-up in the question's dictionary."""
+    """A function that the agent can call: here a look-up in the question's dictionary."""
 
     schema = {"name": "translate", "description": "Translates one word.", "parameters": {"type": "object"}}
 
@@ -34,10 +34,10 @@ class MyTool(Tool):
 
 
 class MyWorkflow(Workflow):
-    """How an episode runs: each context begins with a new prompt; only the memory crosses from one to the next."""
+    """Runs an episode: each context begins with a new prompt; only the memory is carried into the next one."""
 
     class Options(Options):
-        action_tokens: int = Field(default=1, ge=1, description="Most tokens of one generation.")
+        action_tokens: int = Field(default=1, ge=1, description="Maximum tokens of one generation.")
 
     tool_names = ("dictionary",)
 
@@ -53,7 +53,7 @@ class MyWorkflow(Workflow):
 
 
 class MyReward(Reward):
-    """What a trajectory is worth: here 1 for the right answer, and a part of it for the right memory."""
+    """The reward of a trajectory: here 1 for the right answer, `memory_bonus` if only the memory is right."""
 
     class Options(Options):
         memory_bonus: float = Field(default=0.3, description="Reward of a right memory with a wrong answer.")
