@@ -46,7 +46,7 @@ def test_the_view_shows_processes_progress_and_metrics(tmp_path: Path) -> None:
         "actor-0 restarting (3 restarts)",
         "my run   step 2/10",
         "0.500",
-        "at most 2",
+        "bound 2",
     ):
         assert text in shown
     console.file.close()
