@@ -1,6 +1,6 @@
-"""Everything that an agent of your own needs, importable from one place. docs/extending.md shows how to use it.
+"""The public API for your own agents and algorithms. docs/extending.md shows how to use it.
 
-Nothing is loaded before it is used: `import palimpsest` imports neither torch nor any role. Nothing inside Palimpsest
+Names are imported at their first use: `import palimpsest` imports neither torch nor any role. Nothing inside Palimpsest
 imports this package.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from retriever.encoders.base import Encoder
     from retriever.structures.base import Neighbours, VectorIndex
 
-_HOMES = {
+_NAMES_BY_MODULE = {
     "actor.episode": ("Episode",),
     "actor.rewards.reward": ("Reward", "Score"),
     "actor.rewards.text": ("exact_match", "f1", "normalise"),
@@ -47,7 +47,7 @@ _HOMES = {
     "retriever.encoders.base": ("Encoder",),
     "retriever.structures.base": ("Neighbours", "VectorIndex"),
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 
 __all__ = [
     "AdvantageEstimator",
@@ -90,9 +90,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'palimpsest' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME_OF[name]), name)
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:
