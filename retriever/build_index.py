@@ -66,17 +66,17 @@ def build_index(
     encoder, structure = with_all_options(ENCODERS, encoder), with_all_options(STRUCTURES, structure)
     if out.exists():
         _check_replaceable(out, force=force)
-    encodes = create_encoder(encoder, compute=compute)
+    model = create_encoder(encoder, compute=compute)
     with _staged(out) as folder:
         num_passages = write_passages(read_corpus(corpus), folder)
         passages = PassageTable(folder)
         with running(ENCODERS, encoder.use):
-            encodes.fit(passages)
-            spec = spec_of(encoder, encodes)
+            model.fit(passages)
+            spec = spec_of(encoder, model)
         if vectors is None:
-            chunks = _encoded(encodes, passages, spec=spec, chunk_size=chunk_size)
+            chunks = _encode_chunks(model, passages, spec=spec, chunk_size=chunk_size)
         else:
-            chunks = _sliced(read_vectors(vectors, passages, encodes, source=spec.source), chunk_size=chunk_size)
+            chunks = _slice_chunks(read_vectors(vectors, passages, model, source=spec.source), chunk_size=chunk_size)
         index = create_structure(structure, dimension=spec.dimension, num_threads=compute.num_threads)
         with running(STRUCTURES, structure.use):
             index.allocate(num_passages)
@@ -88,7 +88,7 @@ def build_index(
         with running(STRUCTURES, structure.use):
             files += index.save(folder)
         with running(ENCODERS, encoder.use):
-            files += encodes.save_state(folder)
+            files += model.save_state(folder)
         passages.close()
         manifest = IndexManifest(
             format_version=FORMAT_VERSION,
@@ -102,15 +102,15 @@ def build_index(
     return manifest
 
 
-def _sliced(vectors: NDArray[np.float32], *, chunk_size: int) -> Iterator[NDArray[np.float32]]:
+def _slice_chunks(vectors: NDArray[np.float32], *, chunk_size: int) -> Iterator[NDArray[np.float32]]:
     for start in range(0, len(vectors), chunk_size):
         yield vectors[start : start + chunk_size]
 
 
-def _encoded(
+def _encode_chunks(
     encoder: Encoder, passages: PassageTable, *, spec: EncoderSpec, chunk_size: int
 ) -> Iterator[NDArray[np.float32]]:
-    """The vectors of all passages, float32 [chunk_size, dimension] at a time.
+    """Encodes all passages; yields float32 [chunk_size, dimension].
 
     Raises: DataError if the shape, the dtype or the length of the encoder's vectors is wrong.
     """
@@ -131,7 +131,7 @@ def _encoded(
 
 
 def read_vectors(path: Path, passages: PassageTable, encoder: Encoder, *, source: str) -> NDArray[np.float32]:
-    """The vectors of an .npz in the order of `passages`: float32 [n, dimension], of unit length.
+    """Reads the vectors of an .npz; returns them in the order of `passages`: float32 [n, dimension], of unit length.
 
     `source` names the encoder in error messages.
 

@@ -31,7 +31,9 @@ _Flags = dict[str, str | int | None]
 @click.option("--passage-prefix", help="Text put before every passage.  [default: the preset's, else none]")
 @click.option("--pooling", type=click.Choice(["mean", "cls"]), help="[default: the preset's, else mean]")
 @click.option("--max-tokens", type=int, help="Tokens kept of a text.  [default: the preset's, else 512]")
-@click.option("--vectors", type=click.Path(path_type=Path), help="Ready vectors: an .npz with `ids` and `vectors`.")
+@click.option(
+    "--vectors", type=click.Path(path_type=Path), help="Precomputed vectors: an .npz with `ids` and `vectors`."
+)
 @click.option(
     "--structure",
     default="auto",
@@ -209,7 +211,7 @@ def _progress_bar() -> Progress:
 def _encoder(
     name: str, arguments: Sequence[str], *, preset: str | None, flags: _Flags, has_vectors: bool
 ) -> ExtensionSection:
-    """The encoder that the flags choose. `flags` are options of Hugging Face encoders; None means not given.
+    """Returns the encoder given by the flags. `flags` are options of Hugging Face encoders; None means not given.
 
     Raises: ConfigError if the encoder does not take a flag; DataError if there is no such encoder or preset.
     """
@@ -238,7 +240,7 @@ def _encoder(
 
 
 def _structure(name: str, arguments: Sequence[str], *, encoder: str, flags: _Flags) -> ExtensionSection:
-    """The index structure that the flags choose. `flags` are options of hnsw, and ignored for flat; None: not given.
+    """Returns the structure given by the flags. `flags` are options of hnsw, ignored for flat; None: not given.
 
     Raises: ConfigError if there is no such structure, or the user's own structure is given a flag of hnsw.
     """

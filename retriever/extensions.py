@@ -86,7 +86,7 @@ def parse_options(arguments: Iterable[str], *, flag: str) -> dict[str, object]:
 
 
 def encoder_section(name: str, options: Mapping[str, object] | None = None) -> ExtensionSection:
-    """The encoder that `name` names: a built-in, an import path `package.module:Name`, or a Hugging Face folder.
+    """The section of an encoder. `name`: a built-in, an import path `package.module:Name`, a Hugging Face folder.
 
     Raises: DataError if it is none of them.
     """
@@ -103,7 +103,7 @@ def encoder_section(name: str, options: Mapping[str, object] | None = None) -> E
 
 
 def structure_section(name: str, options: Mapping[str, object] | None = None) -> ExtensionSection:
-    """The index structure that `name` names: a built-in or an import path. Raises: ConfigError if it is neither."""
+    """The section of a structure. `name`: a built-in or an import path. Raises: ConfigError if it is neither."""
     if name not in STRUCTURES.builtins and not _IMPORT_PATH.fullmatch(name):
         raise ConfigError(
             f"--structure must be auto, {', '.join(STRUCTURES.builtins)} or an import path package.module:Name, "
@@ -119,7 +119,7 @@ def with_all_options(point: ExtensionPoint, section: ExtensionSection) -> Extens
 
 
 def create_encoder(section: ExtensionSection, *, compute: Compute | None = None, context: str = "") -> Encoder:
-    """An encoder before `fit` or `load_state`. `context` starts the error messages.
+    """Creates an encoder without its state. `context` is a prefix of error messages.
 
     Raises: ConfigError if it cannot be imported, lacks a method or refuses an option; DataError if its model cannot
     be used.
@@ -131,7 +131,7 @@ def create_encoder(section: ExtensionSection, *, compute: Compute | None = None,
 def create_structure(
     section: ExtensionSection, *, dimension: int, num_threads: int = 1, context: str = ""
 ) -> VectorIndex:
-    """An index structure before `allocate` or `load`. `context` starts the error messages.
+    """Creates an empty index structure. `context` is a prefix of error messages.
 
     Raises: ConfigError if it cannot be imported, lacks a method or refuses an option.
     """
@@ -193,7 +193,7 @@ def reopen_structure(
 
 @contextmanager
 def running(point: ExtensionPoint, use: str) -> Iterator[None]:
-    """Around calls into the code that `use` names. The exceptions of built-ins pass through.
+    """Context manager around calls into the class `use`. Converts exceptions of user code, not of built-ins.
 
     Raises: ConfigError if a user's own code raises anything but a PalimpsestError; the traceback is in the log.
     """

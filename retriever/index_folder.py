@@ -21,7 +21,7 @@ from retriever.structures.base import VectorIndex
 
 @dataclass(frozen=True, slots=True)
 class LoadedIndex:
-    """An index folder that agrees with its manifest."""
+    """An opened index folder whose files match its manifest."""
 
     folder: Path
     manifest: IndexManifest

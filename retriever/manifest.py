@@ -112,7 +112,7 @@ def check_files(manifest: IndexManifest, folder: Path) -> None:
 
 
 def check_encoder(expected: EncoderSpec, found: EncoderSpec, *, folder: Path) -> None:
-    """`expected` made the index, `found` would encode its queries: fingerprint and dimension must agree.
+    """Checks that `found`, for queries, has fingerprint and dimension of `expected`, which made the index.
 
     Raises: DataError that names the first field that differs.
     """

@@ -29,7 +29,7 @@ class _Hits:
 
 
 class Searcher:
-    """Searches several collections and caches the latest results. For one thread.
+    """Searches several collections and caches the latest results. Not thread-safe.
 
     The cache helps because the episodes of a group often send the same queries. It holds rows and scores, a few
     hundred bytes per query.

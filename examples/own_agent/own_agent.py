@@ -1,6 +1,6 @@
-"""A complete agent of one's own: it looks a person up in an address book, keeps the city as its memory, and answers.
+"""A complete agent: it looks up a person in an address book, stores the city as its memory, and answers from it.
 
-Each question has an address book of its own, so a policy that does not look up, or forgets, cannot answer.
+Each question has its own address book, so a policy cannot answer without the look-up and the memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CITIES = ("oslo", "rome", "lima", "cairo", "kyoto", "porto", "quito", "accra")
 
 
 class AddressTask(Task):
-    """Who lives where: a person, and a random address book in the metadata."""
+    """Asks where a person lives. The metadata is a random address book."""
 
     def question(self, cursor: int) -> Question:
         rng = random.Random(f"{self.seed}/{self.split}/{cursor}")

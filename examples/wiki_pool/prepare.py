@@ -26,7 +26,7 @@ RUN_TOML = Path(__file__).resolve().parent / "run.toml"
 DEFAULT_OUT = RUN_TOML.parents[2] / "runs" / "wiki_pool"
 TARGET_SHARE = 0.8
 SHORTER_BY = 100
-"""Tokens by which the contexts of the short traces are shorter: four times as many are trained on in the same time."""
+"""Tokens by which the short traces' contexts are shorter. Training processes four times as many in the same time."""
 VECTORS = "minilm_passages_fp16.npz"
 
 

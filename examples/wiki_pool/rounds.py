@@ -29,7 +29,7 @@ from protocol.errors import DataError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounds:
-    """Works in `out`/rounds; existing results are kept."""
+    """Runs rounds in `out`/rounds. Steps whose results exist are skipped."""
 
     out: Path
     run_toml: Path

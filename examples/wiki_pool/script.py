@@ -5,7 +5,7 @@ r"""A scripted demonstrator that writes short texts, made only of words in its c
     memory         \boxed{answer}: the gold answer if the context has it, else the title
 
 Its texts are short because a small model's chance of an error grows with each token. Copied words follow a space, as in
-their source (parsers strip it): a word after a space is a different token than the word after a quote or a brace.
+their source (parsers strip it): a word has another token after a space than after a quote or a brace.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ MAX_MEMORY_WORDS = 5
 _BULLET = "- "
 _STATE = re.compile(r"<question>\n(.*?)\n</question>\n<memory>\n(.*?)\n?</memory>", re.DOTALL)
 _PASSAGE = re.compile(r"^\[\d+\] (.*)$", re.MULTILINE)
-_UNTITLED = re.compile(r" \([^()]*\)$")
+_PARENTHESES_AT_END = re.compile(r" \([^()]*\)$")
 FREE_ANSWERS = ("yes", "no")
-# Thoughts have no names: a small model copies names with errors.
+# Thoughts contain no names, because a small model copies names with errors.
 NOTHING_YET = "The memory is empty."
 ENOUGH = "That is enough."
 
 
 class OffScript(PalimpsestError):
-    """The script has no next step that is worth training on."""
+    """The script has no correct next step, so the episode is not used for training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class GoldScript:
         for answer in self._example.answers:
             if answer.lower() in FREE_ANSWERS:
                 return answer
-            if seen := spelling(answer, f"{memory}\n{question}"):
+            if seen := find_spelling(answer, f"{memory}\n{question}"):
                 return seen
         return memory.splitlines()[-1].removeprefix(_BULLET).partition(": ")[0]
 
@@ -89,9 +89,9 @@ def _first_words(text: str, num: int) -> str:
     return " ".join(text.split()[:num]).rstrip("?.,;:")
 
 
-def spelling(name: str, text: str) -> str | None:
+def find_spelling(name: str, text: str) -> str | None:
     """`name` as `text` spells it, ignoring case; else without the brackets at its end; None if `text` has neither."""
-    for form in (name, _UNTITLED.sub("", name)):
+    for form in (name, _PARENTHESES_AT_END.sub("", name)):
         if match := re.search(rf"(?<!\w){re.escape(form)}(?!\w)", text, re.IGNORECASE):
             return match[0]
     return None

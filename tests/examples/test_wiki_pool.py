@@ -22,7 +22,7 @@ EXAMPLE = ROOT / "examples" / "wiki_pool"
 sys.path.insert(0, str(EXAMPLE))
 
 from bpe import CONTROL, END, TAGS, train_tokenizer, word_ids, write_tokenizer  # noqa: E402
-from script import NOTHING_YET, Example, GoldScript, OffScript, spelling  # noqa: E402
+from script import NOTHING_YET, Example, GoldScript, OffScript, find_spelling  # noqa: E402
 from search_tool import chat_rendering  # noqa: E402
 from traces import Traces, read_examples, record  # noqa: E402
 
@@ -139,8 +139,8 @@ def test_script_refuses_an_observation_without_passages() -> None:
 
 
 def test_spelling_returns_the_name_as_the_text_writes_it() -> None:
-    assert spelling("White Cargo (film)", "who made WHITE cargo?") == "WHITE cargo"
-    assert spelling("Ann", "Annexes") is None
+    assert find_spelling("White Cargo (film)", "who made WHITE cargo?") == "WHITE cargo"
+    assert find_spelling("Ann", "Annexes") is None
 
 
 def test_traces_have_the_texts_and_masks_of_the_workflow(tokenizer: Tokenizer, run_config: Config) -> None:
