@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,13 +38,19 @@ def steps_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture
-def agent(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def skeleton(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the agent folder that `palimpsest init` wrote."""
-    folder = tmp_path / "my-agent"
-    done = palimpsest("init", folder, path=tmp_path, cwd=tmp_path)
+    folder = tmp_path_factory.mktemp("init") / "my-agent"
+    done = palimpsest("init", folder, path=folder.parent, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture
+def agent(skeleton: Path, tmp_path: Path) -> Path:
+    """Returns a copy of the agent folder."""
+    return shutil.copytree(skeleton, tmp_path / "my-agent")
 
 
 def test_the_guide_shows_what_init_writes() -> None:
@@ -113,6 +120,7 @@ def test_an_invalid_extension_is_refused_with_one_sentence_before_any_role_start
     assert logs <= {"check-actor.log", "check-learner.log"}
 
 
+@pytest.mark.slow
 def test_an_error_in_an_episode_fails_the_trajectory_and_the_actor_continues(agent: Path, tmp_path: Path) -> None:
     """The reward raises for about one trajectory in four; the run completes, and the failures are counted."""
     code = blocks()["agent.py"].replace(
