@@ -61,7 +61,7 @@ class NetworkConfig(Section):
 
 
 class ModelConfig(Section):
-    """The first policy."""
+    """The model folder of the policy at step 0."""
 
     path: Path = Field(description="Hugging Face folder: config, safetensors, tokenizer.")
 
@@ -73,7 +73,7 @@ class TaskConfig(ExtensionSection):
 
 
 class RewardConfig(ExtensionSection):
-    """What a trajectory is worth. The other keys are the options of the reward that `use` names."""
+    """The reward function of a trajectory. The other keys are the options of the reward that `use` names."""
 
     use: Use = Field(default="em", description="em, f1, memsearcher, or an import path to a `Reward`.")
 
@@ -171,13 +171,13 @@ class RetrieverConfig(Section):
 
 
 class Config(Section):
-    """Everything of a run. The resolved config is saved as config.json in the run's folder."""
+    """The config of a run. The resolved config is saved as config.json in the run's folder."""
 
     run: RunConfig = Field(default=RunConfig(), description="Identity and folder of the run.")
     network: NetworkConfig = Field(default=NetworkConfig(), description="Addresses and keys.")
-    model: ModelConfig = Field(description="The first policy.")
+    model: ModelConfig = Field(description="The model folder of the policy at step 0.")
     task: TaskConfig = Field(default=TaskConfig(), description="Where questions come from.")
-    reward: RewardConfig = Field(default=RewardConfig(), description="What a trajectory is worth.")
+    reward: RewardConfig = Field(default=RewardConfig(), description="The reward function of a trajectory.")
     tool: tuple[ToolConfig, ...] = Field(
         default=(), description="Tools of the workflow; unlisted built-ins have defaults."
     )

@@ -56,8 +56,10 @@ class CheckpointConfig(Section):
 
 
 class RetentionConfig(Section):
-    """Which tokens of trained batches stay in the store. None is dropped before a durable checkpoint covers it. Without
-    either key all stay, so the whole run can be replayed."""
+    """Which tokens of trained batches stay in the store. Without either key all stay, so the whole run can be replayed.
+
+    No token is dropped before a durable checkpoint covers its step.
+    """
 
     keep_steps: NonNegative | None = Field(default=None, description="Steps before a checkpoint whose tokens are kept.")
     keep_bytes: NonNegative | None = Field(default=None, description="Largest number of bytes that are kept.")
