@@ -79,7 +79,7 @@ async def engine_processes(config: Config, folder: Path, num_engines: int):
         await asyncio.gather(*(process.wait() for process in processes))
 
 
-async def busy(url: str, *, num_requests: int) -> None:
+async def keep_busy(url: str, *, num_requests: int) -> None:
     """Keeps `num_requests` requests in flight at an engine until cancelled."""
 
     async def ask(client: SGLangClient, number: int) -> None:
@@ -186,7 +186,7 @@ async def publish_to_busy_engines(
     ):
         weights = versions(model, rate=1e-6)
         num_bytes, _ = await publishing.publish(next(weights), 0, num_engines=num_engines)
-        load = [asyncio.create_task(busy(url, num_requests=16)) for url in publishing.urls()]
+        load = [asyncio.create_task(keep_busy(url, num_requests=16)) for url in publishing.urls()]
         await asyncio.sleep(1.0)
         for version in range(1, num_updates + 1):
             _, took = await publishing.publish(next(weights), version, num_engines=num_engines)

@@ -28,14 +28,14 @@ class Flat:
         return replace(self, tokens=[self.tokens[n] for n in at], **columns)
 
     def column(self, name: str) -> Tensor:
-        """float64 [N]"""
+        """Returns a column of all tokens, float64 [N]."""
         by_token = {"behavior": "behavior", "advantages": "advantage"}
         if name in by_token:
             return torch.tensor([getattr(token, by_token[name]) for token in self.tokens], dtype=torch.float64)
         return torch.from_numpy(getattr(self, name).copy())
 
     def index(self, name: str) -> Tensor:
-        """int64 [N]"""
+        """Returns an integer field of all tokens, int64 [N]."""
         return torch.tensor([getattr(token, name) for token in self.tokens], dtype=torch.int64)
 
     def loss_tokens(self, *, importance: Tensor | None = None) -> TokenData:

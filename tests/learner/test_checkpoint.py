@@ -153,7 +153,7 @@ def test_a_kill_before_any_file_operation_leaves_a_complete_checkpoint(
     for number in itertools.count():
         root = shutil.copytree(whole, tmp_path / f"attempt-{number}")
         with monkeypatch.context() as patched:
-            die_at(number, patched)
+            raise_before_file_operation(number, patched)
             with contextlib.suppress(Killed, OSError):
                 save(trainer, root, 1, keep=1)
                 break
@@ -169,8 +169,8 @@ def test_a_kill_before_any_file_operation_leaves_a_complete_checkpoint(
     assert len(found) > 15
 
 
-def die_at(number: int, patched: pytest.MonkeyPatch) -> None:
-    """Raises Killed before file operation `number`, counted from now, of the checkpoint modules and torch."""
+def raise_before_file_operation(number: int, patched: pytest.MonkeyPatch) -> None:
+    """Patches file operations: number `number` from now, counted from 0, raises Killed instead."""
     left = number
 
     def before(operation: Callable[..., object]) -> Callable[..., object]:

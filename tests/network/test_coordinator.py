@@ -24,8 +24,8 @@ from tests.leases.groups import GROUP_SIZE, RUN, make_group
 from tests.network.peers import Actor, Setting, commit_batch, next_batch, open_network, report_engine, serve_version
 
 
-def count(setting: Setting, state: State) -> int:
-    """Number of stored questions in a state."""
+def num_stored(setting: Setting, state: State) -> int:
+    """Returns the number of stored questions in a state."""
     with closing(Store(RunFolder(setting.folder).store, read_only=True)) as store:
         return store.query("SELECT count(*) FROM entries WHERE state = ?", state.value)[0][0]
 
@@ -92,7 +92,7 @@ async def test_a_group_that_is_sent_again_is_a_duplicate(tmp_path: Path) -> None
             assert (await actor.answer(first)).outcome == "accepted"
             for _ in range(3):
                 assert (await actor.answer(first)).outcome == "duplicate"
-            assert count(setting, State.BUFFERED) == 1
+            assert num_stored(setting, State.BUFFERED) == 1
             with closing(Store(RunFolder(tmp_path).store, read_only=True)) as store:
                 assert store.group(first.cursor).question == make_group(first).question
             assert len(actor.leases) == 4
@@ -163,7 +163,7 @@ async def test_groups_that_were_never_leased_are_refused_without_effect(tmp_path
                 assert (await actor.answer(lease)).outcome == "accepted"
             reply = await actor.submit(group, lease_id=98)
             assert reply.outcome == "refused"
-            assert count(setting, State.BUFFERED) == 4
+            assert num_stored(setting, State.BUFFERED) == 4
 
 
 async def test_a_question_is_skipped_after_max_failures(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ async def test_a_question_is_skipped_after_max_failures(tmp_path: Path) -> None:
                 assert reply.reason == "every trajectory failed or has no sampled token"
                 await actor.until(lambda attempt=attempt: len(actor.leases) == attempt + 2)
             assert (actor.leases[-1].cursor, actor.leases[-1].attempt) == (1, 0)
-            assert count(setting, State.SKIPPED) == 1
+            assert num_stored(setting, State.SKIPPED) == 1
 
 
 async def test_the_slot_of_a_zero_variance_group_is_leased_again(tmp_path: Path) -> None:
