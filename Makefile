@@ -6,6 +6,8 @@ STAMP := $(VENV)/.setup-stamp
 SGLANG_VENV := .venv-sglang
 SGLANG_STAMP := $(SGLANG_VENV)/.setup-stamp
 PYTEST := $(BIN)/python -m pytest
+# Processes that run the fast tests: make test TEST_WORKERS=0 runs them in one.
+TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-sglang lint format docs bench constraints clean
@@ -33,7 +35,7 @@ demo: setup  ## Run the whole system on this machine and see the reward rise (ab
 
 test: setup  ## Run the fast tests (under five minutes)
 	@$(BIN)/lint-imports --no-logo >/dev/null || $(BIN)/lint-imports
-	@$(PYTEST) -q
+	@$(PYTEST) -q -n $(TEST_WORKERS)
 
 test-all: setup  ## Run all tests except those that need a real SGLang server
 	@$(PYTEST) -q -m 'not sglang'
