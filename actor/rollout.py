@@ -214,7 +214,12 @@ class GroupRollout:
                 )
                 for i in range(lease.group_size)
             ]
-        return _group(lease, question, [self._episodes.sendable(each.result()[0], lease) for each in running])
+        group = _group(lease, question, [each.result()[0] for each in running])
+        try:
+            encode_group(group, lease_id=lease.lease_id)
+        except Exception:  # some trajectory holds values of user code that cannot be encoded: find it
+            return _group(lease, question, [self._episodes.sendable(each, lease) for each in group.trajectories])
+        return group
 
 
 def _group(lease: Lease, question: Question, trajectories: Sequence[Trajectory]) -> TrajectoryGroup:

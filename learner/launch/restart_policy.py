@@ -16,7 +16,7 @@ class RestartPolicy:
     short_uptime_s: float = 10.0
     max_pause_s: float = 15.0
     max_pause_after_kill_s: float = 2.0
-    """Maximum pause after SIGKILL. It is shorter, because the process probably has no defect of its own."""
+    """Maximum pause after SIGKILL. It is shorter, because a killed process probably has no defect."""
     reset_uptime_s: float = 600.0
     """The uptime that resets the crash-loop counter."""
 
