@@ -178,7 +178,7 @@ def _check_replay_folder(config: Config, source: Path) -> None:
     Raises: DataError if run.dir holds a run, a replay of another run, or a replay with another resume key.
     """
     if RunFolder(config.run.dir).store.exists():
-        raise DataError(f"run.dir {config.run.dir} holds a run of its own: choose another folder for the replay")
+        raise DataError(f"run.dir {config.run.dir} already contains a run: choose another folder for the replay")
     path = config.run.dir / "replay.json"
     identity = {"source": str(source.resolve()), **resume_key(config)}
     if not path.exists():

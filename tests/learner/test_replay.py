@@ -108,7 +108,7 @@ def test_a_replay_folder_of_another_source_or_config_is_refused(tmp_path: Path) 
     )
     with pytest.raises(DataError, match=r"holds a replay with learner\.loss"):
         run_replay(other, source)
-    with pytest.raises(DataError, match="holds a run of its own"):
+    with pytest.raises(DataError, match="already contains a run"):
         run_replay(load_config(path, [f"run.dir={source}"]), source)
 
 
