@@ -28,15 +28,7 @@ from protocol.codec import encode_group
 from protocol.errors import ProtocolError
 from protocol.fault_injection import fault_point
 from protocol.framing import Buffer, decode, encode
-from protocol.messages import (
-    Drain,
-    EngineFields,
-    Goodbye,
-    Heartbeat,
-    Lease,
-    RunStatus,
-    SubmitReply,
-)
+from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, Lease, RunStatus, SubmitReply
 from protocol.transport import Dealer
 from protocol.types import TrajectoryGroup
 

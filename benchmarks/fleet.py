@@ -42,8 +42,9 @@ from learner.store.store import Store
 from protocol.codec import encode_group
 from protocol.config import NetworkConfig
 from protocol.framing import decode, encode
-from protocol.messages import EngineFields, EngineReport, Heartbeat, Lease, SubmitReply
+from protocol.messages import EngineFields, Heartbeat, Lease, SubmitReply
 from protocol.transport import Transport
+from protocol.weight_messages import EngineReport
 
 GROUP = make_group()
 LEASES_EACH = 8

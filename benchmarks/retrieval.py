@@ -30,8 +30,8 @@ from pathlib import Path
 
 import numpy as np
 
-from protocol.messages import SearchReply, SearchRequest
 from protocol.request_client import RequestClient
+from protocol.search_messages import SearchReply, SearchRequest
 from protocol.transport import Transport
 from retriever.build_index import build_index
 from retriever.corpus import PassageTable

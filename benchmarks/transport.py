@@ -55,9 +55,10 @@ from learner.store.store import Store
 from protocol.codec import decode_group
 from protocol.config import NetworkConfig
 from protocol.framing import decode, expect
-from protocol.messages import EngineFields, EngineReport, SubmitGroup
+from protocol.messages import EngineFields, SubmitGroup
 from protocol.transport import Transport
 from protocol.types import TrajectoryGroup
+from protocol.weight_messages import EngineReport
 
 RULES = Rules(run_id=RUN, group_size=NUM_TRAJECTORIES, vocab_size=VOCABULARY, skip_zero_variance=True)
 # Groups per round: a round of each method takes about half a second.

@@ -16,8 +16,8 @@ from learner.network.network_thread import NetworkThread
 from learner.store.store import Store
 from protocol.codec import pack_groups, unpack_groups
 from protocol.learner_config import RetentionConfig
-from protocol.messages import CanaryFields
 from protocol.types import TrajectoryGroup
+from protocol.weight_messages import CanaryFields
 
 # At the end of a run, the learner waits this long for the engines to commit the last version.
 _LAST_COMMIT_TIMEOUT_S = 60.0

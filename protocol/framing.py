@@ -2,7 +2,8 @@
 zero or more raw payload frames.
 
 Headers are validated strictly: an unknown key, a missing key or a value of another type is a `MalformedMessage`.
-Nothing is pickled. The kinds of messages are in `protocol.messages`.
+Nothing is pickled. The kinds of messages are in `protocol.messages`, `protocol.weight_messages` and
+`protocol.search_messages`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from protocol.errors import ProtocolError, RemoteError
 from protocol.framing import Buffer, Message, decode, encode, expect
-from protocol.messages import ErrorReply
+from protocol.search_messages import ErrorReply
 from protocol.transport import Dealer
 
 M = TypeVar("M", bound=Message)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.messages import PassageFields
+from protocol.search_messages import PassageFields
 from retriever.collection import Collection
 
 

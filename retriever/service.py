@@ -25,7 +25,7 @@ import numpy as np
 
 from protocol.errors import MalformedMessage, ProtocolError, RemoteError
 from protocol.framing import MAX_HEADER_BYTES, Buffer, decode, encode, expect
-from protocol.messages import ErrorReply, SearchReply, SearchRequest
+from protocol.search_messages import ErrorReply, SearchReply, SearchRequest
 from protocol.transport import Router
 from retriever.search import Query, Searcher
 

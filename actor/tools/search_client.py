@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 from protocol.errors import ProtocolError, RemoteError
 from protocol.framing import describe
-from protocol.messages import SearchReply, SearchRequest
 from protocol.request_client import RequestClient
+from protocol.search_messages import SearchReply, SearchRequest
 from protocol.transport import Transport
 from protocol.types import Passage
 

@@ -37,10 +37,11 @@ from actor.weights.canary import measure_canary_error
 from actor.weights.fetch import PreparedWeights, WeightFetcher
 from protocol.errors import EngineError, ProtocolError, RemoteError, WeightsError
 from protocol.fault_injection import fault_point
-from protocol.messages import EngineFields, EngineReply, EngineReport
+from protocol.messages import EngineFields
 from protocol.request_client import RequestClient
 from protocol.transport import Subscriber
 from protocol.types import PolicyTag
+from protocol.weight_messages import EngineReply, EngineReport
 
 log = logging.getLogger(__name__)
 

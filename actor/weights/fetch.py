@@ -22,9 +22,9 @@ import numpy as np
 from protocol.deltas import Data, checksum, decode
 from protocol.errors import ProtocolError, WeightsError
 from protocol.framing import Buffer
-from protocol.messages import CanaryFields, Chunk, ChunkRequest, Manifest, ManifestRequest, PartFields
 from protocol.request_client import RequestClient
 from protocol.types import PolicyTag
+from protocol.weight_messages import CanaryFields, Chunk, ChunkRequest, Manifest, ManifestRequest, PartFields
 
 log = logging.getLogger(__name__)
 

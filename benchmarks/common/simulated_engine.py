@@ -12,9 +12,10 @@ import numpy as np
 from aiohttp import web
 
 from protocol.framing import decode, encode, expect
-from protocol.messages import Announcement, EngineFields, EngineReply, EngineReport
+from protocol.messages import EngineFields
 from protocol.transport import Transport
 from protocol.types import PolicyTag
+from protocol.weight_messages import Announcement, EngineReply, EngineReport
 
 NUM_SLOTS, VOCABULARY = 64, 100
 

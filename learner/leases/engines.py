@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from protocol.messages import EngineFields, EngineReport
+from protocol.messages import EngineFields
+from protocol.weight_messages import EngineReport
 
 # An engine whose weight agent has not reported for this long is not counted as serving. Agents report every second.
 SILENT_AFTER_S = 5.0

@@ -36,7 +36,16 @@ from protocol.codec import decode_group
 from protocol.errors import ProtocolError
 from protocol.framing import Buffer
 from protocol.group_view import GroupView
-from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, Lease, RunStatus, SubmitGroup, SubmitReply
+from protocol.messages import (
+    Drain,
+    EngineFields,
+    Goodbye,
+    Heartbeat,
+    Lease,
+    RunStatus,
+    SubmitGroup,
+    SubmitReply,
+)
 
 log = logging.getLogger(__name__)
 

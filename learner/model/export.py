@@ -18,7 +18,7 @@ from learner.model.attention import to_device
 from learner.model.lora import merge, scalings
 from learner.model.parallel import World, full
 from learner.model.scorer import Scorer
-from protocol.messages import CanaryFields
+from protocol.weight_messages import CanaryFields
 
 _CANARY_PROMPTS = 4
 _CANARY_TOKENS = 8

@@ -30,8 +30,8 @@ from learner.network.weight_deltas import Series
 from learner.store.store import Store
 from protocol.config import NetworkConfig
 from protocol.errors import PalimpsestError
-from protocol.messages import CanaryFields
 from protocol.transport import Transport
+from protocol.weight_messages import CanaryFields
 
 log = logging.getLogger(__name__)
 

@@ -20,17 +20,10 @@ from learner.network.weight_deltas import Offer, Publications
 from protocol.errors import ProtocolError
 from protocol.fault_injection import fault_point
 from protocol.framing import Message, decode, encode
-from protocol.messages import (
-    Announcement,
-    Chunk,
-    ChunkRequest,
-    EngineReply,
-    EngineReport,
-    ErrorReply,
-    ManifestRequest,
-)
+from protocol.search_messages import ErrorReply
 from protocol.transport import Publisher as PubSocket
 from protocol.transport import Router
+from protocol.weight_messages import Announcement, Chunk, ChunkRequest, EngineReply, EngineReport, ManifestRequest
 
 log = logging.getLogger(__name__)
 

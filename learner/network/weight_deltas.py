@@ -16,7 +16,7 @@ import json
 from dataclasses import dataclass, field
 
 from protocol.deltas import checksum, encode
-from protocol.messages import CanaryFields, Manifest, PartFields, TensorFields
+from protocol.weight_messages import CanaryFields, Manifest, PartFields, TensorFields
 
 CHUNK_BYTES = 8 << 20
 NOTHING = -1

@@ -17,7 +17,7 @@ from actor.chat.tokenizer import Tokenizer
 from actor.tasks.toy.tokenizer import write_tokenizer
 from actor.tools.search_client import SearchClient
 from protocol.framing import decode, encode, expect
-from protocol.messages import ErrorReply, PassageFields, SearchReply, SearchRequest
+from protocol.search_messages import ErrorReply, PassageFields, SearchReply, SearchRequest
 from protocol.transport import Transport
 
 

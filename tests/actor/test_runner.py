@@ -13,7 +13,16 @@ from actor.runner import Runner
 from protocol.codec import decode_group
 from protocol.errors import MalformedMessage
 from protocol.framing import Message, decode, encode
-from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, Lease, RunStatus, SubmitGroup, SubmitReply
+from protocol.messages import (
+    Drain,
+    EngineFields,
+    Goodbye,
+    Heartbeat,
+    Lease,
+    RunStatus,
+    SubmitGroup,
+    SubmitReply,
+)
 from protocol.transport import Transport
 from protocol.types import Context, Question, Trajectory, TrajectoryGroup, VersionSpan
 

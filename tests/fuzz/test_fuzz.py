@@ -19,9 +19,10 @@ from protocol import deltas
 from protocol.codec import decode_group, encode_group, pack_groups, unpack_groups
 from protocol.errors import EngineError, EngineRefused, ProtocolError, UnknownVersion, WeightsError
 from protocol.framing import decode, encode
-from protocol.messages import Manifest, SubmitGroup
+from protocol.messages import SubmitGroup
 from protocol.resident_memory import resident_mb
 from protocol.types import PolicyTag
+from protocol.weight_messages import Manifest
 from retriever.service import request_id_of
 from tests.fuzz.mutate import Frames, mutated
 from tests.fuzz.samples import sample_group, sample_messages

@@ -10,7 +10,7 @@ import torch
 from learner.model.export import canary
 from learner.model.parallel import join
 from learner.model.scorer import Scorer
-from protocol.messages import CanaryFields
+from protocol.weight_messages import CanaryFields
 from tests.learner.rank import Learner
 from tests.learner.tiny import VOCAB_SIZE, tiny_model
 

@@ -16,7 +16,8 @@ from learner.store.run_folder import RunFolder
 from learner.store.store import Store
 from protocol.errors import StoreFullError
 from protocol.framing import Buffer, Message, decode
-from protocol.messages import EngineReport, Goodbye, Heartbeat, Lease, SubmitGroup, SubmitReply
+from protocol.messages import Goodbye, Heartbeat, Lease, SubmitGroup, SubmitReply
+from protocol.weight_messages import EngineReport
 from tests.store.full_disk import fill_up, make_room
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ import numpy as np
 
 from protocol.codec import encode_group
 from protocol.framing import Buffer, Message
-from protocol.messages import Drain, EngineFields, EngineReport, Goodbye, Heartbeat, Lease, RunStatus, SubmitReply
+from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, Lease, RunStatus, SubmitReply
 from protocol.types import Context, Question, Status, Trajectory, TrajectoryGroup, VersionSpan
+from protocol.weight_messages import EngineReport
 
 if TYPE_CHECKING:
     from tests.leases.simulation import World

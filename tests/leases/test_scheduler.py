@@ -13,7 +13,16 @@ from learner.leases.lease_timeouts import LeaseTimeouts
 from learner.leases.scheduler import Scheduler
 from protocol.codec import encode_group
 from protocol.framing import decode
-from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, Lease, RunStatus, SubmitGroup, SubmitReply
+from protocol.messages import (
+    Drain,
+    EngineFields,
+    Goodbye,
+    Heartbeat,
+    Lease,
+    RunStatus,
+    SubmitGroup,
+    SubmitReply,
+)
 from tests.leases.groups import GROUP_SIZE, RUN, VOCABULARY, make_group
 
 LEASE_TIMEOUT_S = 60.0

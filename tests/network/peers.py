@@ -17,19 +17,10 @@ from learner.store.store import Store
 from protocol.codec import encode_group
 from protocol.config import NetworkConfig
 from protocol.framing import Message, decode, encode
-from protocol.messages import (
-    Drain,
-    EngineFields,
-    EngineReply,
-    EngineReport,
-    Goodbye,
-    Heartbeat,
-    Lease,
-    RunStatus,
-    SubmitReply,
-)
+from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, Lease, RunStatus, SubmitReply
 from protocol.transport import Transport
 from protocol.types import TrajectoryGroup
+from protocol.weight_messages import EngineReply, EngineReport
 from tests.leases.groups import GROUP_SIZE, RUN, VOCABULARY, make_group
 
 WAIT_S = 20.0

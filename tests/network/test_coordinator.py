@@ -18,8 +18,8 @@ from learner.store.run_folder import RunFolder
 from learner.store.store import Store
 from protocol.codec import encode_group
 from protocol.framing import encode
-from protocol.messages import EngineReply
 from protocol.types import Status
+from protocol.weight_messages import EngineReply
 from tests.leases.groups import GROUP_SIZE, RUN, make_group
 from tests.network.peers import Actor, Setting, commit_batch, next_batch, open_network, report_engine, serve_version
 

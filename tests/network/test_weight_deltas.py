@@ -9,7 +9,7 @@ from safetensors.torch import save
 
 from learner.network.weight_deltas import NOTHING, Offer, Publications, Series
 from protocol.deltas import decode
-from protocol.messages import Manifest
+from protocol.weight_messages import Manifest
 
 NUM = 60_000
 

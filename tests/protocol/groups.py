@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
+from protocol import search_messages, weight_messages
 from protocol.framing import Message
 from protocol.messages import SubmitGroup
 from protocol.types import Context, Edge, Question, Status, Trajectory, TrajectoryGroup, VersionSpan
@@ -15,6 +16,9 @@ _FINITE = st.floats(allow_nan=False, allow_infinity=False)
 _LOGPROB = st.floats(max_value=0.0, allow_nan=False, allow_infinity=False, width=32)
 _STEP = st.integers(0, 2**31 - 1)
 _SCALARS = st.dictionaries(_NAME, st.floats(allow_nan=False), max_size=3)
+
+# Kinds are registered when their module is imported.
+assert search_messages and weight_messages
 
 KINDS: dict[str, type[Message]] = {kind: cls for kind, cls in Message.kinds.items() if cls is not SubmitGroup}
 

@@ -13,8 +13,9 @@ import pytest
 from protocol.addresses import is_loopback
 from protocol.errors import DataError, ProtocolError, RemoteError, SecurityError, UnreachableError
 from protocol.framing import decode, encode
-from protocol.messages import Drain, ErrorReply, SearchReply, SearchRequest
+from protocol.messages import Drain
 from protocol.request_client import RequestClient
+from protocol.search_messages import ErrorReply, SearchReply, SearchRequest
 from protocol.transport import Transport, create_keys
 
 WAIT_S = 20.0

@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from protocol.errors import ConfigError, DataError, SecurityError, UnreachableError, UserError
-from protocol.messages import SearchReply, SearchRequest
 from protocol.request_client import RequestClient
+from protocol.search_messages import SearchReply, SearchRequest
 from protocol.transport import Transport
 from retriever.command import index, retriever
 from retriever.index_folder import load_index

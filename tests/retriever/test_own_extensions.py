@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from protocol.errors import ConfigError, DataError
-from protocol.messages import SearchReply, SearchRequest
 from protocol.request_client import RequestClient
+from protocol.search_messages import SearchReply, SearchRequest
 from protocol.transport import Transport
 from retriever.build_index import build_index
 from retriever.collection import open_collections

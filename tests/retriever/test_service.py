@@ -11,8 +11,9 @@ import pytest
 
 from protocol.errors import RemoteError
 from protocol.framing import decode, encode
-from protocol.messages import ErrorReply, Heartbeat, SearchReply, SearchRequest
+from protocol.messages import Heartbeat
 from protocol.request_client import RequestClient
+from protocol.search_messages import ErrorReply, SearchReply, SearchRequest
 from protocol.transport import Dealer, Transport
 from retriever.service import RetrieverService, ServiceLimits
 

@@ -18,7 +18,7 @@ from learner.model.export import canary, published_weights
 from learner.model.loading import load_policy
 from learner.model.parallel import World
 from learner.model.scorer import Scorer
-from protocol.messages import CanaryFields
+from protocol.weight_messages import CanaryFields
 
 
 def scorer_of(model: Path, *, scale: float) -> Scorer:

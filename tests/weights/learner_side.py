@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from learner.leases.engines import Engines
 from learner.network.publisher import Publisher
 from learner.network.weight_deltas import Offer, Series
-from protocol.messages import CanaryFields, Chunk, EngineFields, PartFields
+from protocol.messages import EngineFields
 from protocol.transport import Transport
+from protocol.weight_messages import CanaryFields, Chunk, PartFields
 from tests.weights.publisher_proxy import PublisherProxy
 
 WAIT_S = 30.0

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from protocol.errors import ProtocolError
 from protocol.framing import Buffer, Message, decode
-from protocol.messages import Chunk, ManifestRequest
 from protocol.transport import Dealer, Router, Transport
+from protocol.weight_messages import Chunk, ManifestRequest
 
 EditChunk = Callable[[Chunk, bytes], bytes | None]
 

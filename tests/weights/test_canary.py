@@ -10,8 +10,8 @@ from transformers import Qwen2ForCausalLM
 
 from actor.engines.sampling import SamplingParams
 from protocol.errors import EngineUnavailable
-from protocol.messages import CanaryFields
 from protocol.types import PolicyTag
+from protocol.weight_messages import CanaryFields
 from tests.weights.conftest import EngineUnderTest, serves
 from tests.weights.learner_side import RUN, LearnerSide
 from tests.weights.models import scaled_weights

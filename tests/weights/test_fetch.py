@@ -9,9 +9,9 @@ import pytest
 from actor.weights.fetch import WeightFetcher, check_manifest, check_tensors
 from learner.network.weight_deltas import Series
 from protocol.errors import WeightsError
-from protocol.messages import Chunk, Manifest, PartFields
 from protocol.request_client import RequestClient
 from protocol.types import PolicyTag
+from protocol.weight_messages import Chunk, Manifest, PartFields
 from tests.weights.learner_side import CHUNK_BYTES, RUN, LearnerSide
 from tests.weights.models import nudged, scaled_weights
 

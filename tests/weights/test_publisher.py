@@ -12,8 +12,8 @@ from actor.weights.fetch import check_tensors
 from protocol.deltas import decode
 from protocol.errors import RemoteError
 from protocol.framing import decode as decode_message
-from protocol.messages import Announcement, Chunk, ChunkRequest, Manifest, ManifestRequest
 from protocol.request_client import RequestClient
+from protocol.weight_messages import Announcement, Chunk, ChunkRequest, Manifest, ManifestRequest
 from tests.weights.learner_side import CHUNK_BYTES, RUN, WAIT_S, LearnerSide
 from tests.weights.models import scaled_weights
 
