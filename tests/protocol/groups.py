@@ -18,7 +18,8 @@ _STEP = st.integers(0, 2**31 - 1)
 _SCALARS = st.dictionaries(_NAME, st.floats(allow_nan=False), max_size=3)
 
 # Kinds are registered when their module is imported.
-assert search_messages and weight_messages
+assert search_messages
+assert weight_messages
 
 KINDS: dict[str, type[Message]] = {kind: cls for kind, cls in Message.kinds.items() if cls is not SubmitGroup}
 
