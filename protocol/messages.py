@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
+from protocol.failure_counts import MAX_REASON_CHARS, MAX_SENT_REASONS
 from protocol.framing import Message
 
 MAX_QUESTION_CHARS = 65_536
@@ -23,6 +24,8 @@ Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 Id = Annotated[int, Field(ge=0, lt=1 << 62)]
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 """As computed by `protocol.deltas.checksum`."""
+Reason = Annotated[str, Field(min_length=1, max_length=MAX_REASON_CHARS)]
+"""Why a trajectory failed, as `protocol.failure_counts.clean_reason` returns it."""
 Counts = Annotated[list[Count], FailFast()]
 """A column. Validation stops at the first wrong value, so a long wrong column costs little time."""
 
@@ -40,17 +43,21 @@ class QuestionFields(BaseModel):
 class Heartbeat(Message):
     """An actor's complete state, sent twice a second and on each change; a lost heartbeat does no harm.
 
-    `capacity`: the number of groups that it can hold at once. `held`: the leases that it works on or whose group is not
-    yet acknowledged. `incarnation`: random, chosen at start; a new incarnation of the same name frees the old one's
-    leases.
+    `capacity`: its trajectory slots in total. `free_slots`: slots that no trajectory of a lease in `held` uses or waits for.
+    `held`: the leases that it works on or whose group is not yet acknowledged. `draining`: it takes no new lease, so
+    leases that are not in `held` may be issued again at once. `incarnation`: random, chosen at start; a new incarnation
+    of the same name frees the old one's leases.
     """
 
     kind: ClassVar[str] = "heartbeat"
     actor: Name
     incarnation: Name
     capacity: Count
+    free_slots: Count
     held: list[Id]
+    draining: bool = False
     counters: Annotated[dict[Name, float], Field(max_length=64)] = Field(default_factory=dict)
+    failures: Annotated[dict[Reason, Count], Field(max_length=MAX_SENT_REASONS)] = Field(default_factory=dict)
 
 
 class Goodbye(Message):

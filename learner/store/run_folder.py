@@ -43,6 +43,16 @@ class RunFolder:
         return self.root / "finished.json"
 
     @property
+    def progress(self) -> Path:
+        """What the learner does or waits for now (`learner.metrics.progress` writes and reads it)."""
+        return self.root / "progress.json"
+
+    @property
+    def first_samples(self) -> Path:
+        """A summary of the run's first trajectories."""
+        return self.root / "first_samples.txt"
+
+    @property
     def drift(self) -> Path:
         """The report of a `check_drift` run."""
         return self.root / "drift.txt"
