@@ -19,6 +19,7 @@ class Episode:
     stats            counts for metrics, by name; the session's own counts are added to them
     context_rewards  rewards of single contexts, in addition to the trajectory's; empty, or one for each context
     transcripts      the text of each context, special tokens included; filled in by the actor
+    weight_versions  the weight versions that sampled its tokens, as the engines state them; filled in by the actor
     """
 
     status: Status = Status.COMPLETED
@@ -28,3 +29,4 @@ class Episode:
     stats: dict[str, float] = field(default_factory=dict)
     context_rewards: tuple[float, ...] = ()
     transcripts: tuple[str, ...] = ()
+    weight_versions: tuple[str, ...] = ()

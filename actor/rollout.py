@@ -172,7 +172,12 @@ def _close_session(session: Session, episode: Episode) -> Episode:
     """Closes the open context, if any; returns the episode with the session's transcripts and counts."""
     if session.is_open:
         session.close_context()
-    return replace(episode, transcripts=session.transcripts(), stats={**session.stats(), **episode.stats})
+    return replace(
+        episode,
+        transcripts=session.transcripts(),
+        weight_versions=session.weight_versions,
+        stats={**session.stats(), **episode.stats},
+    )
 
 
 def _trajectory(session: Session, episode: Episode) -> Trajectory:

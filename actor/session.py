@@ -95,6 +95,12 @@ class Session:
         self._engine = ""
         self._open: _OpenContext | None = None
         self._closed: list[Context] = []
+        self._weight_versions: dict[str, None] = {}
+
+    @property
+    def weight_versions(self) -> tuple[str, ...]:
+        """The weight versions that sampled tokens, as the engines state them, in the order of their first use."""
+        return tuple(self._weight_versions)
 
     @property
     def contexts(self) -> tuple[Context, ...]:
@@ -169,6 +175,7 @@ class Session:
         )
         context.record(completion, [self._version_span(span) for span in completion.spans])
         self._engine = completion.engine
+        self._weight_versions.update(dict.fromkeys(span.weight_version for span in completion.spans))
         self.num_generations += 1
         self.num_generated_tokens += len(completion.token_ids)
         self.num_cached_tokens += completion.cached_tokens
