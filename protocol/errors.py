@@ -18,6 +18,7 @@ PalimpsestError
 ├── WeightsError              a weight manifest, delta or chunk that fails verification
 ├── TrainingStopped           training cannot continue, and a restart would not help (exit status 3)
 │   ├── ExtensionError        an imported advantage estimator, policy loss or correction raised an error
+│   ├── NoProgressError       too many groups in a row failed or had no signal
 │   ├── DivergenceError       too many updates in a row were skipped: their loss or gradient is not finite
 │   └── DriftError            the mismatch between engines and learner grows although nothing is trained
 └── StoreError                the run's store cannot be read or written
@@ -95,6 +96,10 @@ class TrainingStopped(PalimpsestError):
 
 class ExtensionError(TrainingStopped):
     """An imported advantage estimator, policy loss or correction raised an error."""
+
+
+class NoProgressError(TrainingStopped):
+    """Too many groups in a row failed, or had equal rewards, and no step was trained."""
 
 
 class DivergenceError(TrainingStopped):

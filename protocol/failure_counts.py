@@ -73,7 +73,7 @@ class FailureCounts:
             del self._texts[rarest]
 
     def most_common(self, num: int = MAX_SENT_REASONS) -> dict[str, int]:
-        """At most `num` entries, most frequent first: reason → count. The last one may be OTHER, so no count is lost."""
+        """At most `num` entries, most frequent first: reason → count. The last may be OTHER, so no count is lost."""
         ranked = sorted(self._counts.items(), key=lambda item: -item[1])
         if len(ranked) > num or (self.num_other and len(ranked) == num):
             ranked = ranked[: num - 1]

@@ -77,6 +77,11 @@ class LearnerConfig(Section):
     skip_zero_variance: bool = Field(
         default=False, description="Give the slot of a group of equal rewards to another group."
     )
+    skip_zero_advantage: bool = Field(
+        default=True,
+        description="Do not compute contexts whose advantages are all 0, if the loss has no KL, entropy or value term: "
+        "the gradient is the same without them.",
+    )
     tokens_per_micro_batch: Positive = Field(default=16_384, description="Tokens that are computed at once.")
     prefix_sharing: bool | Literal["auto"] = Field(
         default="auto", description="Compute common prefixes of contexts once; `auto`: if that saves time."
@@ -104,6 +109,20 @@ class LearnerConfig(Section):
         default=None,
         description="A group that alone delays the batch for this long is overtaken; its over-age tokens are masked. "
         "Unset: wait for it, so that batches do not depend on timing.",
+    )
+    max_failed_groups: NonNegative = Field(
+        default=64,
+        description="This many failed or refused groups in a row, with no accepted one between, end the run. 0: never.",
+    )
+    max_skipped_groups: NonNegative = Field(
+        default=1024,
+        description="This many groups in a row that `skip_zero_variance` skips end the run. 0: never.",
+    )
+    first_samples: NonNegative = Field(
+        default=32, description="First trajectories of the run that are summarised before training. 0: none."
+    )
+    progress_log_s: Seconds = Field(
+        default=30.0, description="While the learner waits, it logs what it waits for at this interval."
     )
     ablation: Literal["none", "last-context"] = Field(
         default="none", description="`last-context` trains only the last context of each trajectory."

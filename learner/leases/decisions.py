@@ -14,7 +14,10 @@ from learner.leases.lease_table import Entry, LeaseRecord
 from protocol.framing import Buffer, Message
 from protocol.group_view import GroupView
 
-LeaseOutcome = Literal["accepted", "skipped", "duplicate", "refused", "failed", "expired", "lost"]
+# The reason of expired leases that count as failures of their questions (`learner.leases.received_groups.MAX_FAILURES`).
+ACTOR_DIED = "its actor died"
+
+LeaseOutcome = Literal["accepted", "skipped", "duplicate", "refused", "failed", "expired", "lost", "returned"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,7 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A lease has ended."""
+    """A lease has ended. "returned": its actor gave it back, by Goodbye or while it drains."""
 
     kind: ClassVar[str] = "end"
     lease_id: int

@@ -2,40 +2,43 @@
 
     on_heartbeat, on_goodbye, on_undelivered ─┐                             ┌─► records: one transaction
     on_group ─────────────────────────────────┼─► Scheduler ─► Decision ────┤
-    on_tick, on_engines, on_batch_trained ────┘   LeaseTable, Actors        └─► sends: after the transaction
+    on_tick, on_engines, on_batch_trained ────┘   LeaseTable, Actors,       └─► sends: after the transaction
+                                                  ReceivedGroups
 
 After every event except `on_batch_trained` and `drain`, it grants all leases that the lease table and the actors' free
-credits allow. The state in memory can be discarded between any two events: its durable part is in the store, and peers
-send the rest again with every heartbeat. tests/leases/simulation.py runs it in simulated time.
+trajectory slots allow. An actor gets a lease while it has at least one free slot. Up to group_size - 1 trajectories
+then wait in the actor, so the next slots that become free are used at once, and a group may have more trajectories than
+the actor has slots.
+
+The state in memory can be discarded between any two events: its durable part is in the store, and peers send the rest
+again with every heartbeat. tests/leases/simulation.py runs it in simulated time.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from learner.leases.actors import Actor, Actors
-from learner.leases.admission import Rules, Verdict, judge
+from learner.leases.admission import Rules
 from learner.leases.decisions import (
+    ACTOR_DIED,
     Decision,
     Ended,
     EntryChanged,
     Granted,
-    GroupReceived,
     LeaseOutcome,
     Send,
     SlotChanged,
     Trained,
 )
 from learner.leases.engines import version_to_lease_by
-from learner.leases.lease_table import Entry, LeaseRecord, LeaseTable
+from learner.leases.group_outcomes import GroupOutcomes
+from learner.leases.lease_table import LeaseRecord, LeaseTable, State
 from learner.leases.lease_timeouts import LeaseTimeouts
-from protocol.codec import decode_group
-from protocol.errors import ProtocolError
+from learner.leases.received_groups import MAX_FAILURES, ReceivedGroups
 from protocol.framing import Buffer
-from protocol.group_view import GroupView
 from protocol.messages import (
     Drain,
     EngineFields,
@@ -44,20 +47,16 @@ from protocol.messages import (
     Lease,
     RunStatus,
     SubmitGroup,
-    SubmitReply,
 )
 
 log = logging.getLogger(__name__)
-
-# A question is skipped after this many failed or refused groups. Expired leases do not count.
-MAX_FAILURES = 4
 
 
 class Scheduler:
     """Every public method is one event. `now_s`: seconds on a clock that never goes back.
 
     publications  publication → version, from the store
-    num_failures  cursor → number of its groups that failed or were refused
+    num_failures  cursor → number of its failures (see `learner.leases.received_groups.MAX_FAILURES`)
     started_s     time at which this learner started: leases of actors that have not reconnected expire no earlier than
                   lease_timeout_s after it
     """
@@ -71,16 +70,17 @@ class Scheduler:
         publications: Mapping[int, int],
         num_failures: Mapping[int, int],
         started_s: float,
+        outcomes: GroupOutcomes | None = None,
     ) -> None:
         self.lease_table = lease_table
+        self.outcomes = outcomes or GroupOutcomes()
         self.actors = Actors()
         self.serving: list[EngineFields] = []
-        self.num_malformed = 0
-        self.num_refused = 0
+        self.groups = ReceivedGroups(
+            rules=rules, publications=publications, num_failures=num_failures, outcomes=self.outcomes
+        )
         self._rules = rules
         self._timeouts = timeouts
-        self._publications = dict(publications)
-        self._failures = Counter(num_failures)
         self._started_s = self._ticked_s = started_s
         self._superseded: dict[str, str] = {}
         self._draining = ""
@@ -93,7 +93,7 @@ class Scheduler:
         lease_table.num_expired = self.lease_table.num_expired
         lease_table.num_overtaken = self.lease_table.num_overtaken
         self.lease_table = lease_table
-        self._failures = Counter(num_failures)
+        self.groups.restore(num_failures)
         self._paused = True
 
     def resume(self) -> None:
@@ -115,16 +115,19 @@ class Scheduler:
                 return decision
             log.warning("actor %s was restarted: its old leases expire and are issued again", name)
             self._superseded[name] = known.incarnation
-            self._remove_actor(decision, name)
+            self._remove_actor(decision, name, died=True)
             known = None
         if known is None:
             known = self.actors[name] = Actor(peer, message.incarnation)
-        known.peer, known.capacity, known.seen_s = peer, message.capacity, now_s
+        known.peer, known.seen_s = peer, now_s
         known.counters = dict(message.counters)
+        self._update_slots(known, message)
+        self.outcomes.reported(name, message.incarnation, message.failures)
         self._queue_actor(name)
-        held = set(message.held)
-        for lease in self.lease_table.outstanding(name) if not self._paused else ():
-            if lease.lease_id not in held and now_s - lease.granted_s > self._timeouts.lost_after_s:
+        for lease in self._unlisted(name) if not self._paused else ():
+            if message.draining:
+                self._expire(decision, lease, "returned")
+            elif now_s - lease.granted_s > self._timeouts.lost_after_s:
                 self._expire(decision, lease, "lost")
         reply = Drain(reason=self._draining) if self._draining else self._status()
         decision.sends.append(Send(peer, reply))
@@ -133,7 +136,7 @@ class Scheduler:
     def on_goodbye(self, message: Goodbye, *, now_s: float) -> Decision:
         decision, known = Decision(), self.actors.get(message.actor)
         if not self._paused and (known is None or known.incarnation == message.incarnation):
-            self._remove_actor(decision, message.actor)
+            self._remove_actor(decision, message.actor, died=False)
         return self._grant(decision, now_s)
 
     def on_undelivered(self, lease_ids: Sequence[int], *, now_s: float) -> Decision:
@@ -141,41 +144,18 @@ class Scheduler:
         decision = Decision()
         for lease in [lease for i in lease_ids if (lease := self.lease_table.leases.get(i)) is not None]:
             if (actor := self.actors.get(lease.actor)) is not None:
-                actor.capacity = 0
+                actor.free_slots = 0
             if not self._paused:
                 self._expire(decision, lease, "lost")
         return self._grant(decision, now_s)
 
     def on_group(self, peer: bytes, message: SubmitGroup, frames: Sequence[Buffer], *, now_s: float) -> Decision:
-        """Handles a received group. `message`: its decoded header; `frames`: the frames of header and columns.
-
-        The columns are decoded only if the question still needs a group.
-        """
-        decision, cursor, lease_id = Decision(), message.cursor, message.lease_id
+        """Handles a received group. `message`: its decoded header; `frames`: the frames of header and columns."""
+        decision = Decision()
         if self._paused:  # without a reply, the actor keeps the group and sends it again
             return decision
-        lease = self.lease_table.leases.get(lease_id)
-        reason = ""
-        if cursor >= self.lease_table.next_cursor or message.run_id != self._rules.run_id:
-            outcome, reason = "refused", f"question {cursor} of run {message.run_id} was never leased by this run"
-        elif lease_id >= self.lease_table.next_lease_id or (lease is not None and lease.cursor != cursor):
-            outcome, reason = "refused", f"lease {lease_id} was never granted for question {cursor}"
-        elif (entry := self.lease_table.undecided(cursor)) is None:
-            outcome = "duplicate"
-            if self.lease_table.drop(lease_id) is not None:
-                decision.records.append(Ended(lease_id, "duplicate"))
-        else:
-            verdict, group = self._judge(entry, message, frames[1:])
-            if group is not None:
-                outcome, reason = "accepted", verdict.reason
-                self._store_group(decision, entry, GroupReceived(lease_id, group, frames), verdict)
-            else:
-                outcome, reason = "refused", verdict.reason
-                self._reissue_or_skip(decision, entry, message, verdict)
-        if outcome == "refused":
-            self.num_refused += 1
-            log.warning("refused group %d: %s", cursor, reason)
-        decision.sends.append(Send(peer, SubmitReply(lease_id=lease_id, outcome=outcome, reason=reason)))
+        lease = self.lease_table.leases.get(message.lease_id)
+        decision.sends.append(Send(peer, self.groups.decide(decision, self.lease_table, message, frames)))
         if lease is not None:
             self._queue_actor(lease.actor)
         return self._grant(decision, now_s)
@@ -191,7 +171,7 @@ class Scheduler:
             log.warning(
                 "actor %s sent no heartbeat for %.0f s: its leases expire and are issued again", name, timeout_s
             )
-            self._remove_actor(decision, name)
+            self._remove_actor(decision, name, died=True)
         for lease in list(self.lease_table.leases.values()):
             if lease.actor not in self.actors and now_s - max(lease.granted_s, self._started_s) > timeout_s:
                 self._expire(decision, lease, "expired")
@@ -212,7 +192,11 @@ class Scheduler:
 
     def on_publication(self, publication: int, *, version: int) -> None:
         """Adds a publication, so that groups sampled by it are admitted."""
-        self._publications[publication] = version
+        self.groups.add_publication(publication, version=version)
+
+    def num_free_slots(self) -> int:
+        """The free trajectory slots of all connected actors, less those that leases under way will take."""
+        return sum(max(0, self._free_slots(name)) for name in self.actors)
 
     def drain(self, reason: str) -> Decision:
         """Ends the run: no more leases; `Drain` is sent to every actor now and as the reply to each later heartbeat."""
@@ -220,44 +204,6 @@ class Scheduler:
         return Decision(sends=[Send(actor.peer, Drain(reason=reason)) for actor in self.actors.values()])
 
     # --- inside ---
-
-    def _judge(self, entry: Entry, header: SubmitGroup, data: Sequence[Buffer]) -> tuple[Verdict, GroupView | None]:
-        """Decodes and judges a group. Returns (verdict, the group if it must be stored, else None)."""
-        try:
-            group = decode_group(header, data)
-        except ProtocolError as error:
-            self.num_malformed += 1
-            return Verdict("refuse", str(error)), None
-        # An overtaken straggler may have any version that its lease allowed: training masks its over-age tokens.
-        verdict = judge(
-            group,
-            rules=self._rules,
-            publications=self._publications,
-            step=self.lease_table.step,
-            min_version=self.lease_table.min_version(min(entry.slot, entry.first_slot)),
-        )
-        return verdict, group if verdict.kind in ("accept", "skip") else None
-
-    def _store_group(self, decision: Decision, entry: Entry, arrived: GroupReceived, verdict: Verdict) -> None:
-        accepted = verdict.kind == "accept"
-        decide = self.lease_table.accept if accepted else self.lease_table.skip
-        decide(lease_id=arrived.lease_id, cursor=entry.cursor)
-        self._failures.pop(entry.cursor, None)
-        ended = Ended(arrived.lease_id, "accepted" if accepted else "skipped")
-        decision.records.extend([arrived, EntryChanged(replace(entry)), ended])
-
-    def _reissue_or_skip(self, decision: Decision, entry: Entry, message: SubmitGroup, verdict: Verdict) -> None:
-        """Issues the question again, or skips it after MAX_FAILURES. A newer attempt that runs prevents the skip."""
-        lease_id, cursor = message.lease_id, message.cursor
-        self._failures[cursor] += 1
-        if message.attempt == entry.attempt and self._failures[cursor] >= MAX_FAILURES:
-            log.warning("question %d is skipped: %d of its groups failed or were refused", cursor, MAX_FAILURES)
-            self.lease_table.skip(lease_id=lease_id, cursor=cursor)
-            self._failures.pop(cursor)
-        else:
-            self.lease_table.reissue(lease_id=lease_id, cursor=cursor)
-        ended = Ended(lease_id, "failed" if verdict.kind == "retry" else "refused", verdict.reason)
-        decision.records.extend([EntryChanged(replace(entry)), ended])
 
     def _overtake(self, decision: Decision, *, granted_before_s: float) -> None:
         for straggler, group in self.lease_table.overtake(granted_before_s=granted_before_s):
@@ -267,7 +213,7 @@ class Scheduler:
                 decision.records.append(EntryChanged(replace(entry)))
 
     def _grant(self, decision: Decision, now_s: float) -> Decision:
-        """Grants leases until the lease table allows no more or no actor has free credits; most free credits first."""
+        """Grants leases until the lease table allows no more or no actor has a free slot; most free slots first."""
         lease_table = self.lease_table
         version = version_to_lease_by(self.serving, step=lease_table.step, staleness_bound=lease_table.staleness_bound)
         if self._draining or self._paused or version is None:
@@ -288,8 +234,29 @@ class Scheduler:
             self._queue_actor(name)
         return decision
 
+    def _update_slots(self, actor: Actor, message: Heartbeat) -> None:
+        """Reads the slots and leases of a heartbeat. Only ids of running leases are kept: their number is bounded."""
+        held = set(message.held)
+        actor.capacity = message.capacity
+        actor.free_slots = 0 if message.draining else min(message.free_slots, message.capacity)
+        running = (lease.lease_id for lease in self.lease_table.outstanding(message.actor))
+        actor.held = frozenset(lease_id for lease_id in running if lease_id in held)
+
+    def _unlisted(self, name: str) -> list[LeaseRecord]:
+        """The running leases that the last heartbeat of a connected actor did not list: they may be under way."""
+        held = self.actors[name].held
+        return [lease for lease in self.lease_table.outstanding(name) if lease.lease_id not in held]
+
+    def _free_slots(self, name: str) -> int:
+        """The free slots of a connected actor; each lease that its last heartbeat did not list takes group_size.
+
+        Negative if trajectories of these leases will wait for a slot.
+        """
+        return self.actors[name].free_slots - self._rules.group_size * len(self._unlisted(name))
+
     def _queue_actor(self, name: str) -> None:
-        self.actors.queue(name, num_outstanding=self.lease_table.num_outstanding(name))
+        if name in self.actors:
+            self.actors.queue(name, free_slots=self._free_slots(name))
 
     def _status(self) -> RunStatus:
         """The status for all actors. Returns the same object until the content changes, so that it is encoded once."""
@@ -311,14 +278,29 @@ class Scheduler:
         for actor in self.actors.values():
             actor.seen_s += stalled_s
 
-    def _remove_actor(self, decision: Decision, name: str) -> None:
+    def _remove_actor(self, decision: Decision, name: str, *, died: bool) -> None:
+        """Ends the actor's leases. If it `died`, one of their questions may be the cause: each counts a failure."""
         self.actors.pop(name, None)
         for lease in self.lease_table.outstanding(name):
-            self._expire(decision, lease, "expired")
+            if died:
+                self._expire(decision, lease, "expired", reason=ACTOR_DIED)
+            else:
+                self._expire(decision, lease, "returned")
 
-    def _expire(self, decision: Decision, lease: LeaseRecord, outcome: LeaseOutcome) -> None:
-        self.lease_table.expire(lease.lease_id)
-        decision.records.append(Ended(lease.lease_id, outcome))
-        if (entry := self.lease_table.entries.get(lease.cursor)) is not None:
+    def _expire(self, decision: Decision, lease: LeaseRecord, outcome: LeaseOutcome, *, reason: str = "") -> None:
+        """Ends a lease without a group; its question waits. A returned lease is not counted as expired."""
+        cursor = lease.cursor
+        if outcome == "returned":
+            self.lease_table.reissue(lease_id=lease.lease_id, cursor=cursor)
+        else:
+            self.lease_table.expire(lease.lease_id)
+        decision.records.append(Ended(lease.lease_id, outcome, reason))
+        if (entry := self.lease_table.entries.get(cursor)) is not None:
+            is_newest = entry.state is State.WAITING and entry.attempt == lease.attempt
+            if reason == ACTOR_DIED and is_newest and self.groups.count_failure(cursor):
+                log.warning("question %d is skipped: %d failures; the last time, its actor died", cursor, MAX_FAILURES)
+                self.groups.forget_failures(cursor)
+                self.lease_table.skip(lease_id=lease.lease_id, cursor=cursor)
+                self.outcomes.fatal_questions.append(cursor)
             decision.records.append(EntryChanged(replace(entry)))
         self._queue_actor(lease.actor)

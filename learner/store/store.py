@@ -13,7 +13,16 @@ from contextlib import closing, contextmanager
 from dataclasses import astuple
 from pathlib import Path
 
-from learner.leases.decisions import Ended, EntryChanged, Granted, GroupReceived, Record, SlotChanged, Trained
+from learner.leases.decisions import (
+    ACTOR_DIED,
+    Ended,
+    EntryChanged,
+    Granted,
+    GroupReceived,
+    Record,
+    SlotChanged,
+    Trained,
+)
 from learner.leases.lease_table import Entry, LeaseRecord, LeaseTable, State
 from learner.store.wal_checkpointer import MAX_LOG_PAGES, WalCheckpointer
 from protocol.codec import decode_frames
@@ -201,11 +210,13 @@ class Store:
         )
 
     def num_failures(self) -> dict[int, int]:
-        """cursor → number of its groups that failed or were refused, for questions neither trained nor skipped."""
+        """cursor → number of its failures (`scheduler.MAX_FAILURES`), for questions neither trained nor skipped."""
         return dict(
             self._query(
-                "SELECT cursor, count(*) FROM leases WHERE outcome IN ('failed', 'refused') "
-                f"AND cursor IN (SELECT cursor FROM entries WHERE {_OPEN}) GROUP BY cursor"
+                "SELECT cursor, count(*) FROM leases "
+                "WHERE (outcome IN ('failed', 'refused') OR (outcome = 'expired' AND reason = ?)) "
+                f"AND cursor IN (SELECT cursor FROM entries WHERE {_OPEN}) GROUP BY cursor",
+                ACTOR_DIED,
             )
         )
 
