@@ -14,10 +14,13 @@ MISSING = "$missing"
 _MAX_SHOWN_CHARS = 80
 
 
-def differences(expected: Mapping[str, str], found: Mapping[str, str], *, what: str = "this actor") -> list[str]:
+def differences(
+    expected: Mapping[str, str], found: Mapping[str, str], *, what: str = "this actor", reference: str = "the run"
+) -> list[str]:
     """One clause for each key of the run's identity `expected` that `found` does not agree with; empty if all agree.
 
-    `what` has the identity `found`: "this actor", "this config". Only the sections of `expected` are compared.
+    `what` has the identity `found`: "this actor", "this config"; `reference` has `expected`. Only the sections of
+    `expected` are compared.
     """
     problems: list[str] = []
     for section, text in expected.items():
@@ -26,11 +29,12 @@ def differences(expected: Mapping[str, str], found: Mapping[str, str], *, what: 
             continue
         ours, theirs = _parsed(text), _parsed(other)
         if not _is_table(ours) or not _is_table(theirs):
-            problems += [clause] if (clause := _difference(section, ours, theirs, what)) else []
+            problems += [clause] if (clause := _difference(section, ours, theirs, (reference, what))) else []
             continue
         run, here = dict(_leaves(ours, section)), dict(_leaves(theirs, section))
         for key in dict.fromkeys([*run, *here]):
-            problems += [clause] if (clause := _difference(key, run.get(key), here.get(key), what)) else []
+            clause = _difference(key, run.get(key), here.get(key), (reference, what))
+            problems += [clause] if clause else []
     return problems
 
 
@@ -53,13 +57,14 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         yield from _leaves(each, f"{key}.{name}")
 
 
-def _difference(key: str, ours: Any, theirs: Any, what: str) -> str:
+def _difference(key: str, ours: Any, theirs: Any, owners: tuple[str, str]) -> str:
     """The clause for one key; empty if the values agree, or if one side lacks the file."""
+    reference, what = owners
     if ours == theirs or (_kind(ours), _kind(theirs)) in ((CONTENT, MISSING), (MISSING, CONTENT)):
         return ""
     if _kind(ours) or _kind(theirs):
-        return f"{key}: the content differs between the run and {what}"
-    return f"{key}: the run has {_shown(ours)}, {what} has {_shown(theirs)}"
+        return f"{key}: the content differs between {reference} and {what}"
+    return f"{key}: {reference} has {_shown(ours)}, {what} has {_shown(theirs)}"
 
 
 def _kind(value: Any) -> str:
