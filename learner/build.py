@@ -169,7 +169,14 @@ def _network_thread(config: Config, store: Store, *, vocab_size: int) -> Network
 
 
 def _metrics(config: Config, stack: ExitStack, *, step: int) -> MetricsWriter:
-    return stack.enter_context(MetricsWriter(config.run.dir, step=step, tokenizer_folder=config.model.path))
+    return stack.enter_context(
+        MetricsWriter(
+            config.run.dir,
+            step=step,
+            tokenizer_folder=config.model.path,
+            staleness_bound=config.learner.staleness_bound,
+        )
+    )
 
 
 def _check_replay_folder(config: Config, source: Path) -> None:

@@ -16,6 +16,7 @@ class Metric:
     A name with a placeholder, such as `reward/{part}`, declares a family: the placeholder matches any text.
     `reduction`: how the values of tokens, trajectories or processes become the one value of a step.
     `absent_if`: when a step has no value; empty if every step has one.
+    `chart`: the chart of TensorBoard's CUSTOM SCALARS tab that shows it (learner/metrics/layout.py); empty: none.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Metric:
     explanation: str
     healthy: str = ""
     absent_if: str = ""
+    chart: str = ""
     kind: Literal["scalar", "histogram", "text"] = "scalar"
 
     @property
@@ -41,4 +43,8 @@ class Metric:
 
     def matches(self, tag: str) -> bool:
         """Whether this declaration covers `tag`."""
-        return re.fullmatch(".+".join(map(re.escape, _PLACEHOLDER.split(self.name))), tag, re.DOTALL) is not None
+        return re.fullmatch(self.pattern(), tag, re.DOTALL) is not None
+
+    def pattern(self, prefix: str = "") -> str:
+        """A regular expression that matches `prefix` and then a tag of this declaration."""
+        return re.escape(prefix) + ".+".join(map(re.escape, _PLACEHOLDER.split(self.name)))

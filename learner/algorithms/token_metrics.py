@@ -75,6 +75,7 @@ class TokenMetric(Metric):
 TOKEN_METRICS = (
     TokenMetric(
         name="policy/entropy",
+        chart="Entropy",
         reduction=Reduction.MEAN,
         unit="nats",
         explanation="−Σ_v π_θ(v) ln π_θ(v), at the sampling temperature",
@@ -83,6 +84,7 @@ TOKEN_METRICS = (
     ),
     TokenMetric(
         name="policy/clip_fraction",
+        chart="Clipped and masked tokens",
         reduction=Reduction.MEAN,
         unit="0–1",
         explanation="fraction of tokens on which the clip is binding: clip(r)·A < r·A",
@@ -91,6 +93,7 @@ TOKEN_METRICS = (
     ),
     TokenMetric(
         name="policy/kl_behavior",
+        chart="KL to the behaviour policy and the reference",
         reduction=Reduction.MEAN,
         unit="nats",
         explanation="k3 = e^x − 1 − x with x = ln π_θ − ln π_behave; estimates KL(π_behave ‖ π_θ)",
@@ -99,6 +102,7 @@ TOKEN_METRICS = (
     ),
     TokenMetric(
         name="policy/kl_behavior_age_{age}",
+        chart="KL to the behaviour policy by age",
         reduction=Reduction.MEAN_BY_AGE,
         unit="nats",
         explanation=f"`policy/kl_behavior` of the tokens of one age ({NUM_BUCKETS - 1}: of that age or older)",
@@ -120,6 +124,7 @@ TOKEN_METRICS = (
     ),
     TokenMetric(
         name="policy/kl_reference",
+        chart="KL to the behaviour policy and the reference",
         reduction=Reduction.MEAN,
         unit="nats",
         explanation="estimate of KL(π_θ ‖ reference) by `learner.loss.kl_estimator`; 0 without a reference",
@@ -128,6 +133,7 @@ TOKEN_METRICS = (
     ),
     TokenMetric(
         name="policy/importance_weight_mean",
+        chart="Importance weights",
         reduction=Reduction.MEAN,
         unit="–",
         explanation="w = π_prox/π_behave, before any correction",
@@ -136,6 +142,7 @@ TOKEN_METRICS = (
     ),
     TokenMetric(
         name="policy/importance_weight_max",
+        chart="Importance weights",
         reduction=Reduction.MAX,
         unit="–",
         explanation="w = π_prox/π_behave, before any correction",
@@ -144,6 +151,7 @@ TOKEN_METRICS = (
     ),
     TokenMetric(
         name="policy/effective_sample_fraction",
+        chart="Effective sample fraction",
         reduction=Reduction.EFFECTIVE_FRACTION,
         unit="0–1",
         explanation="effective sample size by token, divided by the number of tokens; x is w = π_prox/π_behave before "
@@ -153,6 +161,7 @@ TOKEN_METRICS = (
     ),
     TokenMetric(
         name="policy/corrected_weight_mean",
+        chart="Importance weights",
         reduction=Reduction.MEAN,
         unit="–",
         explanation="w̃: the importance weight after all corrections",
@@ -161,6 +170,7 @@ TOKEN_METRICS = (
     ),
     TokenMetric(
         name="policy/corrected_weight_max",
+        chart="Importance weights",
         reduction=Reduction.MAX,
         unit="–",
         explanation="w̃: the importance weight after all corrections",
@@ -169,6 +179,7 @@ TOKEN_METRICS = (
     ),
     TokenMetric(
         name="policy/corrected_weight_zero_fraction",
+        chart="Clipped and masked tokens",
         reduction=Reduction.MEAN,
         unit="0–1",
         explanation="fraction of tokens with w̃ = 0: a correction masked them",

@@ -2,12 +2,13 @@
 
     declarations                          module, which also computes the values
     reward/, rollout/                     rollout_metrics
-    staleness/, learner/                  step_metrics; metrics_writer for the metrics that the loop measures
+    staleness/, learner/                  step_metrics; loop_metrics for those that the loop and the writer measure
     policy/, the losses in learner/       learner.algorithms.token_metrics
     queue/, actor/, engine/               peer_metrics; coordinator, actors and weight agents compute the values
 
 To add a metric of the trained tokens, add one entry to `TOKEN_METRICS`. To add another metric, add its declaration and
-the line that computes its value; tests fail for a tag without a declaration and for a declaration without a tag.
+the line that computes its value; tests fail for a tag without a declaration and for a declaration without a tag. A
+metric with a `chart` is shown by that chart of TensorBoard's CUSTOM SCALARS tab (layout.py).
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from learner.algorithms.token_metrics import TOKEN_METRICS
-from learner.metrics.metrics_writer import LOOP_METRICS
+from learner.metrics.loop_metrics import LOOP_METRICS
 from learner.metrics.peer_metrics import ACTOR_METRICS, ENGINE_METRICS, QUEUE_METRICS
 from learner.metrics.rollout_metrics import REWARD_METRICS, ROLLOUT_METRICS
 from learner.metrics.step_metrics import STALENESS_METRICS, STEP_METRICS
 from protocol.metric import Metric
+
+SECTIONS = ("reward", "staleness", "policy", "rollout", "learner", "queue", "actor", "engine", "trajectories")
+"""The first parts of all names, by importance: the order in docs/metrics.md and in TensorBoard."""
 
 CATALOGUE: tuple[Metric, ...] = (
     *REWARD_METRICS,

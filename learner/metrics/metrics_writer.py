@@ -9,54 +9,15 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from learner.metrics.jsonl import format_line, open_lines
+from learner.metrics.loop_metrics import TEXT_EVERY_STEPS
 from learner.metrics.rollout_metrics import rollout_metrics
 from learner.metrics.step_metrics import StepMetrics
 from learner.metrics.tensorboard import TensorBoardWriter
-from learner.metrics.trajectory_text import render_trajectory
+from learner.metrics.trajectory_text import best_and_worst, render_trajectory
 from learner.store.run_folder import RunFolder
 from protocol.errors import DataError
-from protocol.metric import Metric
 from protocol.resident_memory import resident_mb
 from protocol.types import TrajectoryGroup
-
-_TEXT_EVERY_STEPS = 10
-
-LOOP_METRICS = (
-    Metric(
-        name="learner/wait_s",
-        reduction="sum over the step",
-        unit="s",
-        explanation="time that the loop waited for the batch",
-        healthy="below `learner/step_s` with enough engines; above it, generation is the bottleneck",
-    ),
-    Metric(
-        name="learner/publish_s",
-        reduction="sum over the step",
-        unit="s",
-        explanation="time that the loop took to publish the version that the step started from; engines fetch it later",
-        healthy="a small part of the step",
-    ),
-    Metric(
-        name="learner/resident_mb",
-        reduction="value when the step is recorded",
-        unit="MB",
-        explanation="resident memory of the learner's process (rank 0)",
-        healthy="steady after the first hundred steps",
-    ),
-    *(
-        Metric(
-            name=f"trajectories/{which}",
-            reduction="one trajectory of the batch's first group",
-            unit="text",
-            explanation=f"the trajectory with the {extreme} reward: the text of every context, with the versions that "
-            "sampled it",
-            healthy="read them: they show first whether the reward increases for the wrong reason",
-            absent_if=f"the step is not a multiple of {_TEXT_EVERY_STEPS}",
-            kind="text",
-        )
-        for which, extreme in (("best", "highest"), ("worst", "lowest"))
-    ),
-)
 
 
 class MetricsWriter:
@@ -68,7 +29,7 @@ class MetricsWriter:
     Raises: DataError if `tokenizer_folder` has no tokenizer.json.
     """
 
-    def __init__(self, run_dir: Path, *, step: int, tokenizer_folder: Path) -> None:
+    def __init__(self, run_dir: Path, *, step: int, tokenizer_folder: Path, staleness_bound: int) -> None:
         path = tokenizer_folder / "tokenizer.json"
         if not path.is_file():
             raise DataError(f"model folder {tokenizer_folder} has no tokenizer.json; save its fast tokenizer there")
@@ -77,6 +38,7 @@ class MetricsWriter:
         self._writer = TensorBoardWriter(folder.tensorboard, purge_step=step)
         self._lines = open_lines(folder.metrics)
         self._tokenizer = tokenizer
+        self._staleness_bound = staleness_bound
         self._last = time.perf_counter()
 
     def __enter__(self) -> MetricsWriter:
@@ -105,6 +67,7 @@ class MetricsWriter:
         values = {
             **rollout_metrics(groups, interval_s=interval_s),
             **stepped.values,
+            "staleness/bound": self._staleness_bound,
             "learner/wait_s": wait_s,
             "learner/publish_s": publish_s,
             "learner/resident_mb": resident_mb(),
@@ -112,20 +75,15 @@ class MetricsWriter:
         }
         self._writer.scalars(values, step=stepped.step)
         self._writer.counts("staleness/histogram", stepped.tokens_by_age, step=stepped.step)
-        if stepped.step % _TEXT_EVERY_STEPS == 0:
+        if stepped.step % TEXT_EVERY_STEPS == 0:
             self._write_trajectories(groups, step=stepped.step)
         counts = {"tokens_by_age": stepped.tokens_by_age, "tokens_by_context": stepped.tokens_by_context}
         self._lines.write(format_line({"time": time.time(), "step": stepped.step, **values}, counts))
 
     def _write_trajectories(self, groups: Sequence[TrajectoryGroup], *, step: int) -> None:
-        """Writes the best and the worst trajectory of the batch's first group."""
-        group = groups[0]
-        ranked = sorted(group.trajectories, key=lambda trajectory: trajectory.reward)
-        for which, trajectory in (("best", ranked[-1]), ("worst", ranked[0])):
-            texts = [
-                self._tokenizer.decode(context.token_ids.tolist(), skip_special_tokens=False)
-                for context in trajectory.contexts
-            ]
-            question = f"{group.question.text} (gold: {' | '.join(group.question.answers)})"
-            text = render_trajectory(trajectory, texts, question=question)
+        for which, (question, trajectory) in best_and_worst(groups).items():
+            text = render_trajectory(trajectory, question=question, decode=self._decode)
             self._writer.text(f"trajectories/{which}", text, step=step)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)

@@ -17,6 +17,7 @@ _NO_ENGINE = "no weight agent reports"
 QUEUE_METRICS = (
     Metric(
         name="queue/running",
+        chart="Groups running and buffered",
         reduction=_NOW,
         unit="groups",
         explanation="groups that are leased to actors and not received yet",
@@ -24,6 +25,7 @@ QUEUE_METRICS = (
     ),
     Metric(
         name="queue/buffered",
+        chart="Groups running and buffered",
         reduction=_NOW,
         unit="groups",
         explanation="groups that are stored and wait for the rest of their batch",
@@ -32,6 +34,7 @@ QUEUE_METRICS = (
     ),
     Metric(
         name="queue/waiting",
+        chart="Groups to lease again",
         reduction=_NOW,
         unit="groups",
         explanation="groups that expired, failed or were refused, and will be leased again",
@@ -46,6 +49,7 @@ QUEUE_METRICS = (
     ),
     Metric(
         name="queue/skipped",
+        chart="Questions skipped",
         reduction="count since the run's start",
         unit="groups",
         explanation="questions that are not trained: zero variance (`learner.skip_zero_variance`), or too many failed "
@@ -54,6 +58,7 @@ QUEUE_METRICS = (
     ),
     Metric(
         name="queue/credits_free",
+        chart="Groups running and buffered",
         reduction=_NOW,
         unit="groups",
         explanation="capacity of all actors minus leases",
@@ -61,6 +66,7 @@ QUEUE_METRICS = (
     ),
     Metric(
         name="queue/actors",
+        chart="Actors and engines",
         reduction=_NOW,
         unit="actors",
         explanation="actors that send heartbeats",
@@ -68,6 +74,7 @@ QUEUE_METRICS = (
     ),
     Metric(
         name="queue/engines",
+        chart="Actors and engines",
         reduction=_NOW,
         unit="engines",
         explanation="engines that have committed a version and whose weight agent reports",
@@ -75,6 +82,7 @@ QUEUE_METRICS = (
     ),
     Metric(
         name="queue/expired",
+        chart="Leases expired, groups refused",
         reduction=_SO_FAR,
         unit="leases",
         explanation="leases that ended because their actor's heartbeats stopped",
@@ -82,6 +90,7 @@ QUEUE_METRICS = (
     ),
     Metric(
         name="queue/refused",
+        chart="Leases expired, groups refused",
         reduction=_SO_FAR,
         unit="groups",
         explanation="groups that break a rule of the run",
@@ -96,6 +105,7 @@ QUEUE_METRICS = (
     ),
     Metric(
         name="queue/overtaken",
+        chart="Tokens over the bound",
         reduction=_SO_FAR,
         unit="groups",
         explanation="stragglers that exchanged slots with a group of a later batch (`learner.straggler_timeout_s`)",
@@ -113,6 +123,7 @@ QUEUE_METRICS = (
 ACTOR_METRICS = (
     Metric(
         name="actor/trajectories_running",
+        chart="Trajectories and their engine requests",
         reduction=_OVER_ACTORS,
         unit="trajectories",
         explanation="trajectories that are being rolled out",
@@ -128,6 +139,7 @@ ACTOR_METRICS = (
     ),
     Metric(
         name="actor/trajectories_failed",
+        chart="Failed trajectories by kind",
         reduction=_OVER_ACTORS,
         unit="trajectories",
         explanation="trajectories with status FAILED since the start of their actor: an engine, a tool, the workflow "
@@ -137,6 +149,7 @@ ACTOR_METRICS = (
     ),
     Metric(
         name="actor/failed_{kind}",
+        chart="Failed trajectories by kind",
         reduction=_OVER_ACTORS,
         unit="trajectories",
         explanation="FAILED trajectories of one kind, such as `SearchFailed` or `workflow_TypeError`; the 16 most "
@@ -146,6 +159,7 @@ ACTOR_METRICS = (
     ),
     Metric(
         name="actor/engine_requests",
+        chart="Trajectories and their engine requests",
         reduction=_OVER_ACTORS,
         unit="requests",
         explanation="running generation requests to engines",
@@ -173,6 +187,7 @@ ACTOR_METRICS = (
 ENGINE_METRICS = (
     Metric(
         name="engine/updates",
+        chart="Weight updates of engines",
         reduction=_OVER_ENGINES,
         unit="updates",
         explanation="versions that the weight agent installed in its engine, since the agent's start",
@@ -181,6 +196,7 @@ ENGINE_METRICS = (
     ),
     Metric(
         name="engine/failures",
+        chart="Weight updates of engines",
         reduction=_OVER_ENGINES,
         unit="failures",
         explanation="reports and updates of the weight agent that failed, since the agent's start",

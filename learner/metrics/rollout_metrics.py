@@ -11,10 +11,12 @@ from protocol.types import Status, TrajectoryGroup
 
 _OVER_TRAJECTORIES = "mean over trajectories that did not fail"
 _NOT_MEASURED = "the workflow does not measure it"
+_LENGTH, _TOKENS, _MISTAKES = "Contexts, turns and searches", "Tokens of a trajectory", "Mistakes of a trajectory"
 
 REWARD_METRICS = (
     Metric(
         name="reward/mean",
+        chart="Reward and its parts",
         reduction=_OVER_TRAJECTORIES,
         unit="reward",
         explanation="R",
@@ -23,6 +25,7 @@ REWARD_METRICS = (
     ),
     Metric(
         name="reward/std",
+        chart="Spread of rewards",
         reduction="standard deviation over trajectories that did not fail",
         unit="reward",
         explanation="R",
@@ -30,6 +33,7 @@ REWARD_METRICS = (
     ),
     Metric(
         name="reward/zero_variance_fraction",
+        chart="Groups without a signal",
         reduction="mean over groups",
         unit="0–1",
         explanation="fraction of groups whose trajectories all have the same R, so that A = 0",
@@ -37,6 +41,7 @@ REWARD_METRICS = (
     ),
     Metric(
         name="reward/{part}",
+        chart="Reward and its parts",
         reduction=_OVER_TRAJECTORIES,
         unit="its own",
         explanation="each named part of the reward that the task computes: `em`, `f1`, `format` …",
@@ -48,6 +53,7 @@ REWARD_METRICS = (
 ROLLOUT_METRICS = (
     Metric(
         name="rollout/tokens_per_s",
+        chart="Tokens per second",
         reduction="sum over trajectories that did not fail, divided by the time between two steps",
         unit="tokens/s",
         explanation="sampled tokens of the batch's groups",
@@ -55,6 +61,7 @@ ROLLOUT_METRICS = (
     ),
     Metric(
         name="rollout/contexts",
+        chart=_LENGTH,
         reduction=_OVER_TRAJECTORIES,
         unit="contexts",
         explanation="contexts of a trajectory",
@@ -62,6 +69,7 @@ ROLLOUT_METRICS = (
     ),
     Metric(
         name="rollout/context_tokens",
+        chart="Context lengths in tokens",
         reduction="mean over contexts of trajectories that did not fail",
         unit="tokens",
         explanation="length of a context, including prompt and observations",
@@ -69,6 +77,7 @@ ROLLOUT_METRICS = (
     ),
     Metric(
         name="rollout/failed_fraction",
+        chart="How trajectories end",
         reduction="mean over trajectories",
         unit="0–1",
         explanation="fraction of trajectories with status FAILED: an engine, a tool, the workflow or the reward failed",
@@ -76,29 +85,56 @@ ROLLOUT_METRICS = (
     ),
     *(
         Metric(
+            name=f"rollout/{status}_fraction",
+            chart="How trajectories end",
+            reduction="mean over trajectories",
+            unit="0–1",
+            explanation=f"fraction of trajectories with status {status.name}: {meaning}",
+            healthy=healthy,
+        )
+        for status, meaning, healthy in (
+            (Status.COMPLETED, "the policy gave an answer", "increases towards 1"),
+            (Status.FORMAT_ERROR, "the policy broke a format rule of the workflow", "decreases towards 0"),
+            (
+                Status.OVER_BUDGET,
+                "the budget of turns, memory or tokens was used up",
+                "small; else the budget is too low, or the policy does not end its episodes",
+            ),
+        )
+    ),
+    *(
+        Metric(
             name=f"rollout/{stat}",
+            chart=chart,
             reduction=_OVER_TRAJECTORIES,
             unit=unit,
             explanation=explanation,
             healthy=healthy,
             absent_if=_NOT_MEASURED,
         )
-        for stat, unit, explanation, healthy in (
-            ("num_turns", "turns", "turns of a trajectory", "as the task needs"),
-            ("num_generations", "generations", "completions requested from engines", "as the task needs"),
-            ("num_searches", "searches", "searches of a trajectory", "as the task needs"),
-            ("num_prompt_tokens", "tokens", "tokens that engines read, summed over generations", ""),
-            ("num_generated_tokens", "tokens", "tokens that engines sampled", ""),
-            ("num_cached_tokens", "tokens", "prompt tokens found in an engine's prefix cache", ""),
+        for stat, chart, unit, explanation, healthy in (
+            ("num_turns", _LENGTH, "turns", "turns of a trajectory", "as the task needs"),
+            ("num_generations", "", "generations", "completions requested from engines", "as the task needs"),
+            ("num_searches", _LENGTH, "searches", "searches of a trajectory", "as the task needs"),
+            ("num_prompt_tokens", _TOKENS, "tokens", "tokens that engines read, summed over generations", ""),
+            ("num_generated_tokens", _TOKENS, "tokens", "tokens that engines sampled", ""),
+            ("num_cached_tokens", _TOKENS, "tokens", "prompt tokens found in an engine's prefix cache", ""),
             (
                 "peak_context_tokens",
+                "Context lengths in tokens",
                 "tokens",
                 "longest context of a trajectory",
                 "far below `workflow.context_tokens`",
             ),
-            ("num_bad_calls", "calls", "tool calls that could not be parsed", "near 0"),
-            ("num_truncated_memories", "memories", "memories cut at their length limit", "near 0"),
-            ("num_shortened_observations", "observations", "observations shortened to fit the context", "near 0"),
+            ("num_bad_calls", _MISTAKES, "calls", "tool calls that could not be parsed", "near 0"),
+            ("num_truncated_memories", _MISTAKES, "memories", "memories cut at their length limit", "near 0"),
+            (
+                "num_shortened_observations",
+                _MISTAKES,
+                "observations",
+                "observations shortened to fit the context",
+                "near 0",
+            ),
         )
     ),
     Metric(
@@ -125,7 +161,7 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], *, interval_s: float) -> 
         **{f"reward/{name}": value for name, value in parts.items()},
         "rollout/contexts": _mean([len(trajectory.contexts) for trajectory in counted]),
         "rollout/context_tokens": _mean([len(context) for each in counted for context in each.contexts]),
-        "rollout/failed_fraction": _mean([trajectory.status is Status.FAILED for trajectory in trajectories]),
+        **{f"rollout/{each}_fraction": _mean([one.status is each for one in trajectories]) for each in Status},
         **{f"rollout/{name}": value for name, value in stats.items()},
         "rollout/tokens_per_s": sum(trajectory.num_trained_tokens for trajectory in counted) / interval_s,
     }

@@ -17,6 +17,7 @@ from protocol.metric import Metric
 STALENESS_METRICS = (
     Metric(
         name="staleness/mean",
+        chart="Age of trained tokens in steps",
         reduction="mean over trained tokens",
         unit="steps",
         explanation="age of a token: step − version that sampled it",
@@ -24,6 +25,7 @@ STALENESS_METRICS = (
     ),
     Metric(
         name="staleness/max",
+        chart="Age of trained tokens in steps",
         reduction="maximum over trained tokens",
         unit="steps",
         explanation="age of a token: step − version that sampled it",
@@ -40,6 +42,7 @@ STALENESS_METRICS = (
     ),
     Metric(
         name="staleness/over_age_tokens",
+        chart="Tokens over the bound",
         reduction="count over the batch",
         unit="tokens",
         explanation="sampled tokens older than the bound: masked, but counted in the loss's denominator",
@@ -50,6 +53,7 @@ STALENESS_METRICS = (
 STEP_METRICS = (
     Metric(
         name="learner/advantage_mean",
+        chart="Mean advantage",
         reduction="mean over sampled tokens",
         unit="–",
         explanation="A; 0 for tokens that are not trained",
@@ -57,6 +61,7 @@ STEP_METRICS = (
     ),
     Metric(
         name="learner/grad_norm",
+        chart="Gradient norm",
         reduction="mean over minibatches",
         unit="–",
         explanation="L2 norm of the gradient before clipping",
@@ -64,6 +69,7 @@ STEP_METRICS = (
     ),
     Metric(
         name="learner/learning_rate",
+        chart="Learning rate",
         reduction="value of the step",
         unit="–",
         explanation="learning rate of this step's updates",
@@ -71,6 +77,7 @@ STEP_METRICS = (
     ),
     Metric(
         name="learner/skipped_updates",
+        chart="Skipped updates",
         reduction="count over minibatches",
         unit="updates",
         explanation="updates that were skipped because their gradient was not finite",
@@ -78,6 +85,7 @@ STEP_METRICS = (
     ),
     Metric(
         name="learner/trained_tokens",
+        chart="Trained tokens of a step",
         reduction="count over the batch",
         unit="tokens",
         explanation="trained tokens of the step",
@@ -98,6 +106,7 @@ STEP_METRICS = (
     ),
     Metric(
         name="learner/step_s",
+        chart="Seconds of a step: wait, train, publish",
         reduction="sum over the step",
         unit="s",
         explanation="one training step: preparation, forward, backward, update",
@@ -158,6 +167,7 @@ STEP_METRICS = (
     ),
     Metric(
         name="learner/tokens_per_s",
+        chart="Tokens per second",
         reduction="sum over the step, divided by `learner/step_s`",
         unit="tokens/s",
         explanation="tokens of the trained contexts; a shared prefix counts once per context",

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from learner.metrics.catalogue import CATALOGUE, missing, undeclared
 from learner.metrics.document import render
 from learner.metrics.drift import Drift, Mean
+from learner.metrics.layout import metric_name, tensorboard_tag
 from learner.metrics.metrics_writer import MetricsWriter
 from learner.metrics.peer_metrics import QUEUE_METRICS
 from learner.metrics.rollout_metrics import rollout_metrics
@@ -36,7 +37,7 @@ def record(folder: Path, config: LearnerConfig, groups: Sequence[TrajectoryGroup
     reference = Policy(model=tiny_model(seed=1), tokenizer_files=()) if config.loss.kl_coefficient else None
     trainer = Trainer(policy=Policy(model=tiny_model(), tokenizer_files=()), config=config, reference=reference)
     stepped = trainer.train_step(groups, step=STEP)
-    with MetricsWriter(folder / "run", step=STEP, tokenizer_folder=model) as writer:
+    with MetricsWriter(folder / "run", step=STEP, tokenizer_folder=model, staleness_bound=2) as writer:
         writer.record(stepped, groups, wait_s=2.0, publish_s=1.0, gauges={"queue/buffered": 3.0})
     events = EventAccumulator(str(folder / "run/tensorboard"))
     events.Reload()
@@ -44,8 +45,10 @@ def record(folder: Path, config: LearnerConfig, groups: Sequence[TrajectoryGroup
 
 
 def tags_of(events: EventAccumulator) -> set[str]:
+    """The names of the metrics in `events`."""
     tags = events.Tags()
-    return {*tags["scalars"], *tags["histograms"], *(tag.removesuffix("/text_summary") for tag in tags["tensors"])}
+    texts = (tag.removesuffix("/text_summary") for tag in tags["tensors"] if tag.endswith("/text_summary"))
+    return {metric_name(tag) for tag in (*tags["scalars"], *tags["histograms"], *texts)}
 
 
 def test_every_tag_is_declared_and_every_declared_metric_is_written(tmp_path: Path) -> None:
@@ -55,7 +58,12 @@ def test_every_tag_is_declared_and_every_declared_metric_is_written(tmp_path: Pa
     assert missing(tags, sections=LEARNER_SECTIONS) == set()
     (line,) = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     row = json.loads(line)
-    assert row.keys() == set(events.Tags()["scalars"]) | {"time", "step", "tokens_by_age", "tokens_by_context"}
+    assert row.keys() == set(map(metric_name, events.Tags()["scalars"])) | {
+        "time",
+        "step",
+        "tokens_by_age",
+        "tokens_by_context",
+    }
 
 
 def test_metrics_of_optional_parts_of_a_step_are_declared_and_written(tmp_path: Path) -> None:
@@ -75,21 +83,23 @@ def test_the_coordinators_gauges_are_the_declared_ones(tmp_path: Path) -> None:
 
 def test_written_values_can_be_read_from_tensorboard(tmp_path: Path) -> None:
     events = record(tmp_path, LearnerConfig(), [group(0, versions=(STEP - 2, STEP))])
-    (reward,) = events.Scalars("reward/mean")
+    (reward,) = events.Scalars(tensorboard_tag("reward/mean"))
     assert (reward.step, reward.value) == (STEP, pytest.approx(0.375))
-    (oldest,) = events.Scalars("staleness/max")
+    (oldest,) = events.Scalars(tensorboard_tag("staleness/max"))
     assert oldest.value == 2
-    (wait_s,) = events.Scalars("learner/wait_s")
+    (wait_s,) = events.Scalars(tensorboard_tag("learner/wait_s"))
     assert wait_s.value == 2.0
-    (ages,) = events.Histograms("staleness/histogram")
+    (ages,) = events.Histograms(tensorboard_tag("staleness/histogram"))
     held = dict(zip(ages.histogram_value.bucket_limit, ages.histogram_value.bucket, strict=True))
     assert held.keys() == {0.5, 1.5, 2.5}
     assert held[1.5] == 0
     assert min(held[0.5], held[2.5]) > 0
     assert sum(held.values()) == ages.histogram_value.num
-    (text,) = events.Tensors("trajectories/worst/text_summary")
-    assert b"what is w1 ? (gold: w1)" in text.tensor_proto.string_val[0]
-    assert b"Context 1 (agent, versions 8, 10, " in text.tensor_proto.string_val[0]
+    (text,) = events.Tensors(tensorboard_tag("trajectories/worst/text_summary"))
+    markdown = text.tensor_proto.string_val[0].decode()
+    assert "question  what is w1 ?\ngold      w1" in markdown
+    assert "#### Context 1 (agent, start, turn 0, " in markdown
+    assert "**Sampled by version 8**, " in markdown
 
 
 def test_rollout_metrics_leave_failed_trajectories_out() -> None:
@@ -107,6 +117,9 @@ def test_rollout_metrics_leave_failed_trajectories_out() -> None:
             "rollout/contexts": (9 + 10) / 7,
             "rollout/num_searches": (9 + 10) / 7,
             "rollout/context_tokens": sum(lengths) / len(lengths),
+            "rollout/completed_fraction": 7 / 8,
+            "rollout/format_error_fraction": 0.0,
+            "rollout/over_budget_fraction": 0.0,
             "rollout/failed_fraction": 1 / 8,
             "rollout/tokens_per_s": sum(each.num_trained_tokens for each in counted) / 2.0,
         }

@@ -1,0 +1,103 @@
+"""TensorBoard's CUSTOM SCALARS tab, read back from the event files as TensorBoard's own plugin reads them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from tensorboard import context as tensorboard_context
+from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
+
+from learner.metrics.catalogue import CATALOGUE, SECTIONS
+from learner.metrics.layout import PAGES, custom_scalars, metric_name, tensorboard_tag
+from learner.metrics.tensorboard import TensorBoardWriter
+
+CHARTS = {chart: page for page, charts in PAGES.items() for chart in charts}
+
+
+def written_layout(folder: Path) -> layout_pb2.Layout:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tensor = events.Tensors(metadata.CONFIG_SUMMARY_TAG)[-1].tensor_proto
+    return layout_pb2.Layout.FromString(tensor.string_val[0])
+
+
+def test_the_written_layout_has_five_pages_with_every_chart(tmp_path: Path) -> None:
+    TensorBoardWriter(tmp_path).close()
+    layout = written_layout(tmp_path)
+    assert [page.title for page in layout.category] == [
+        "1 Is it learning",
+        "2 How stale",
+        "3 Who waits for whom",
+        "4 Is the policy healthy",
+        "5 What do the agents do",
+    ]
+    assert {page.title: tuple(chart.title for chart in page.chart) for page in layout.category} == PAGES
+
+
+def test_the_plugin_shows_each_chart_once_although_the_run_was_resumed(tmp_path: Path) -> None:
+    """Each life of the learner writes the layout into its own event file."""
+    for step in (0, 3):
+        writer = TensorBoardWriter(tmp_path / "run", purge_step=step)
+        writer.scalars({"reward/mean": 0.5, "reward/std": 0.1, "reward/em": 0.4}, step=step)
+        writer.close()
+    multiplexer = plugin_event_multiplexer.EventMultiplexer()
+    multiplexer.AddRunsFromDirectory(str(tmp_path))
+    multiplexer.Reload()
+    provider = data_provider.MultiplexerDataProvider(multiplexer, str(tmp_path))
+    plugin = CustomScalarsPlugin(TBContext(data_provider=provider, logdir=str(tmp_path), plugin_name_to_instance={}))
+    shown = plugin.layout_impl(tensorboard_context.RequestContext(), "")
+    assert '"title": "1 Is it learning"' in shown
+    for chart in CHARTS:
+        assert shown.count(f'"title": "{chart}"') == 1, chart
+
+
+def test_every_pattern_matches_its_metrics_and_no_others(tmp_path: Path) -> None:
+    tags = [tensorboard_tag(each.member("em") if each.is_family else each.name) for each in CATALOGUE]
+    for charts in custom_scalars().values():
+        for title, (_, patterns) in charts.items():
+            matched = {tag for tag in tags if any(re.match(pattern, tag) for pattern in patterns)}
+            declared = {each.name for each in CATALOGUE if each.chart == title}
+            assert patterns, f"{title} has no metric"
+            assert {tag.replace("em", "{part}") if tag == "1_reward/em" else tag for tag in matched} >= {
+                tensorboard_tag(name) for name in declared if "{" not in name
+            }
+            for tag in matched:
+                assert any(each.matches(metric_name(tag)) for each in CATALOGUE if each.chart == title), tag
+
+
+def test_the_pattern_of_a_family_excludes_metrics_that_are_declared_by_name() -> None:
+    _, patterns = custom_scalars()["1 Is it learning"]["Reward and its parts"]
+    for tag, is_shown in (
+        ("1_reward/mean", True),
+        ("1_reward/f1", True),
+        ("1_reward/std_of_f1", True),
+        ("1_reward/std", False),
+        ("1_reward/zero_variance_fraction", False),
+        ("4_rollout/mean", False),
+    ):
+        assert any(re.match(pattern, tag) for pattern in patterns) is is_shown, tag
+
+
+def test_every_chart_of_a_metric_is_on_a_page() -> None:
+    assert {each.chart for each in CATALOGUE if each.chart} == set(CHARTS)
+    assert len(CHARTS) == sum(map(len, PAGES.values())), "a chart is on two pages"
+    assert all(each.kind == "scalar" for each in CATALOGUE if each.chart)
+
+
+@pytest.mark.parametrize("name", ["reward/mean", "engine/updates", "trajectories/best", "other/x", "1_a", "x"])
+def test_a_tag_can_be_turned_back_into_the_name(name: str) -> None:
+    assert metric_name(tensorboard_tag(name)) == name
+
+
+def test_sections_are_sorted_by_importance_in_tensorboard() -> None:
+    tags = sorted(tensorboard_tag(metric.name) for metric in CATALOGUE)
+    shown = list(dict.fromkeys(tag.partition("/")[0] for tag in tags))
+    assert shown == [f"{number}_{section}" for number, section in enumerate(SECTIONS, start=1)]
+    assert shown[:2] == ["1_reward", "2_staleness"]
+    assert {metric.section for metric in CATALOGUE} == set(SECTIONS)
