@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where the HTTP server listens.")
 @click.option("--port", default=0, show_default=True, help="0: a free port.")
 @click.option("--attach", metavar="URL", help="Start no server: keep the weights of the SGLang server at URL current.")
+@click.option(
+    "--frozen",
+    metavar="VERSION",
+    help="Serve model.path unchanged, as weight version VERSION: no weight agent is started.",
+)
 @click.option("--advertise", metavar="URL", help="The engine's address for actors.  [default: the server's own URL]")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the config.")
 def engine(
@@ -30,6 +35,7 @@ def engine(
     host: str,
     port: int,
     attach: str | None,
+    frozen: str | None,
     advertise: str | None,
     overrides: tuple[str, ...],
 ) -> None:
@@ -42,17 +48,24 @@ def engine(
     from protocol.role_name import role_name
     from protocol.role_startup import run_async, start_role
 
+    if attach is not None and frozen is not None:
+        raise click.UsageError("--frozen serves model.path here, and --attach starts no server: give one of them")
     name = role_name("engine", name)
     start_role(name)
     loaded = load_config(config, overrides)
     if attach is not None:
         run_async(run_weight_agent(loaded, name=name, url=attach, advertise=advertise, pause_mode=None))
     else:
-        run_async(serve_engine(loaded, name=name, host=host, port=port, advertise=advertise))
+        run_async(serve_engine(loaded, name=name, host=host, port=port, advertise=advertise, frozen=frozen))
 
 
-async def serve_engine(config: Config, *, name: str, host: str, port: int, advertise: str | None) -> None:
-    """Runs an embedded engine and its weight agent until one of them ends or fails, or until cancelled."""
+async def serve_engine(
+    config: Config, *, name: str, host: str, port: int, advertise: str | None, frozen: str | None = None
+) -> None:
+    """Runs an embedded engine and its weight agent until one of them ends or fails, or until cancelled.
+
+    `frozen`: run no weight agent, and serve model.path as this weight version.
+    """
     from actor.engine.server import EngineServer
 
     server = EngineServer(
@@ -65,10 +78,14 @@ async def serve_engine(config: Config, *, name: str, host: str, port: int, adver
         context_length=config.workflow.context_tokens,
         torch_threads=config.engine.torch_threads,
         seed=random_engine_seed(config.run.seed, name),
+        weight_version=frozen or "default",
     )
     await server.start()
     try:
         click.echo(f"engine: ready at {server.url} ({name})")
+        if frozen is not None:
+            await server.wait()
+            return
         await _run_until_first_ends(
             server.wait(),
             run_weight_agent(config, name=name, url=server.url, advertise=advertise, pause_mode="retract"),

@@ -42,10 +42,17 @@ class Engine:
     """One model with one queue of requests. `run` is the loop that makes steps; the other methods change its state."""
 
     def __init__(
-        self, *, runner: StepRunner, scheduler: Scheduler, limits: RequestLimits, seed: int, model_path: str
+        self,
+        *,
+        runner: StepRunner,
+        scheduler: Scheduler,
+        limits: RequestLimits,
+        seed: int,
+        model_path: str,
+        weight_version: str = "default",
     ) -> None:
         self.model_path = model_path
-        self.weight_version = "default"
+        self.weight_version = weight_version
         self.scheduler = scheduler
         self._runner = runner
         self._limits = limits

@@ -30,6 +30,7 @@ class EngineServer:
     context_length      upper limit of the model's context length; the KV cache has room for `max_running_requests`
                         contexts of this length
     seed                seeds the requests without `sampling_seed`
+    weight_version      stated for the weights of `model_path`; SGLang's default is "default"
     min_queue_capacity  lower bound of the queue's capacity in requests; further requests are refused (HTTP 503)
     """
 
@@ -45,6 +46,7 @@ class EngineServer:
         context_length: int | None = None,
         torch_threads: int = 1,
         seed: int = 0,
+        weight_version: str = "default",
         min_queue_capacity: int = MIN_QUEUE_CAPACITY,
     ) -> None:
         for name, value in {
@@ -66,6 +68,7 @@ class EngineServer:
         self._context_length = context_length
         self._torch_threads = torch_threads
         self._seed = seed
+        self._weight_version = weight_version
         self._min_queue_capacity = min_queue_capacity
         self._app_runner: web.AppRunner | None = None
         self._engine: Engine | None = None
@@ -163,6 +166,7 @@ class EngineServer:
             ),
             seed=self._seed,
             model_path=str(self._model_path),
+            weight_version=self._weight_version,
         )
         properties = ServerProperties(
             tokenizer_path=str(self._model_path),

@@ -27,6 +27,8 @@ class ProcessSpec:
 def with_ports(config: Config) -> Config:
     """Replaces each port 0 by a free port, so that a restarted role has the same address.
 
+    Without indexes there is no retriever to start: its port is kept.
+
     Raises: ConfigError.
     """
     num_engines = config.engine.count
@@ -34,9 +36,11 @@ def with_ports(config: Config) -> Config:
         raise ConfigError(f"engine.ports must have {num_engines} ports (engine.count), got {len(config.engine.ports)}")
     engine_ports = config.engine.ports or (0,) * num_engines
     network = config.network
-    wanted = [network.control_port, network.weights_port, network.announce_port, config.retriever.port, *engine_ports]
+    retriever_ports = (config.retriever.port,) if config.retriever.indexes else ()
+    wanted = [network.control_port, network.weights_port, network.announce_port, *engine_ports, *retriever_ports]
     free = iter(_free_ports(network.host, wanted.count(0)))
-    control, weights, announce, retriever, *engines = [port or next(free) for port in wanted]
+    control, weights, announce, *others = [port or next(free) for port in wanted]
+    engines, (retriever,) = others[:num_engines], others[num_engines:] or (config.retriever.port,)
     return config.model_copy(
         update={
             "network": network.model_copy(
@@ -68,6 +72,23 @@ def plan(config: Config, *, config_path: Path) -> list[ProcessSpec]:
     for i in range(config.actor.count):
         processes.append(ProcessSpec(f"actor-{i}", "actor", _command("actor", path, "--name", f"actor-{i}")))
     return processes
+
+
+def evaluation_services(config: Config, *, config_path: Path, weight_version: str | None) -> list[ProcessSpec]:
+    """The servers of an evaluation: the retriever if there are indexes, and an engine unless `weight_version` is None.
+
+    The engine serves model.path as `weight_version` at the first of engine.ports.
+    """
+    processes = [_retriever(config)] if config.retriever.indexes else []
+    if weight_version is not None:
+        options = ("--name", "engine", "--port", str(config.engine.ports[0]), "--frozen", weight_version)
+        processes.append(ProcessSpec("engine", "engine", _command("engine", str(config_path), *options)))
+    return processes
+
+
+def evaluator(folder: Path, *, name: str = "evaluator") -> ProcessSpec:
+    """The process that takes the samples of the evaluation in `folder` and ends."""
+    return ProcessSpec(name, "step", _command("evaluator", str(folder)))
 
 
 def extension_checks(config: Config, *, config_path: Path) -> list[ProcessSpec]:

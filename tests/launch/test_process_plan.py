@@ -18,13 +18,20 @@ def config(**sections: object) -> Config:
 
 
 def test_ports_that_are_0_become_free_ports_once() -> None:
-    found = with_ports(config(engine={"count": 3}, network={"control_port": 7001}))
+    indexes = {"indexes": {"a": "/i/a"}}
+    found = with_ports(config(engine={"count": 3}, network={"control_port": 7001}, retriever=indexes))
     network = found.network
     named = [network.weights_port, network.announce_port, found.retriever.port, *found.engine.ports]
     assert network.control_port == 7001
     assert len(set(named)) == 6
     assert all(port > 1023 for port in named)
     assert with_ports(found) == found
+
+
+@pytest.mark.parametrize("port", [0, 7310])
+def test_without_indexes_no_port_is_chosen_for_a_retriever(port: int) -> None:
+    """An actor or an evaluation with a port would wait for a retriever that nobody starts."""
+    assert with_ports(config(retriever={"port": port})).retriever.port == port
 
 
 def test_the_plan_contains_every_process() -> None:
