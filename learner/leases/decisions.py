@@ -14,7 +14,7 @@ from learner.leases.lease_table import Entry, LeaseRecord
 from protocol.framing import Buffer, Message
 from protocol.group_view import GroupView
 
-# The reason of expired leases that count as failures of their questions (`learner.leases.received_groups.MAX_FAILURES`).
+# The reason of expired leases that count as failures of their questions (`received_groups.MAX_FAILURES`).
 ACTOR_DIED = "its actor died"
 
 LeaseOutcome = Literal["accepted", "skipped", "duplicate", "refused", "failed", "expired", "lost", "returned"]

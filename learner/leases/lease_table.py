@@ -179,7 +179,8 @@ class LeaseTable:
         self._buffered[entry.slot] = cursor
 
     def reissue(self, *, lease_id: int, cursor: int) -> None:
-        """Ends the lease of an attempt that failed or was refused. The question waits, unless it has a newer one."""
+        """Ends the lease of an attempt that failed, was refused or was given back. The question waits, unless it has a
+        newer attempt."""
         lease = self.drop(lease_id)
         if lease is not None and lease.cursor == cursor:
             self._wait_again(lease)
@@ -258,10 +259,6 @@ class LeaseTable:
     def outstanding(self, actor: str) -> list[LeaseRecord]:
         """The actor's running leases."""
         return list(self._leases_of[actor].values()) if actor in self._leases_of else []
-
-    def num_outstanding(self, actor: str) -> int:
-        """The number of the actor's running leases."""
-        return len(self._leases_of[actor]) if actor in self._leases_of else 0
 
     def counts(self) -> dict[State, int]:
         """State → number of questions of the whole run in that state."""

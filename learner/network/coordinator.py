@@ -139,14 +139,14 @@ class Coordinator:
         """Metric tag → value: queue lengths, and the sums of the counters that actors and engines report."""
         now_s, scheduler, lease_table = time.monotonic(), self._scheduler, self._scheduler.lease_table
         gauges = {f"queue/{state.value}": float(count) for state, count in lease_table.counts().items()}
-        capacity = sum(actor.capacity for actor in scheduler.actors.values())
-        gauges["queue/credits_free"] = float(capacity - len(lease_table.leases))
+        gauges["queue/slots"] = float(sum(actor.capacity for actor in scheduler.actors.values()))
+        gauges["queue/slots_free"] = float(scheduler.num_free_slots())
         gauges["queue/actors"] = float(len(scheduler.actors))
         gauges["queue/engines"] = float(len(self._engines.serving(now_s=now_s)))
         gauges["queue/expired"] = float(lease_table.num_expired)
         gauges["queue/overtaken"] = float(lease_table.num_overtaken)
-        gauges["queue/refused"] = float(scheduler.num_refused)
-        gauges["queue/malformed"] = float(scheduler.num_malformed)
+        gauges["queue/refused"] = float(scheduler.groups.num_refused)
+        gauges["queue/malformed"] = float(scheduler.groups.num_malformed)
         gauges["queue/store_full"] = float(self._num_full)
         for name, value in self._engines.counters(now_s=now_s).items():
             gauges[f"engine/{name}"] = value
@@ -167,7 +167,7 @@ class Coordinator:
                     message, _ = decode(frames)
                     self._on(peer, message, frames)
                 except ProtocolError as error:
-                    self._scheduler.num_malformed += 1
+                    self._scheduler.groups.num_malformed += 1
                     self._router.penalize(peer)
                     log.warning("refused a message: %s", error)
 
