@@ -32,6 +32,7 @@ from learner.training.trainer import Trainer
 from protocol.config import Config
 from protocol.config_file import require_ports
 from protocol.errors import DataError
+from protocol.run_identity import actor_identity
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +160,7 @@ def _network_thread(config: Config, store: Store, *, vocab_size: int) -> Network
         skip_zero_variance=learner.skip_zero_variance,
     )
     return NetworkThread(
+        identity=actor_identity(config),
         network=config.network,
         store=store,
         lease_table=lease_table,

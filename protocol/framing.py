@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from protocol.errors import IncompatibleVersion, MalformedMessage, MessageTooLarge
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_HEADER_BYTES = 4 << 20
 MAX_FRAME_BYTES = 256 << 20
 MAX_FRAMES = 8

@@ -10,6 +10,8 @@ CONTENT = "$content"
 """`{CONTENT: digest}` is a leaf: the digest of a file, of a folder or of a long text."""
 MISSING = "$missing"
 """`{MISSING: digest of its name}` is a leaf: a file that this host does not have. It agrees with every content."""
+MAX_SECTION_CHARS = 4_096
+"""A section with a longer text is represented by its digest."""
 # Characters of a value in a message.
 _MAX_SHOWN_CHARS = 80
 

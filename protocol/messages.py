@@ -14,14 +14,18 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from protocol.failure_counts import MAX_REASON_CHARS, MAX_SENT_REASONS
 from protocol.framing import Message
+from protocol.identity_differences import MAX_SECTION_CHARS
 
 MAX_QUESTION_CHARS = 65_536
 MAX_ANSWER_CHARS = 4_096
 MAX_NAME_CHARS = 128
+MAX_SECTIONS = 64
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 Id = Annotated[int, Field(ge=0, lt=1 << 62)]
+SectionText = Annotated[str, Field(max_length=MAX_SECTION_CHARS)]
+"""One section of a run's identity (`protocol.run_identity`)."""
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 """As computed by `protocol.deltas.checksum`."""
 Reason = Annotated[str, Field(min_length=1, max_length=MAX_REASON_CHARS)]
@@ -43,10 +47,11 @@ class QuestionFields(BaseModel):
 class Heartbeat(Message):
     """An actor's complete state, sent twice a second and on each change; a lost heartbeat does no harm.
 
-    `capacity`: its trajectory slots in total. `free_slots`: slots that no trajectory of a lease in `held` uses or waits for.
-    `held`: the leases that it works on or whose group is not yet acknowledged. `draining`: it takes no new lease, so
-    leases that are not in `held` may be issued again at once. `incarnation`: random, chosen at start; a new incarnation
-    of the same name frees the old one's leases.
+    `capacity`: its trajectory slots in total. `free_slots`: the slots that no trajectory of the leases in `held` uses
+    or waits for. `held`: the leases that it works on or whose group is not yet acknowledged. `draining`: it takes no
+    new lease; leases that are not in `held` may be issued again at once. `incarnation`: random, chosen at start; a new
+    incarnation of the same name frees the old one's leases. `failures`: FAILED trajectories by reason since the
+    actor's start; the rarest are one entry. `identity`: of the run that it works for (`protocol.run_identity`).
     """
 
     kind: ClassVar[str] = "heartbeat"
@@ -58,6 +63,7 @@ class Heartbeat(Message):
     draining: bool = False
     counters: Annotated[dict[Name, float], Field(max_length=64)] = Field(default_factory=dict)
     failures: Annotated[dict[Reason, Count], Field(max_length=MAX_SENT_REASONS)] = Field(default_factory=dict)
+    identity: Annotated[dict[Name, SectionText], Field(max_length=MAX_SECTIONS)] = Field(default_factory=dict)
 
 
 class Goodbye(Message):
@@ -143,7 +149,11 @@ class SubmitReply(Message):
 
 
 class Drain(Message):
-    """The run is over or paused: the actor must stop its rollouts and leave."""
+    """The run is over or paused: the actor must stop its rollouts and leave.
+
+    `refused`: the actor must not work for this run, because its identity differs; `reason` names the keys.
+    """
 
     kind: ClassVar[str] = "drain"
     reason: str = ""
+    refused: bool = False

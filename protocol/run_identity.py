@@ -25,10 +25,7 @@ from protocol.config import Config
 from protocol.config_base import ExtensionSection
 from protocol.content_digest import files_digest, path_digest, text_digest
 from protocol.errors import DataError
-from protocol.identity_differences import CONTENT, MISSING
-
-MAX_SECTION_CHARS = 4_096
-"""A section with a longer text is represented by its digest."""
+from protocol.identity_differences import CONTENT, MAX_SECTION_CHARS, MISSING
 
 MAY_DIFFER = frozenset(
     {

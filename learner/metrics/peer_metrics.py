@@ -73,6 +73,15 @@ QUEUE_METRICS = (
         healthy="the number in the run file",
     ),
     Metric(
+        name="queue/actors_refused",
+        chart="Actors and engines",
+        reduction=_SO_FAR,
+        unit="actors",
+        explanation="actors that were refused because their config or their files differ from the run's; the learner's "
+        "log names the keys",
+        healthy="0",
+    ),
+    Metric(
         name="queue/engines",
         chart="Actors and engines",
         reduction=_NOW,

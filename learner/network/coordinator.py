@@ -22,12 +22,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from learner.leases.admission import Rules
 from learner.leases.decisions import Decision, GroupReceived, SlotChanged
 from learner.leases.engines import Engines
+from learner.leases.identity_check import IdentityCheck
 from learner.leases.lease_table import LeaseTable
 from learner.leases.lease_timeouts import LeaseTimeouts
 from learner.leases.scheduler import Scheduler
@@ -36,7 +37,7 @@ from learner.store.store import Store
 from protocol.errors import ProtocolError, StoreFullError
 from protocol.fault_injection import fault_point
 from protocol.framing import Buffer, Message, decode, encode
-from protocol.messages import EngineFields, Goodbye, Heartbeat, Lease, SubmitGroup, SubmitReply
+from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, Lease, SubmitGroup, SubmitReply
 from protocol.transport import Router
 from protocol.types import TrajectoryGroup
 
@@ -48,7 +49,11 @@ _TICK_S = 0.25
 
 
 class Coordinator:
-    """Runs the scheduler on real sockets and the store. `full_retry_s`: pause before a failed write is retried."""
+    """Runs the scheduler on real sockets and the store.
+
+    full_retry_s  pause before a failed write is retried
+    identity      the run's, which actors must agree with; empty: every actor is accepted
+    """
 
     def __init__(
         self,
@@ -60,10 +65,12 @@ class Coordinator:
         rules: Rules,
         timeouts: LeaseTimeouts,
         full_retry_s: float,
+        identity: Mapping[str, str],
     ) -> None:
         self._router = router
         self._store = store
         self._engines = engines
+        self._identity_check = IdentityCheck(identity)
         # Times are seconds since the epoch, because grant times of leases are stored and must be valid after a restart.
         # They advance with the monotonic clock, so that a change of the system clock does not expire all leases.
         self._epoch_s = time.time() - time.monotonic()
@@ -141,6 +148,7 @@ class Coordinator:
         gauges = {f"queue/{state.value}": float(count) for state, count in lease_table.counts().items()}
         gauges["queue/slots"] = float(sum(actor.capacity for actor in scheduler.actors.values()))
         gauges["queue/slots_free"] = float(scheduler.num_free_slots())
+        gauges["queue/actors_refused"] = float(self._identity_check.num_refused)
         gauges["queue/actors"] = float(len(scheduler.actors))
         gauges["queue/engines"] = float(len(self._engines.serving(now_s=now_s)))
         gauges["queue/expired"] = float(lease_table.num_expired)
@@ -178,6 +186,9 @@ class Coordinator:
     def _on(self, peer: bytes, message: Message, frames: Sequence[Buffer]) -> None:
         scheduler, now_s = self._scheduler, self._now_s()
         match message:
+            case Heartbeat() if reason := self._identity_check.refusal(message):
+                self._router.send(peer, [encode(Drain(reason=reason, refused=True))])
+                return
             case Heartbeat():
                 decision = scheduler.on_heartbeat(peer, message, now_s=now_s)
             case SubmitGroup():

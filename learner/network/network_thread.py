@@ -15,9 +15,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
+from types import MappingProxyType
 from typing import TypeVar
 
 from learner.leases.admission import Rules
@@ -46,6 +47,7 @@ class NetworkThread:
     """A context manager that starts and stops the thread.
 
     on_death  called in the network thread if one of its tasks fails, so that the main thread can be interrupted
+    identity  the run's, which actors must agree with; empty: every actor is accepted
 
     Raises (on entry): UnreachableError, SecurityError, DataError.
     """
@@ -60,6 +62,7 @@ class NetworkThread:
         timeouts: LeaseTimeouts,
         on_death: Callable[[], None],
         full_retry_s: float = FULL_RETRY_S,
+        identity: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._network = network
         self._store = store
@@ -67,6 +70,7 @@ class NetworkThread:
         self._rules = rules
         self._timeouts = timeouts
         self._full_retry_s = full_retry_s
+        self._identity = identity
         self._on_death = on_death
         self._thread = threading.Thread(target=self._main, name=THREAD_NAME, daemon=True)
         self._ready: Future[asyncio.AbstractEventLoop] = Future()
@@ -162,6 +166,7 @@ class NetworkThread:
                 rules=self._rules,
                 timeouts=self._timeouts,
                 full_retry_s=self._full_retry_s,
+                identity=self._identity,
             )
             self.publisher = Publisher(
                 router=transport.router(self._network.weights_address, max_frame_bytes=MAX_REQUEST_BYTES),

@@ -374,14 +374,14 @@ def test_too_large_headers_and_frames_and_too_many_frames_are_refused() -> None:
 
 @pytest.mark.parametrize("version", [None, 0, 1, "2", True, [2]])
 def test_another_protocol_version_is_refused(version: object) -> None:
-    with pytest.raises(IncompatibleVersion, match="protocol version must be 2"):
+    with pytest.raises(IncompatibleVersion, match="protocol version must be 3"):
         decode([pack({"v": version, "kind": "drain"})])
 
 
 @pytest.mark.parametrize("kind", [None, "", "message", "Drain", 7, ["drain"], {"kind": "drain"}])
 def test_unknown_kinds_are_refused(kind: object) -> None:
     with pytest.raises(MalformedMessage, match="unknown message kind"):
-        decode([pack({"v": 2, "kind": kind})])
+        decode([pack({"v": 3, "kind": kind})])
 
 
 def test_expect_refuses_another_kind() -> None:

@@ -106,18 +106,18 @@ async def test_a_request_names_its_collection(
 
 async def test_malformed_requests_are_refused_and_others_are_still_answered(serve: Serve, bow_index: Path) -> None:
     good: dict[str, object] = {
-        "v": 2,
+        "v": 3,
         "kind": "search",
         "request_id": 5,
         "queries": ["apple"],
         "top_n": 1,
         "collection": "",
     }
-    heartbeat = Heartbeat(actor="a", incarnation="i", capacity=1, held=[])
+    heartbeat = Heartbeat(actor="a", incarnation="i", capacity=1, free_slots=1, held=[])
     cases: list[tuple[list[bytes], int, str]] = [
         ([b""], 0, "not msgpack"),
         ([b"\xc1 GET / HTTP/1.1"], 0, "not msgpack"),
-        ([pack({**good, "v": 3})], 5, "protocol version must be 2, got 3"),
+        ([pack({**good, "v": 2})], 5, "protocol version must be 3, got 2"),
         ([pack({**good, "top_n": 0})], 5, "top_n"),
         ([pack({**good, "top_n": 101})], 5, "top_n"),
         ([pack({**good, "queries": []})], 5, "queries"),
