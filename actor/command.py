@@ -1,4 +1,4 @@
-"""`palimpsest actor` and `palimpsest eval`."""
+"""`palimpsest actor` and `palimpsest evaluator`."""
 
 from __future__ import annotations
 
@@ -36,45 +36,20 @@ def actor(config: Path, name: str | None, check: bool, overrides: tuple[str, ...
     run_async(run_actor(loaded, name=name))
 
 
-@click.command("eval")
-@_CONFIG
-@click.option("--engine", "engines", multiple=True, metavar="URL", help="Engines to ask.  [default: the config's]")
-@click.option(
-    "--questions", type=click.IntRange(1), default=512, show_default=True, help="How many evaluation questions."
-)
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--concurrency", type=click.IntRange(1), default=128, show_default=True, help="Trajectories at once.")
-@click.option("--version", type=click.IntRange(0), help="Wait until the engines serve this version.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the summary as JSON here.")
-@click.option("--trajectories", type=click.Path(path_type=Path, dir_okay=False), help="Write each one as JSONL here.")
-@_SET
-def evaluate(
-    config: Path,
-    engines: tuple[str, ...],
-    questions: int,
-    temperature: float,
-    concurrency: int,
-    version: int | None,
-    out: Path | None,
-    trajectories: Path | None,
-    overrides: tuple[str, ...],
-) -> None:
-    """Run the workflow on the task's evaluation questions and report accuracy and token cost."""
-    import json
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+def evaluator(folder: Path) -> None:
+    """Take the samples of the evaluation in FOLDER that are missing, from engines that run already.
 
-    from actor.evaluation.evaluate import EvaluationPlan, run_evaluation
+    FOLDER contains plan.json and config.json; `palimpsest eval` writes them and starts this role. Results are
+    samples.jsonl and report.json. The same command resumes.
+    """
+    from actor.evaluation.evaluate import run_evaluation
     from protocol.config_file import load_config
+    from protocol.evaluation import EvaluationFolder
     from protocol.role_startup import run_async, start_role
 
-    start_role("eval")
-    plan = EvaluationPlan(
-        engines=engines,
-        num_questions=questions,
-        temperature=temperature,
-        concurrency=concurrency,
-        version=version,
-        out=out,
-        trajectories=trajectories,
-    )
-    summary = run_async(run_evaluation(load_config(config, overrides), plan))
-    click.echo(json.dumps(summary, indent=2))
+    start_role("evaluator")
+    evaluation = EvaluationFolder(folder.resolve())
+    report = run_async(run_evaluation(load_config(evaluation.config), evaluation.read_plan(), evaluation))
+    click.echo(f"evaluator: {report.num_done} samples, {report.num_failed} failed; {evaluation.report}")

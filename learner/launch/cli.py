@@ -20,7 +20,11 @@ _COMMANDS = {
     "engine": ("actor.engine_command:engine", "One role: serve the policy (or attach to an SGLang server)."),
     "retriever": ("retriever.command:retriever", "One role: serve indexes."),
     "index": ("retriever.command:index", "Build an index folder from a corpus."),
-    "eval": ("actor.command:evaluate", "Measure accuracy and token cost of the policy that an engine serves."),
+    "eval": (
+        "learner.launch.eval_command:evaluate",
+        "Measure rewards and token counts of a run's checkpoint; starts what it needs.",
+    ),
+    "evaluator": ("actor.command:evaluator", "One role: take the samples of an evaluation (started by eval)."),
     "audit": (
         "learner.store.audit:audit",
         "Check a run's guarantees: no group lost or trained twice, no token over the staleness bound.",

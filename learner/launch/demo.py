@@ -114,13 +114,13 @@ async def _run(run: DemoRun) -> None:
         processes = plan(config, config_path=run.folder.config)
         await supervisor.start([spec for spec in processes if spec.role != "actor"])
         with timer.measure("eval_s"):
-            await evaluate(run, supervisor, when="before", version=0)
+            await evaluate(run, config, supervisor, when="before", version=0)
         with timer.measure("rl_s"):
             await supervisor.start([spec for spec in processes if spec.role == "actor"])
             view = view_of(config, supervisor.states, quiet=run.quiet)
             await show_while(view, supervisor.wait("learner"))
         with timer.measure("eval_s"):
-            await evaluate(run, supervisor, when="after", version=run.settings.num_steps)
+            await evaluate(run, config, supervisor, when="after", version=run.settings.num_steps)
     click.echo(write_report(run, config, seconds=timer.seconds))
 
 

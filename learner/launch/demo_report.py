@@ -8,6 +8,7 @@ from pathlib import Path
 
 from learner.launch.command_line import command_line
 from learner.launch.demo_run import DemoRun
+from learner.launch.demo_stages import TEMPERATURES
 from learner.launch.live_view import sparkline
 from learner.launch.step_log import StepLog
 from learner.store.audit import audit_run
@@ -23,7 +24,10 @@ def write_report(run: DemoRun, config: Config, *, seconds: Mapping[str, float]) 
     `seconds`: phase → seconds.
     """
     audit = audit_run(run.run_dir)
-    evaluations = {when: json.loads(run.evaluation(when).read_text()) for when in ("before", "after")}
+    evaluations = {
+        (when, how): run.evaluation(when, how).read_report() for when in ("before", "after") for how in TEMPERATURES
+    }
+    em = {key: evaluation.parts["em"].mean for key, evaluation in evaluations.items()}
     steps = StepLog(run.folder.metrics)
     steps.refresh()
     rewards = [steps.by_step[step]["reward/mean"] for step in sorted(steps.by_step)]
@@ -31,11 +35,11 @@ def write_report(run: DemoRun, config: Config, *, seconds: Mapping[str, float]) 
         "seed": run.settings.seed,
         "num_steps": run.settings.num_steps,
         "ablation": config.learner.ablation,
-        "em_before": evaluations["before"]["sampled"]["em"],
-        "em_after": evaluations["after"]["sampled"]["em"],
-        "em_greedy_before": evaluations["before"]["greedy"]["em"],
-        "em_greedy_after": evaluations["after"]["greedy"]["em"],
-        "num_eval_questions": evaluations["after"]["sampled"]["num_questions"],
+        "em_before": em["before", "sampled"],
+        "em_after": em["after", "sampled"],
+        "em_greedy_before": em["before", "greedy"],
+        "em_greedy_after": em["after", "greedy"],
+        "num_eval_questions": evaluations["after", "sampled"].parts["em"].num_questions,
         "warm_start_s": seconds["warm_start_s"],
         "rl_s": seconds["rl_s"],
         "eval_s": seconds["eval_s"],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from learner.store.run_folder import RunFolder
 from protocol.errors import DataError
+from protocol.evaluation import EvaluationFolder
 
 _NUM_TRAINING_WORLDS = 4
 _SETTINGS_NAME = "demo.json"
@@ -56,9 +57,9 @@ class DemoRun:
         """The policy after the warm start."""
         return self.run_dir / "warm-start"
 
-    def evaluation(self, when: str) -> Path:
-        """The results of one evaluation. `when`: "before" or "after" RL."""
-        return self.run_dir / f"eval-{when}.json"
+    def evaluation(self, when: str, how: str) -> EvaluationFolder:
+        """The folder of one evaluation. `when`: "before" or "after" RL. `how`: "sampled" or "greedy"."""
+        return EvaluationFolder(self.run_dir / "evaluations" / f"{when}-{how}")
 
     def index(self, world: int) -> Path:
         return self.data / "indexes" / f"world-{world}"

@@ -6,15 +6,20 @@ Each stage writes its result into the demo's folder and is skipped if the result
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 
 import click
 
 from learner.launch.demo_run import DemoRun
-from learner.launch.process_plan import ProcessSpec
-from learner.launch.supervisor import Supervisor
-from protocol.atomic_write import atomic_write
+from learner.launch.process_plan import ProcessSpec, evaluator
+from learner.launch.supervisor import RunFailed, Supervisor
+from protocol.config import Config
+from protocol.config_file import save_config
+from protocol.evaluation import EvaluationFolder, EvaluationPlan
+from protocol.failure_counts import failure_line
+
+TEMPERATURES = {"sampled": 1.0, "greedy": 0.0}
+_ENGINE_TIMEOUT_S = 60.0
 
 
 async def make_data_and_model(run: DemoRun, supervisor: Supervisor) -> None:
@@ -29,34 +34,47 @@ async def make_data_and_model(run: DemoRun, supervisor: Supervisor) -> None:
     await asyncio.gather(_build_indexes(run, supervisor), _warm_start(run, supervisor))
 
 
-async def evaluate(run: DemoRun, supervisor: Supervisor, *, when: str, version: int) -> None:
-    """Evaluates policy `version` on the unseen world, sampled at T = 1 and greedy concurrently.
+async def evaluate(run: DemoRun, config: Config, supervisor: Supervisor, *, when: str, version: int) -> None:
+    """Evaluates policy `version` on the unseen world, on the run's engine, sampled at T = 1 and greedy concurrently.
 
-    Writes `run.evaluation(when)`.
+    Raises: RunFailed if every sample failed.
     """
-    out = run.evaluation(when)
-    if out.is_file():
-        return
-    num_questions = str(run.settings.num_eval_questions)
-    click.echo(f"demo: evaluating version {version} on {num_questions} questions about an unseen world …")
-    temperatures = {"sampled": "1.0", "greedy": "0.0"}
-    files = {name: out.with_name(f"{out.stem}-{name}.json") for name in temperatures}
-    await asyncio.gather(
-        *(
-            _run_module(
-                supervisor,
-                f"{out.stem}-{name}",
-                "learner.launch",
-                *("eval", str(run.folder.config), "--questions", num_questions, "--temperature", temperature),
-                *("--version", str(version), "--out", str(files[name])),
-            )
-            for name, temperature in temperatures.items()
+    plans = {
+        run.evaluation(when, how): EvaluationPlan(
+            engines=tuple(f"http://{config.network.host}:{port}" for port in config.engine.ports),
+            policy=f"{config.run.name} step {version}",
+            limit=run.settings.num_eval_questions,
+            temperature=temperature,
+            seed=run.settings.seed,
+            version=version,
+            wait_s=_ENGINE_TIMEOUT_S,
         )
+        for how, temperature in TEMPERATURES.items()
+    }
+    missing = [folder for folder in plans if not _is_complete(folder)]
+    if not missing:
+        return
+    num_questions = run.settings.num_eval_questions
+    click.echo(f"demo: evaluating version {version} on {num_questions} questions about an unseen world …")
+    for folder in missing:
+        folder.write_plan(plans[folder])
+        save_config(config, folder.config)
+    await asyncio.gather(
+        *(supervisor.run(evaluator(folder.root, name=f"eval-{folder.root.name}")) for folder in missing)
     )
-    results = {name: json.loads(file.read_text()) for name, file in files.items()}
-    atomic_write(out, json.dumps(results, indent=2) + "\n")
-    for file in files.values():
-        file.unlink()
+    for folder in missing:
+        report = folder.read_report()
+        if report.num_failed:
+            click.echo(f"demo: evaluation {folder.root.name}: {failure_line(report.failures)}")
+        if report.reward is None:
+            raise RunFailed(f"evaluation {folder.root.name}: no sample is valid; see {folder.samples}")
+
+
+def _is_complete(folder: EvaluationFolder) -> bool:
+    if not folder.report.is_file():
+        return False
+    report = folder.read_report()
+    return report.complete and report.reward is not None
 
 
 async def _build_indexes(run: DemoRun, supervisor: Supervisor) -> None:
