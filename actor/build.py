@@ -24,6 +24,7 @@ from protocol.config import Config
 from protocol.config_file import require_ports
 from protocol.messages import EngineFields
 from protocol.resident_memory import resident_mb
+from protocol.run_identity import actor_identity
 from protocol.transport import Transport
 
 # Only the most frequent kinds of failures are sent: a heartbeat has at most 64 counters.
@@ -131,12 +132,16 @@ async def run_actor(config: Config, *, name: str) -> None:
 
         runner = Runner(
             name=name,
-            capacity=max(1, limit // config.learner.group_size),
+            capacity=limit,
             dealer=parts.transport.dealer(config.network.control_address),
             rollout=GroupRollout(task=parts.task, episodes=parts.episodes),
             on_engines=on_engines,
             counters=lambda: _counters(parts),
+            failures=lambda: parts.episodes.reasons.most_common(),
             heartbeat_s=config.actor.heartbeat_s,
+            drain=drain,
+            drain_s=config.actor.drain_s,
+            identity=actor_identity(config),
         )
         click.echo(f"{name}: ready, connecting to the learner at {config.network.control_address}")
         reason = await runner.run()

@@ -4,6 +4,7 @@
                                            at most max_trajectories at once in this actor
 
 Errors in a workflow, a tool or a reward end their trajectory as FAILED, which is not trained. They never end the actor.
+The learner gets the counts of their reasons with every heartbeat.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from actor.chat.tokenizer import Tokenizer
@@ -26,6 +27,7 @@ from actor.workflows.workflow import Workflow
 from protocol.codec import encode_group
 from protocol.errors import EngineError, RemoteError
 from protocol.extensions import described
+from protocol.failure_counts import FailureCounts
 from protocol.messages import MAX_ANSWER_CHARS, Lease
 from protocol.types import Question, Status, Trajectory, TrajectoryGroup
 
@@ -40,7 +42,7 @@ _EMPTY = Trajectory(contexts=(), reward=0.0, status=Status.FAILED)
 
 
 class _Failure(Exception):
-    """Ends a trajectory as FAILED. `kind`: name of the counter; `reason`: one sentence."""
+    """Ends a trajectory as FAILED. `kind`: the name of its counter; `reason`: one sentence."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -50,7 +52,8 @@ class _Failure(Exception):
 class Episodes:
     """Runs and scores episodes of one workflow, for training and for evaluation.
 
-    `failures` counts FAILED trajectories by kind, such as `SearchFailed` or `workflow_TypeError`.
+    failures  kind, such as `SearchFailed` or `workflow_TypeError` → FAILED trajectories
+    reasons   the same by reason: the kind and what happened
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Episodes:
         self.num_running = 0
         self.num_done = 0
         self.failures: Counter[str] = Counter()
+        self.reasons = FailureCounts()
 
     async def run(self, question: Question, *, min_version: int = 0, rid: str = "") -> tuple[Trajectory, Episode]:
         """Waits for one of the `max_trajectories` slots, then runs and scores one episode."""
@@ -83,21 +87,19 @@ class Episodes:
             self.num_running += 1
             session = self._session(question, min_version=min_version, rid=rid)
             try:
-                episode = await self._run_workflow(question, session)
-                trajectory = _trajectory(session, episode)
+                episode, trajectory = await self._run_workflow(question, session)
                 score = await self._score(question, episode, trajectory)
                 return replace(trajectory, reward=score.reward, reward_parts=dict(score.parts)), episode
             except _Failure as failure:
-                self.failures[failure.kind] += 1
-                episode = _close_session(session, Episode(status=Status.FAILED, reason=failure.reason))
-                return _trajectory(session, episode), episode
+                self._count(failure)
+                return _failed(session, failure.reason)
             finally:
                 self.num_running -= 1
                 self.num_done += 1
 
-    def fail(self, what: str, extension: object, error: Exception, *, count: int = 1) -> list[Trajectory]:
+    def fail(self, what: str, extension: object, error: BaseException, *, count: int = 1) -> list[Trajectory]:
         """Counts `count` FAILED trajectories for an error of `extension` and returns empty ones in their place."""
-        self.failures[self._logged_failure(what, extension, error).kind] += count
+        self._count(self._logged_failure(what, extension, error), count)
         return [_EMPTY] * count
 
     def sendable(self, trajectory: Trajectory, lease: Lease) -> Trajectory:
@@ -120,30 +122,41 @@ class Episodes:
             rid=rid,
         )
 
-    async def _run_workflow(self, question: Question, session: Session) -> Episode:
+    def _count(self, failure: _Failure, count: int = 1) -> None:
+        self.failures[failure.kind] += count
+        names_kind = failure.reason.startswith(f"{failure.kind}:")
+        self.reasons.add(failure.reason if names_kind else f"{failure.kind}: {failure.reason}", count)
+
+    async def _run_workflow(self, question: Question, session: Session) -> tuple[Episode, Trajectory]:
+        """Runs the workflow and takes its tokens; the trajectory has no reward yet. Raises: _Failure."""
         try:
-            episode = await self._workflow.run(question, session)
-            if not isinstance(episode, Episode):
-                raise TypeError(f"run must return an Episode, got {type(episode).__name__}")
-            if episode.status is Status.FAILED:
-                raise _Failure("by_workflow", episode.reason)
+            episode = _close_session(session, await self._episode(question, session))
+            if len(episode.context_rewards) not in (0, len(session.contexts)):
+                raise ValueError(
+                    f"context_rewards must be empty or one for each of {len(session.contexts)} contexts, got "
+                    f"{len(episode.context_rewards)}"
+                )
+            return episode, _trajectory(session, episode)
         except _Failure:
             raise
-        except BudgetExceeded as error:
-            episode = Episode(status=Status.OVER_BUDGET, reason=str(error))
         except (EngineError, RemoteError) as error:
             raise _Failure(type(error).__name__, f"{type(error).__name__}: {error}") from error
         except ToolFailed as failed:
             raise self._logged_failure("tool", failed.tool, failed.__cause__ or failed) from failed
-        except Exception as error:
+        except BaseException as error:
+            if not is_fault(error):
+                raise
             raise self._logged_failure("workflow", self._workflow, error) from error
-        episode = _close_session(session, episode)
-        if len(episode.context_rewards) not in (0, len(session.contexts)):
-            mismatch = ValueError(
-                f"context_rewards must be empty or one for each of {len(session.contexts)} contexts, got "
-                f"{len(episode.context_rewards)}"
-            )
-            raise self._logged_failure("workflow", self._workflow, mismatch)
+
+    async def _episode(self, question: Question, session: Session) -> Episode:
+        try:
+            episode = await self._workflow.run(question, session)
+        except BudgetExceeded as error:
+            return Episode(status=Status.OVER_BUDGET, reason=str(error))
+        if not isinstance(episode, Episode):
+            raise TypeError(f"run must return an Episode, got {type(episode).__name__}")
+        if episode.status is Status.FAILED:
+            raise _Failure("by_workflow", episode.reason)
         return episode
 
     async def _score(self, question: Question, episode: Episode, trajectory: Trajectory) -> Score:
@@ -155,7 +168,9 @@ class Episodes:
                 raise ValueError(
                     f"the reward and its parts must be finite, got {score.reward} with {dict(score.parts)}"
                 )
-        except Exception as error:
+        except BaseException as error:
+            if not is_fault(error):
+                raise
             raise self._logged_failure("reward", self._reward, error) from error
         return score
 
@@ -166,6 +181,28 @@ class Episodes:
         trace = error if self.failures[kind] < _MAX_TRACEBACKS else None
         log.error("trajectory failed: %s", reason, exc_info=trace)
         return _Failure(kind, reason)
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether user code raised `error`: false for the cancellation of the running task and for Ctrl-C.
+
+    True for SystemExit, and for a CancelledError although nobody has cancelled the task.
+    """
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and not task.cancelling()
+    return isinstance(error, Exception | SystemExit)
+
+
+def _failed(session: Session, reason: str) -> tuple[Trajectory, Episode]:
+    """A FAILED trajectory with the tokens of the session; empty if user code has made them unusable."""
+    episode = Episode(status=Status.FAILED, reason=reason)
+    try:
+        episode = _close_session(session, episode)
+        return _trajectory(session, episode), episode
+    except Exception:
+        log.exception("the tokens of a failed trajectory cannot be used")
+        return _EMPTY, episode
 
 
 def _close_session(session: Session, episode: Episode) -> Episode:
@@ -202,12 +239,17 @@ class GroupRollout:
         self._task = task
         self._episodes = episodes
 
-    async def __call__(self, lease: Lease) -> TrajectoryGroup:
-        """Returns the group of a lease. If user code raises, the group has FAILED trajectories; nothing is raised."""
+    async def __call__(self, lease: Lease, on_trajectory_end: Callable[[], None] = lambda: None) -> TrajectoryGroup:
+        """Returns the group of a lease, which can be encoded. Errors make FAILED trajectories; nothing is raised.
+
+        on_trajectory_end  called when a trajectory has ended and its slot is free
+        """
         try:
             question = self._task.question(lease.cursor)
             encode_group(_group(lease, question, [_EMPTY]), lease_id=lease.lease_id)
-        except Exception as error:
+        except BaseException as error:
+            if not is_fault(error):
+                raise
             failed = self._episodes.fail("task", self._task, error, count=lease.group_size)
             return _group(lease, replace(_NO_QUESTION, id=f"question {lease.cursor}"), failed)
         async with asyncio.TaskGroup() as tasks:
@@ -219,12 +261,24 @@ class GroupRollout:
                 )
                 for i in range(lease.group_size)
             ]
+            for each in running:
+                each.add_done_callback(lambda _: on_trajectory_end())
         group = _group(lease, question, [each.result()[0] for each in running])
+        return self._encodable(group, lease)
+
+    def _encodable(self, group: TrajectoryGroup, lease: Lease) -> TrajectoryGroup:
+        """The group; trajectories with values of user code that cannot be encoded are replaced by FAILED ones."""
         try:
             encode_group(group, lease_id=lease.lease_id)
-        except Exception:  # some trajectory holds values of user code that cannot be encoded: find it
-            return _group(lease, question, [self._episodes.sendable(each, lease) for each in group.trajectories])
-        return group
+            return group
+        except Exception:
+            group = replace(group, trajectories=tuple(self._episodes.sendable(t, lease) for t in group.trajectories))
+        try:
+            encode_group(group, lease_id=lease.lease_id)
+            return group
+        except Exception as error:  # every trajectory can be encoded, but together they are too large
+            failed = self._episodes.fail("group", self._task, error, count=lease.group_size)
+            return replace(group, trajectories=tuple(failed))
 
 
 def _group(lease: Lease, question: Question, trajectories: Sequence[Trajectory]) -> TrajectoryGroup:

@@ -200,7 +200,7 @@ class Session:
                 raise TypeError(f"call must return an Observation, got {type(observation).__name__}")
         except PalimpsestError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ToolFailed(tool) from error
         return observation
 

@@ -146,7 +146,10 @@ def described(error: BaseException) -> str:
     """`TypeError: … (agent.py, line 12)`: the error and the last line of the traceback that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    text = str(error).strip()
+    try:
+        text = str(error).strip()
+    except Exception:  # of the error's own class
+        text = "its message cannot be read"
     return f"{type(error).__name__}{': ' if text else ''}{text}{where}"
 
 
