@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -116,8 +117,11 @@ class _NoSearch:
         raise RuntimeError("extensions must not search before they are started")
 
 
-async def run_actor(config: Config, *, name: str) -> None:
-    """Runs until the learner ends the run. Raises: UserError (bad config, task files, tokenizer, keys, extensions)."""
+async def run_actor(config: Config, *, name: str, drain: asyncio.Event) -> None:
+    """Runs until the learner ends the run, or until the actor has drained after `drain` was set.
+
+    Raises: UserError (bad config, task files, tokenizer, keys, extensions).
+    """
     async with AsyncExitStack() as stack:
         sampling = SamplingParams(temperature=config.sampling.temperature)
         limit = config.actor.max_trajectories

@@ -14,13 +14,18 @@ _SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", he
 @_CONFIG
 @click.option("--name", help="Unique among the run's actors.  [default: actor-HOSTNAME-PID]")
 @click.option("--check", is_flag=True, help="Load workflow, task, reward and tools, report the first error, and exit.")
+@click.option("--drain-s", type=click.FloatRange(0), help="Set actor.drain_s: how long running groups may finish.")
 @_SET
-def actor(config: Path, name: str | None, check: bool, overrides: tuple[str, ...]) -> None:
+def actor(config: Path, name: str | None, check: bool, drain_s: float | None, overrides: tuple[str, ...]) -> None:
     """Roll out trajectories for the run's learner until the run ends.
 
     CONFIG is the run's TOML or saved config.json; on another node, give the learner's addresses with --set
-    network.host=… and the keys with --set network.keys=DIR. Actors may join and leave at any time.
+    network.host=… and the keys with --set network.keys=DIR. Actors may join and leave at any time. SIGTERM drains:
+    the actor takes no new lease, finishes and hands in its groups for at most --drain-s, and gives the other leases
+    back. A second signal, or Ctrl-C, ends it at once.
     """
+    import asyncio
+
     from actor.build import check_extensions, run_actor
     from protocol.config_file import load_config
     from protocol.role_name import role_name
@@ -28,12 +33,17 @@ def actor(config: Path, name: str | None, check: bool, overrides: tuple[str, ...
 
     name = role_name("actor", name)
     start_role(name)
+    if drain_s is not None:
+        overrides = (*overrides, f"actor.drain_s={drain_s}")
     loaded = load_config(config, overrides)
     if check:
         check_extensions(loaded)
         click.echo(f"workflow {loaded.workflow.use}, task {loaded.task.use}, reward {loaded.reward.use}: ready to run")
         return
-    run_async(run_actor(loaded, name=name))
+    drain = asyncio.Event()
+    run_async(run_actor(loaded, name=name, drain=drain), drain=drain)
+    if drain.is_set():
+        raise KeyboardInterrupt  # the exit status says that a signal ended it: the launcher restarts the actor
 
 
 @click.command()

@@ -137,10 +137,16 @@ class ActorConfig(Section):
     """Actor processes."""
 
     count: NonNegative = Field(default=1, description="Actor processes started by `palimpsest up`.")
-    max_trajectories: Positive = Field(default=64, description="Trajectories that one actor runs at once.")
+    max_trajectories: Positive = Field(
+        default=64, description="Trajectory slots of one actor: trajectories that it runs at once."
+    )
     request_timeout_s: Seconds = Field(default=120.0, description="Time limit of one generation request.")
     search_timeout_s: Seconds = Field(default=30.0, description="Time limit of one search.")
     heartbeat_s: Seconds = Field(default=0.5, description="Interval of heartbeats to the learner.")
+    drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=60.0,
+        description="After SIGTERM, how long an actor finishes running groups before it gives their leases back.",
+    )
 
 
 class EngineConfig(Section):
