@@ -21,7 +21,7 @@ QUEUE_METRICS = (
         reduction=_NOW,
         unit="groups",
         explanation="groups that are leased to actors and not received yet",
-        healthy="near the total capacity of the actors",
+        healthy="at least the actors' slots divided by `learner.group_size`",
     ),
     Metric(
         name="queue/buffered",
@@ -57,12 +57,21 @@ QUEUE_METRICS = (
         healthy="small compared with `queue/trained`",
     ),
     Metric(
-        name="queue/credits_free",
-        chart="Groups running and buffered",
+        name="queue/slots",
+        chart="Trajectories and their engine requests",
         reduction=_NOW,
-        unit="groups",
-        explanation="capacity of all actors minus leases",
-        healthy="near 0: actors are busy",
+        unit="trajectories",
+        explanation="trajectory slots of all actors (`actor.max_trajectories` each)",
+        healthy="constant without faults",
+    ),
+    Metric(
+        name="queue/slots_free",
+        chart="Trajectories and their engine requests",
+        reduction=_NOW,
+        unit="trajectories",
+        explanation="trajectory slots of all actors that no trajectory and no lease under way needs",
+        healthy="near 0: actors are busy. If not, the staleness bound allows no more leases: raise "
+        "`learner.staleness_bound` or `learner.groups_per_batch`, or use fewer slots",
     ),
     Metric(
         name="queue/actors",
@@ -94,7 +103,7 @@ QUEUE_METRICS = (
         chart="Leases expired, groups refused",
         reduction=_SO_FAR,
         unit="leases",
-        explanation="leases that ended because their actor's heartbeats stopped",
+        explanation="leases that ended without a group, because their actor died or did not receive them",
         healthy="0 without faults",
     ),
     Metric(
@@ -136,7 +145,7 @@ ACTOR_METRICS = (
         reduction=_OVER_ACTORS,
         unit="trajectories",
         explanation="trajectories that are being rolled out",
-        healthy="near the actors' capacity if there are leases",
+        healthy="near `queue/slots`",
         absent_if=_NO_ACTOR,
     ),
     Metric(
