@@ -10,7 +10,6 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from rich.progress import Progress
 
     from protocol.config_base import ExtensionSection
     from retriever.collection import Collection
@@ -74,10 +73,12 @@ def index(
     force: bool,
 ) -> None:
     """Indexes CORPUS: a .jsonl or .jsonl.gz file with `id`, `text` and optionally `title` per line."""
+    from protocol.role_startup import end_with_launcher
     from retriever.build_index import build_index
     from retriever.encoders.base import Compute
     from retriever.extensions import ENCODERS, STRUCTURES, with_all_options
 
+    end_with_launcher()
     text_flags: _Flags = {
         "query_prefix": query_prefix,
         "passage_prefix": passage_prefix,
@@ -88,8 +89,7 @@ def index(
     chosen = _encoder(encoder, encoder_option, preset=preset, flags=text_flags, has_vectors=vectors is not None)
     chosen_structure = _structure(structure, structure_option, encoder=chosen.use, flags=graph_flags)
     chosen, chosen_structure = with_all_options(ENCODERS, chosen), with_all_options(STRUCTURES, chosen_structure)
-    with _progress_bar() as bar:
-        task = bar.add_task(f"indexing {corpus.name}", total=None)
+    with _progress(corpus.name) as progress:
         manifest = build_index(
             corpus=corpus,
             out=out,
@@ -98,7 +98,7 @@ def index(
             vectors=vectors,
             compute=Compute(device=device, dtype=dtype, num_threads=threads, batch_size=batch_size),
             force=force,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     click.echo(
         f"index: {manifest.num_passages} passages in {out} (encoder {encoder}, "
@@ -200,12 +200,22 @@ async def _serve(
         transport.close()
 
 
-def _progress_bar() -> Progress:
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A function of (passages done, passages in all): it draws a bar on a terminal, else prints progress lines."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from protocol.step_progress import StepProgress
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done, total: click.echo(StepProgress(done, total, f"passages of {name}"))
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(f"indexing {name}", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _encoder(

@@ -1,17 +1,20 @@
 """The supervisor: starts, watches, restarts and stops the processes of a run on this machine.
 
     start ─► running ──exit 0──► done
-               ├──exit 2, first start──► user error: the run stops with its message
-               ├──exit 3───────────────► training cannot continue: the run stops with its message
-               └──any other────────────► restarted after a growing pause; too many failures without a new step
-                                         fail the run
+               ├──exit 2──► user error: the run stops with its message
+               ├──exit 3──► training cannot continue: the run stops with its message
+               └──other───► restarted after a growing pause; too many failures without a new step stop the run
+                            (learner/launch/restart_policy.py)
 
-    task per process   consumes: its exit status   produces: a restart, or the run's failure
-    wait(), run()      wait for: the process they name, or the run's failure
+    task per process     consumes: its exit status      produces: a restart, or the run's failure
+    thread per process   consumes: its output (a pipe)  produces: logs/NAME.log (learner/launch/process_log.py)
+    wait(), run()        wait for: the process they name, or the run's failure
 
 Each process runs in its own session, so Ctrl-C reaches only the launcher. The launcher stops the processes: SIGTERM to
-all, then SIGKILL to those that still run after `stop_timeout_s`. If the launcher is killed, the kernel sends SIGTERM
-to its processes (protocol/role_startup.py).
+all, then SIGKILL to those that still run after `stop_timeout_s`. If the launcher is killed, the kernel sends SIGKILL
+to its processes (protocol/role_startup.py). A learner that remains all the same is ended by the next launcher.
+
+A full disk ends nothing here: log lines are dropped, processes.json is written when there is room.
 """
 
 from __future__ import annotations
@@ -27,21 +30,28 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from learner.launch.process_log import ProcessLog
 from learner.launch.process_plan import ProcessSpec
-from learner.launch.restart_policy import RestartPolicy, RestartState
+from learner.launch.restart_policy import (
+    TRAINING_STOPPED_STATUS,
+    USER_ERROR_STATUS,
+    RestartPolicy,
+    RestartState,
+    decide,
+)
 from learner.metrics.jsonl import last_step
-from learner.store.folder_lock import locked
+from learner.store.folder_lock import end_orphan, locked
 from learner.store.run_folder import RunFolder
 from protocol.atomic_write import atomic_write
-from protocol.errors import PalimpsestError, TrainingStopped, UserError
+from protocol.errors import DataError, PalimpsestError, TrainingStopped, UserError
 from protocol.fault_injection import VARIABLE as FAULT_VARIABLE
+from protocol.role_startup import LAUNCHER_PID_VARIABLE
 
 log = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 10.0
-_USER_ERROR_STATUS = 2
-_TRAINING_STOPPED_STATUS = 3
 _NUM_LOG_LINES_IN_ERROR = 15
 
 
@@ -53,6 +63,7 @@ class RunFailed(PalimpsestError):
 class _Child:
     spec: ProcessSpec
     restarts: RestartState
+    log: ProcessLog
     process: asyncio.subprocess.Process | None = None
     status: int | None = None
     num_restarts: int = 0
@@ -79,11 +90,22 @@ class Supervisor:
         self._lock = ExitStack()
 
     async def __aenter__(self) -> Supervisor:
-        """Raises: DataError if another launcher runs in the folder."""
-        self._lock.enter_context(locked(self._folder.launcher_lock, what="a launcher"))
-        self._folder.logs.mkdir(exist_ok=True)
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir()
+        """Takes the folder's lock before it writes anything.
+
+        Raises: DataError if another launcher, or a learner without a launcher, runs in the folder, or if it cannot be
+        written.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(locked(self._folder.launcher_lock, what="a launcher"))
+            if orphan := end_orphan(self._folder.learner_lock, what="a learner"):
+                log.warning("ended a learner (%s) whose launcher had been killed", orphan)
+            try:
+                self._folder.logs.mkdir(exist_ok=True)
+                shutil.rmtree(self._temporary, ignore_errors=True)
+                self._temporary.mkdir()
+            except OSError as error:
+                raise DataError(f"run.dir {self._folder.root} cannot be written: {error.strerror}") from error
+            self._lock = stack.pop_all()
         self._failure = asyncio.get_running_loop().create_future()
         return self
 
@@ -96,6 +118,7 @@ class Supervisor:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def log_path(self, name: str) -> Path:
+        """The log of the process `name`; an older part of it is in the file of this name + .1."""
         return self._folder.log(name)
 
     async def start(self, specs: Iterable[ProcessSpec]) -> None:
@@ -133,6 +156,7 @@ class Supervisor:
             self._failure.result()
         del self._children[spec.name]
         self._write_processes()
+        await asyncio.to_thread(child.log.wait_for_last_output)
         if (error := self._error_of(child, ended.result())) is not None:
             raise error
 
@@ -155,12 +179,14 @@ class Supervisor:
         return {name: (_state(child), child.num_restarts) for name, child in self._children.items()}
 
     async def _spawn_new(self, spec: ProcessSpec) -> _Child:
-        child = self._children[spec.name] = _Child(spec, RestartState(self._restart_policy))
+        state = RestartState(self._restart_policy, spec.role)
+        child = self._children[spec.name] = _Child(spec, state, ProcessLog(self.log_path(spec.name)))
         await self._spawn(child)
         return child
 
     async def _spawn(self, child: _Child) -> None:
-        with self.log_path(child.spec.name).open("ab") as output:
+        output = await asyncio.to_thread(child.log.open_pipe)
+        try:
             child.process = await asyncio.create_subprocess_exec(
                 *child.spec.argv,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -169,6 +195,8 @@ class Supervisor:
                 start_new_session=True,
                 env=_environment(self._temporary, first=child.num_restarts == 0),
             )
+        finally:
+            os.close(output)
         child.status, child.started_s = None, time.monotonic()
         self._write_processes()
 
@@ -178,12 +206,10 @@ class Supervisor:
             assert child.process is not None
             child.status = await child.process.wait()
             self._write_processes()
+            await asyncio.to_thread(child.log.wait_for_last_output)
             if child.status == 0:
                 return
-            newest_step = last_step(self._folder.metrics)
-            child.restarts.record_failure(uptime_s=time.monotonic() - child.started_s, newest_step=newest_step)
-            is_first_user_error = child.status == _USER_ERROR_STATUS and child.num_restarts == 0
-            if is_first_user_error or child.status == _TRAINING_STOPPED_STATUS or child.restarts.is_exhausted:
+            if self._outcome(child, child.status) == "stop":
                 if not self._failure.done():
                     self._failure.set_exception(self._error_of(child, child.status) or RunFailed(child.spec.name))
                 return
@@ -193,11 +219,25 @@ class Supervisor:
             child.num_restarts += 1
             await self._spawn(child)
 
+    def _outcome(self, child: _Child, status: int) -> Literal["restart", "stop"]:
+        """Records the failure of a process and decides what follows."""
+        now_s, newest_step = time.monotonic(), last_step(self._folder.metrics)
+        uptime_s = now_s - child.started_s
+        child.restarts.record_failure(status=status, uptime_s=uptime_s, newest_step=newest_step, now_s=now_s)
+        others = [
+            other.restarts
+            for other in self._children.values()
+            if other.spec.role == child.spec.role and other is not child
+        ]
+        return decide(child.restarts, status=status, others=others, newest_step=newest_step, now_s=now_s)
+
     async def _end(self, child: _Child) -> None:
         process = child.process
         if process is None or process.returncode is not None:
             return
         process.terminate()
+        if child.spec.role == "actor":
+            process.send_signal(signal.SIGINT)  # after SIGTERM alone, an actor would finish its groups first
         try:
             async with asyncio.timeout(self._stop_timeout_s):
                 await process.wait()
@@ -209,11 +249,10 @@ class Supervisor:
     def _error_of(self, child: _Child, status: int) -> PalimpsestError | None:
         if status == 0:
             return None
-        path = self.log_path(child.spec.name)
-        lines = path.read_text(errors="replace").splitlines()
-        if status in (_USER_ERROR_STATUS, _TRAINING_STOPPED_STATUS):
+        path, lines = self.log_path(child.spec.name), child.log.last_lines()
+        if status in (USER_ERROR_STATUS, TRAINING_STOPPED_STATUS):
             message = next((line for line in reversed(lines) if line.startswith("error: ")), f"error: see {path}")
-            kind = UserError if status == _USER_ERROR_STATUS else TrainingStopped
+            kind = UserError if status == USER_ERROR_STATUS else TrainingStopped
             return kind(f"{child.spec.name}: {message.removeprefix('error: ')}")
         tail = "\n".join(lines[-_NUM_LOG_LINES_IN_ERROR:])
         return RunFailed(f"{child.spec.name} ended ({_ended(status)}); {path} ends:\n{tail}")
@@ -225,7 +264,10 @@ class Supervisor:
             for name, child in self._children.items()
             if child.process is not None and child.process.returncode is None
         }
-        atomic_write(self._folder.processes, json.dumps(pids, indent=2) + "\n")
+        try:
+            atomic_write(self._folder.processes, json.dumps(pids, indent=2) + "\n")
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self._folder.processes, error.strerror)
 
 
 def _environment(temporary: Path, *, first: bool) -> dict[str, str]:
@@ -238,7 +280,7 @@ def _environment(temporary: Path, *, first: bool) -> dict[str, str]:
     """
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name not in os.environ}
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    launcher = {"PALIMPSEST_LAUNCHER_PID": str(os.getpid()), "TMPDIR": str(temporary)}
+    launcher = {LAUNCHER_PID_VARIABLE: str(os.getpid()), "TMPDIR": str(temporary)}
     inherited = {name: value for name, value in os.environ.items() if first or name != FAULT_VARIABLE}
     return {**inherited, **threads, **quiet, **launcher}
 

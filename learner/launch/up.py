@@ -1,6 +1,6 @@
 """`palimpsest up RUN.toml`: runs all processes of a run on this machine.
 
-RUN.toml ─► config with ports ─► check ─► RUN/config.json ─► process plan ─► supervisor + live view ─► last step
+RUN.toml ─► config with ports ─► check ─► process plan ─► lock ─► RUN/config.json ─► supervisor + live view ─► last step
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def up(run: Path, overrides: tuple[str, ...], dry_run: bool, quiet: bool, check_
     from learner.launch.command_line import command_line
     from learner.launch.process_plan import plan, with_ports
     from learner.store.run_folder import RunFolder
-    from protocol.config_file import load_config, save_config
+    from protocol.config_file import load_config
     from protocol.role_startup import run_async
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -53,7 +53,6 @@ def up(run: Path, overrides: tuple[str, ...], dry_run: bool, quiet: bool, check_
     if is_finished(config):
         click.echo(f"up: {config.run.name} has already completed its last step, {config.learner.num_steps}")
         return
-    save_config(config, folder.config)
     try:
         run_async(run_all(config, processes, quiet=quiet))
     except KeyboardInterrupt:
@@ -103,14 +102,24 @@ def check(config: Config) -> None:
 
 
 async def run_all(config: Config, processes: list[ProcessSpec], *, quiet: bool) -> None:
-    """Runs the processes until the learner ends. Raises: UserError, TrainingStopped, RunFailed."""
+    """Locks the folder, writes config.json and runs the processes until the learner ends.
+
+    Raises: UserError, TrainingStopped, RunFailed.
+    """
     from learner.launch.live_view import show_while, view_of
     from learner.launch.process_plan import extension_checks
     from learner.launch.supervisor import Supervisor
     from learner.store.run_folder import RunFolder
+    from protocol.config_file import save_config
+    from protocol.errors import DataError
 
+    path = RunFolder(config.run.dir).config
     async with Supervisor(config.run.dir) as supervisor:
-        for check_process in extension_checks(config, config_path=RunFolder(config.run.dir).config):
+        try:
+            save_config(config, path)
+        except OSError as error:
+            raise DataError(f"{path} cannot be written: {error.strerror}") from error
+        for check_process in extension_checks(config, config_path=path):
             await supervisor.run(check_process)
         await supervisor.start(processes)
         await show_while(view_of(config, supervisor.states, quiet=quiet), supervisor.wait("learner"))

@@ -14,19 +14,19 @@ from pathlib import Path
 import pytest
 
 from learner.launch.process_plan import ProcessSpec
-from learner.launch.restart_policy import RestartPolicy, RestartState
+from learner.launch.restart_policy import RestartPolicy
 from learner.launch.supervisor import RunFailed, Supervisor
 from learner.store.run_folder import RunFolder
-from protocol.errors import TrainingStopped, UserError
+from protocol.errors import DataError, TrainingStopped, UserError
 
 WAIT_S = 30.0
 SLEEP = "import time; time.sleep(600)"
-AT_ONCE = RestartPolicy(base_pause_s=0.0)
+AT_ONCE = RestartPolicy(base_pause_s=0.0, patience_s=0.0)
 MAX_RESTARTS = AT_ONCE.max_restarts
 
 
 def python(name: str, code: str) -> ProcessSpec:
-    return ProcessSpec(name, "step", (sys.executable, "-c", code))
+    return ProcessSpec(name, name.partition("-")[0], (sys.executable, "-c", code))
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -241,6 +241,64 @@ async def test_roles_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
     await until(lambda: not alive(pid))
 
 
+async def test_a_stopped_role_also_ends_when_the_launcher_is_killed(tmp_path: Path) -> None:
+    """SIGTERM would not reach a stopped process."""
+    launcher = subprocess.Popen([sys.executable, "-c", _LAUNCHER, str(tmp_path), SLEEP])  # noqa: ASYNC220
+    try:
+        log = tmp_path / "logs" / "role.log"
+        await until(lambda: log.is_file() and "up" in log.read_text())
+        pid = pids(tmp_path)["role"]
+        os.kill(pid, signal.SIGSTOP)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    await until(lambda: not alive(pid))
+
+
+def holder_code(lock: Path, *, launcher_pid: str) -> str:
+    """Holds the lock as a learner does that is not ended with its launcher."""
+    return (
+        f"import os, time; os.environ.update(PALIMPSEST_LAUNCHER_PID={launcher_pid!r})\n"
+        f"if not {launcher_pid!r}: del os.environ['PALIMPSEST_LAUNCHER_PID']\n"
+        "from pathlib import Path; from learner.store.folder_lock import locked\n"
+        f"with locked(Path({str(lock)!r}), what='a learner'): print('locked', flush=True); time.sleep(600)"
+    )
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+async def test_an_orphaned_learner_is_ended_by_the_next_launcher(
+    tmp_path: Path, is_stopped: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    lock = RunFolder(tmp_path).learner_lock
+    code = holder_code(lock, launcher_pid="1")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as orphan:  # noqa: ASYNC220
+        assert orphan.stdout is not None
+        assert orphan.stdout.readline() == b"locked\n"
+        if is_stopped:
+            os.kill(orphan.pid, signal.SIGSTOP)
+        async with Supervisor(tmp_path):
+            assert orphan.wait(timeout=WAIT_S) == -signal.SIGKILL
+    assert f"ended a learner (pid {orphan.pid} on host " in caplog.text
+
+
+async def test_a_learner_that_a_user_started_is_named_and_not_ended(tmp_path: Path) -> None:
+    lock = RunFolder(tmp_path).learner_lock
+    code = holder_code(lock, launcher_pid="")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as running:  # noqa: ASYNC220
+        try:
+            assert running.stdout is not None
+            assert running.stdout.readline() == b"locked\n"
+            with pytest.raises(
+                DataError, match=rf"a learner \(pid {running.pid} on host \S+\) still runs in .*kill -9"
+            ):
+                async with Supervisor(tmp_path):
+                    pass
+            assert running.poll() is None
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["launcher.lock", "learner.lock"]
+        finally:
+            running.kill()
+
+
 def test_a_role_whose_launcher_has_ended_exits_at_start() -> None:
     code = "from protocol.role_startup import start_role; start_role('role'); print('never')"
     done = subprocess.run(
@@ -251,29 +309,3 @@ def test_a_role_whose_launcher_has_ended_exits_at_start() -> None:
         timeout=WAIT_S,
     )
     assert (done.returncode, done.stdout) == (143, "")
-
-
-def failed(policy: RestartPolicy, *failures: tuple[float, int]) -> RestartState:
-    """The state after failures of (uptime in seconds, the run's newest step)."""
-    state = RestartState(policy)
-    for uptime_s, newest_step in failures:
-        state.record_failure(uptime_s=uptime_s, newest_step=newest_step)
-    return state
-
-
-def test_only_a_new_step_or_a_long_uptime_resets_the_failure_count() -> None:
-    policy = RestartPolicy(max_restarts=2, reset_uptime_s=600.0)
-    assert not failed(policy, (1.0, 4), (1.0, 4)).is_exhausted
-    assert failed(policy, (1.0, 4), (1.0, 4), (1.0, 4)).is_exhausted
-    assert failed(policy, (1.0, 4), (1.0, 4), (600.0, 3)).is_exhausted, "an older step after a resume is no progress"
-    assert not failed(policy, (1.0, 4), (1.0, 4), (1.0, 5)).is_exhausted
-    assert not failed(policy, (1.0, 4), (1.0, 4), (601.0, 4)).is_exhausted
-
-
-def test_the_pause_is_bounded_and_reset_by_a_long_uptime() -> None:
-    policy = RestartPolicy(base_pause_s=0.25, short_uptime_s=10.0, max_pause_s=15.0, max_pause_after_kill_s=2.0)
-    assert failed(policy, (11.0, 0)).pause_s(was_killed=False) == 0.5
-    assert failed(policy, (1.0, 0)).pause_s(was_killed=False) == 1.0
-    assert failed(policy, *[(1.0, 0)] * 9).pause_s(was_killed=False) == 15.0
-    assert failed(policy, *[(1.0, 0)] * 9).pause_s(was_killed=True) == 2.0
-    assert failed(policy, *[(1.0, 0)] * 9, (11.0, 0)).pause_s(was_killed=False) == 0.5

@@ -25,7 +25,9 @@ def main(out: Path, worlds: tuple[int, ...], eval_worlds: tuple[int, ...], episo
     from actor.tasks.toy.task import write_corpus
     from actor.tasks.toy.tokenizer import write_tokenizer
     from actor.tasks.toy.world import make_world
+    from protocol.role_startup import end_with_launcher
 
+    end_with_launcher()
     for world in map(make_world, (*worlds, *eval_worlds)):
         write_corpus(out / "corpora" / f"{world.collection}.jsonl", world)
     write_tokenizer(out / "tokenizer")
