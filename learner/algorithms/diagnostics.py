@@ -1,4 +1,4 @@
-"""Sums and maxima over trained tokens, from which `TOKEN_METRICS` are computed; additive over micro-batches and ranks.
+"""Sums and maxima over computed tokens, from which `TOKEN_METRICS` are computed; additive over micro-batches and ranks.
 
 TokenTerms of a micro-batch ─► diagnose ─► Diagnostics ─► + over micro-batches ─► reduced over ranks ─► values by tag
 """
@@ -34,7 +34,7 @@ def _zeros(size: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Diagnostics:
-    """Sums and maxima of zero or more trained tokens. `+` adds two; `to_tensors` is for reduction over ranks.
+    """Sums and maxima of zero or more computed tokens. `+` adds two; `to_tensors` is for reduction over ranks.
 
     sums     float64 [S] on the CPU: number of tokens by age [NUM_BUCKETS] and by context index [NUM_BUCKETS], then the
              sums of each of `TOKEN_METRICS`
@@ -58,12 +58,12 @@ class Diagnostics:
 
     @property
     def tokens_by_age(self) -> NDArray[np.float64]:
-        """float64 [NUM_BUCKETS]: number of trained tokens of each age; the last bucket holds all older ones."""
+        """float64 [NUM_BUCKETS]: number of computed tokens of each age; the last bucket holds all older ones."""
         return self.sums[:NUM_BUCKETS].numpy()
 
     @property
     def tokens_by_context_index(self) -> NDArray[np.float64]:
-        """float64 [NUM_BUCKETS]: number of trained tokens at each context index; the last holds all later ones."""
+        """float64 [NUM_BUCKETS]: number of computed tokens at each context index; the last holds all later ones."""
         return self.sums[NUM_BUCKETS:_NUM_COUNTS].numpy()
 
     @property
@@ -75,7 +75,7 @@ class Diagnostics:
         return self.values()["learner/loss"]
 
     def values(self) -> dict[str, float]:
-        """The value of each token metric by tag; 0 without tokens. A family has values only for buckets with tokens."""
+        """The value of each token metric by tag: without tokens only sums, of a family the buckets with tokens."""
         found: dict[str, float] = {}
         maxima = iter(self.maxima.tolist())
         for metric, start, end in zip(TOKEN_METRICS, _ENDS[:-1], _ENDS[1:], strict=True):
@@ -83,8 +83,10 @@ class Diagnostics:
             match metric.reduction:
                 case Reduction.TOTAL:
                     found[metric.name] = sums[0]
+                case _ if not self.num_tokens:
+                    continue
                 case Reduction.MEAN:
-                    found[metric.name] = _fraction(sums[0], self.num_tokens)
+                    found[metric.name] = sums[0] / self.num_tokens
                 case Reduction.MAX:
                     found[metric.name] = next(maxima)
                 case Reduction.EFFECTIVE_FRACTION:
@@ -98,7 +100,7 @@ class Diagnostics:
 
 @torch.no_grad()
 def diagnose(terms: TokenTerms) -> Diagnostics:
-    """The sums and maxima of one micro-batch of N trained tokens, with one transfer to the CPU."""
+    """The sums and maxima of one micro-batch of N computed tokens, with one transfer to the CPU."""
     if terms.tokens.age.numel() == 0:
         return Diagnostics()
     age, context_index = (each.clamp(0, NUM_BUCKETS - 1) for each in (terms.tokens.age, terms.tokens.context_index))

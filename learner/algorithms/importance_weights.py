@@ -139,7 +139,13 @@ def needs_prepass(corrections: Sequence[Correction]) -> bool:
     A context is in one micro-batch; a trajectory or the batch may be in several. Then the proximal log-probs of the
     whole batch must be computed before the first weight.
     """
-    return any(each.scope in ("trajectory", "batch") for each in corrections)
+    return widest_scope(corrections) != "context"
+
+
+def widest_scope(corrections: Sequence[Correction]) -> Literal["context", "trajectory", "batch"]:
+    """The tokens that a token's weight may depend on; `context` also for corrections by token, or none."""
+    scopes = {each.scope for each in corrections}
+    return "batch" if "batch" in scopes else "trajectory" if "trajectory" in scopes else "context"
 
 
 def correction_weights(

@@ -27,9 +27,14 @@ from protocol.extensions import ExtensionPoint
 
 
 class PolicyLoss(ABC):
-    """Base class of policy losses. `Options` declares their keys in the `[learner.loss]` section."""
+    """Base class of policy losses. `Options` declares their keys in the `[learner.loss]` section.
+
+    is_zero_without_advantage   set it to true in a class whose loss and gradient are 0 for a token of advantage 0: then
+                                contexts in which all advantages are 0 are not computed. A subclass must set it again
+    """
 
     Options: ClassVar[type[BaseModel]] = Options
+    is_zero_without_advantage: ClassVar[bool] = False
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -48,6 +53,7 @@ class PPO(PolicyLoss):
     """PPO: the clipped surrogate of the token's ratio r = pi_theta / pi_prox."""
 
     Options = PpoOptions
+    is_zero_without_advantage = True
     options: PpoOptions
 
     def __call__(self, tokens: TokenData) -> tuple[Tensor, Tensor]:
@@ -64,6 +70,7 @@ class GSPO(PPO):
     """GSPO: the clipped surrogate of the geometric mean of r over the token's context."""
 
     Options = GspoOptions
+    is_zero_without_advantage = True
 
     def _log_ratio(self, tokens: TokenData) -> Tensor:
         return sequence_log_ratio(tokens.log_ratio, tokens.context)
@@ -73,6 +80,7 @@ class CISPO(PolicyLoss):
     """CISPO: log pi_theta is weighted by the clipped ratio, which has no gradient."""
 
     Options = CispoOptions
+    is_zero_without_advantage = True
     options: CispoOptions
 
     def __call__(self, tokens: TokenData) -> tuple[Tensor, Tensor]:
@@ -98,6 +106,15 @@ class Loss:
     def __init__(self, config: LossConfig, *, base_dir: Path | None = None) -> None:
         self.config = config
         self._policy_loss: PolicyLoss = POLICY_LOSSES.create(config, base_dir=base_dir)
+
+    @property
+    def is_zero_without_advantage(self) -> bool:
+        """Whether a token of advantage 0 has loss and gradient 0, apart from the value loss.
+
+        The policy loss's own class must declare it: a subclass of a class that declares it may add terms.
+        """
+        declared = vars(type(self._policy_loss)).get("is_zero_without_advantage", False)
+        return bool(declared) and not (self.config.kl_coefficient or self.config.entropy_coefficient)
 
     def __call__(self, tokens: TokenData) -> tuple[Tensor, Diagnostics]:
         """(loss [], diagnostics) of N >= 0 trained tokens.

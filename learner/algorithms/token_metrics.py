@@ -1,4 +1,6 @@
-"""Metrics of trained tokens. Each is declared once, with the function that computes its values per token.
+"""Metrics of computed tokens (trained tokens that go through the model), one declaration each.
+
+A declaration has the function that computes the metric's values per token.
 
 To add a metric, add one entry to `TOKEN_METRICS`: it is reduced over micro-batches and ranks, written to TensorBoard
 and to metrics.jsonl, and documented in docs/metrics.md (`make docs`).
@@ -21,10 +23,12 @@ if TYPE_CHECKING:
 NUM_BUCKETS = 16
 """Number of buckets by age, and by context index; the last bucket holds all larger values."""
 
+_NO_TOKEN = "no token was computed: every advantage is 0, or every token over age"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenTerms:
-    """Values that the loss computed for N trained tokens of one micro-batch; float [N] unless stated otherwise.
+    """Values that the loss computed for N computed tokens of one micro-batch; float [N] unless stated otherwise.
 
     loss           [], the sum over these tokens
     clipped        bool: whether the clip of the policy loss changes the token's objective
@@ -54,13 +58,13 @@ class TokenTerms:
 class Reduction(StrEnum):
     """How the values of tokens become one number per step; docs/metrics.md prints the text."""
 
-    TOTAL = "sum over trained tokens"
-    MEAN = "mean over trained tokens"
-    MAX = "maximum over trained tokens"
+    TOTAL = "sum over computed tokens"
+    MEAN = "mean over computed tokens"
+    MAX = "maximum over computed tokens"
     """The values must be >= 0."""
-    MEAN_BY_AGE = "mean over trained tokens of each age"
-    MEAN_BY_CONTEXT_INDEX = "mean over trained tokens of each context index"
-    EFFECTIVE_FRACTION = "(Σ x)² / (N Σ x²) over N trained tokens"
+    MEAN_BY_AGE = "mean over computed tokens of each age"
+    MEAN_BY_CONTEXT_INDEX = "mean over computed tokens of each context index"
+    EFFECTIVE_FRACTION = "(Σ x)² / (N Σ x²) over N computed tokens"
     """Effective sample size by token, divided by N. Source: Kish 1965."""
 
 
@@ -80,6 +84,7 @@ TOKEN_METRICS = (
         unit="nats",
         explanation="−Σ_v π_θ(v) ln π_θ(v), at the sampling temperature",
         healthy="decreases slowly; a fall to 0 before the reward has risen means that the learning rate is too high",
+        absent_if=_NO_TOKEN,
         values=lambda terms: terms.tokens.entropy,
     ),
     TokenMetric(
@@ -89,6 +94,7 @@ TOKEN_METRICS = (
         unit="0–1",
         explanation="fraction of tokens on which the clip is binding: clip(r)·A < r·A",
         healthy="0 with one minibatch (r = 1); below 0.2 with several",
+        absent_if=_NO_TOKEN,
         values=lambda terms: terms.clipped,
     ),
     TokenMetric(
@@ -98,6 +104,7 @@ TOKEN_METRICS = (
         unit="nats",
         explanation="k3 = e^x − 1 − x with x = ln π_θ − ln π_behave; estimates KL(π_behave ‖ π_θ)",
         healthy="small, increases with staleness; if above 0.1, lower the learning rate or the staleness bound",
+        absent_if=_NO_TOKEN,
         values=lambda terms: terms.kl_behavior,
     ),
     TokenMetric(
@@ -108,7 +115,7 @@ TOKEN_METRICS = (
         explanation=f"`policy/kl_behavior` of the tokens of one age ({NUM_BUCKETS - 1}: of that age or older)",
         healthy="almost 0 at age 0, else engine and learner disagree on log-probs; increases with the age. "
         "Must be flat with `--check-drift` (learning rate 0)",
-        absent_if="no token of that age was trained",
+        absent_if="no token of that age was computed",
         values=lambda terms: terms.kl_behavior,
     ),
     TokenMetric(
@@ -119,7 +126,7 @@ TOKEN_METRICS = (
         f"({NUM_BUCKETS - 1}: at that place or later)",
         healthy="similar for all; a larger value of later contexts means that the learner trains other token ids than "
         "the engine read",
-        absent_if="no token of such a context was trained",
+        absent_if="no token of such a context was computed",
         values=lambda terms: terms.kl_behavior,
     ),
     TokenMetric(
@@ -129,6 +136,7 @@ TOKEN_METRICS = (
         unit="nats",
         explanation="estimate of KL(π_θ ‖ reference) by `learner.loss.kl_estimator`; 0 without a reference",
         healthy="increases slowly; a sudden increase means that the text no longer resembles the reference's",
+        absent_if=_NO_TOKEN,
         values=lambda terms: terms.kl_reference,
     ),
     TokenMetric(
@@ -138,6 +146,7 @@ TOKEN_METRICS = (
         unit="–",
         explanation="w = π_prox/π_behave, before any correction",
         healthy="0.95–1.05",
+        absent_if=_NO_TOKEN,
         values=lambda terms: terms.importance_weight,
     ),
     TokenMetric(
@@ -147,6 +156,7 @@ TOKEN_METRICS = (
         unit="–",
         explanation="w = π_prox/π_behave, before any correction",
         healthy="not far above the bounds of the corrections",
+        absent_if=_NO_TOKEN,
         values=lambda terms: terms.importance_weight,
     ),
     TokenMetric(
@@ -157,6 +167,7 @@ TOKEN_METRICS = (
         explanation="effective sample size by token, divided by the number of tokens; x is w = π_prox/π_behave before "
         "any correction, because corrections reduce the mismatch that this metric shows",
         healthy="above 0.9; far below, a few tokens would determine the gradient",
+        absent_if=_NO_TOKEN,
         values=lambda terms: terms.importance_weight,
     ),
     TokenMetric(
@@ -166,6 +177,7 @@ TOKEN_METRICS = (
         unit="–",
         explanation="w̃: the importance weight after all corrections",
         healthy="0.95–1.05, and exactly 1 without corrections; a decrease means that much is truncated or masked",
+        absent_if=_NO_TOKEN,
         values=lambda terms: terms.corrected_weight,
     ),
     TokenMetric(
@@ -175,6 +187,7 @@ TOKEN_METRICS = (
         unit="–",
         explanation="w̃: the importance weight after all corrections",
         healthy="at most the `high` of the corrections",
+        absent_if=_NO_TOKEN,
         values=lambda terms: terms.corrected_weight,
     ),
     TokenMetric(
@@ -184,6 +197,7 @@ TOKEN_METRICS = (
         unit="0–1",
         explanation="fraction of tokens with w̃ = 0: a correction masked them",
         healthy="below 0.05; 0 if the corrections only truncate",
+        absent_if=_NO_TOKEN,
         values=lambda terms: terms.corrected_weight == 0,
     ),
     TokenMetric(
@@ -200,6 +214,7 @@ TOKEN_METRICS = (
         unit="–",
         explanation="loss of the value head, before its coefficient; 0 unless the estimator is `gae`",
         healthy="decreases, then steady",
+        absent_if=_NO_TOKEN,
         values=lambda terms: terms.value_loss,
     ),
 )

@@ -1,7 +1,8 @@
 """Splits a batch into minibatches and micro-batches, and computes the tokens' weights and the age mask.
 
     Batch ──► minibatches, split by trajectory in lease order (one optimizer step each)
-                │  weights over *all* sampled tokens of the minibatch, on all ranks; then the age mask
+                │  weights over *all* sampled tokens of the minibatch, on all ranks; then the age mask, and the
+                │  tokens that need no computation (selection.py)
                 ▼
               micro-batches of contexts with common prefixes, the same number on every rank (packing.py)
 
@@ -16,8 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from learner.algorithms.advantages import Advantages
 from learner.batch.flatten import Aggregation, Batch, Index, aggregation_weights
 from learner.batch.packing import Pack, Placement, Share, pack, split
+from learner.batch.selection import Bools, Selection, everything
 from protocol.errors import MalformedMessage
 
 
@@ -41,16 +44,36 @@ class StepPlan:
 
     weight       float32 [N]  factor of a token's loss; a minibatch's loss is the sum over its micro-batches and ranks
     trained      bool    [N]  false if a token is over age: it is not trained, but counts in the denominator
+    selection                 which of the trained tokens go through the model
     minibatches               this rank's micro-batches of each minibatch (optimizer step)
+    prepass                   this rank's micro-batches of forward passes without gradient
+    advantages                of the trained tokens; None if they are known only after a forward pass
+    has_signal                for each minibatch, on all ranks: false if its gradient is 0, so that it makes no update
     """
 
     weight: NDArray[np.float32]
-    trained: NDArray[np.bool_]
+    trained: Bools
+    selection: Selection
     minibatches: tuple[tuple[MicroBatch, ...], ...]
+    prepass: tuple[MicroBatch, ...]
+    has_signal: tuple[bool, ...]
+    advantages: Advantages | None = None
 
     @property
     def num_over_age(self) -> int:
         return int(np.count_nonzero(~self.trained))
+
+
+def trained_tokens(batch: Batch, *, oldest_version: int, newest_version: int) -> Bools:
+    """bool [N]: false for the sampled tokens of a version below `oldest_version`.
+
+    oldest_version: the learner's step minus the staleness bound; newest_version: the learner's step.
+    Raises: MalformedMessage if a version is above `newest_version`.
+    """
+    newest = int(batch.sampled.version.max(initial=newest_version))
+    if newest > newest_version:
+        raise MalformedMessage(f"batch: policy versions must be <= the learner's step {newest_version}, got {newest}")
+    return batch.sampled.version >= oldest_version
 
 
 def make_plan(
@@ -62,6 +85,7 @@ def make_plan(
     constant: float,
     oldest_version: int,
     newest_version: int,
+    selection: Selection | None = None,
     share: Share = "auto",
     rank: int = 0,
     num_ranks: int = 1,
@@ -69,32 +93,48 @@ def make_plan(
     """Splits a batch by trajectory, in lease order, into `num_minibatches`, or fewer if there are fewer trajectories.
 
     The denominators of `aggregation` are counted over one minibatch (one optimizer step) on all ranks, not over the
-    whole batch. Tokens of a version below `oldest_version` (the learner's step minus the staleness bound) are
-    not trained but count in the denominators. A minibatch without trained tokens has no micro-batches.
-    Raises: MalformedMessage if a version is above `newest_version`, the learner's step.
+    whole batch. Tokens that are not trained (see `trained_tokens`) or not selected count in the denominators. A
+    minibatch without selected tokens has no micro-batches; without `selection`, every trained token is selected.
+    Raises: MalformedMessage if a version is above `newest_version`.
     """
     sampled = batch.sampled
-    newest = int(sampled.version.max(initial=newest_version))
-    if newest > newest_version:
-        raise MalformedMessage(f"batch: policy versions must be <= the learner's step {newest_version}, got {newest}")
+    trained = trained_tokens(batch, oldest_version=oldest_version, newest_version=newest_version)
+    chosen = selection or everything(trained)
+
+    def micro_batches(tokens: Bools) -> tuple[MicroBatch, ...]:
+        return tuple(
+            make_micro_batches(
+                batch,
+                tokens=np.flatnonzero(tokens),
+                tokens_per_micro_batch=tokens_per_micro_batch,
+                share=share,
+                rank=rank,
+                num_ranks=num_ranks,
+            )
+        )
+
     weight = np.zeros(len(sampled), dtype=np.float32)
-    trained = sampled.version >= oldest_version
-    minibatches = []
+    minibatches, has_signal = [], []
     for part in np.array_split(np.arange(batch.num_trajectories), max(1, min(num_minibatches, batch.num_trajectories))):
         inside = np.isin(sampled.trajectory, part)
         weight[inside] = aggregation_weights(
             sampled.trajectory[inside], sampled.context[inside], aggregation=aggregation, constant=constant
         )
-        micro_batches = make_micro_batches(
-            batch,
-            tokens=np.flatnonzero(inside & trained),
-            tokens_per_micro_batch=tokens_per_micro_batch,
-            share=share,
-            rank=rank,
-            num_ranks=num_ranks,
-        )
-        minibatches.append(tuple(micro_batches))
-    return StepPlan(weight=weight, trained=trained, minibatches=tuple(minibatches))
+        minibatches.append(micro_batches(inside & chosen.computed))
+        has_signal.append(bool((inside & chosen.signal).any()))
+    # Packs of the training pass are scored as they are: another packing would round pi_theta / pi_prox away from 1.
+    prepass = (
+        *(each for minibatch in minibatches for each in minibatch),
+        *micro_batches(chosen.scored & ~chosen.computed),
+    )
+    return StepPlan(
+        weight=weight,
+        trained=trained,
+        selection=chosen,
+        minibatches=tuple(minibatches),
+        prepass=prepass,
+        has_signal=tuple(has_signal),
+    )
 
 
 def make_micro_batches(

@@ -87,7 +87,8 @@ class Drift:
 
 
 def _steps(rows: Sequence[Mapping]) -> list[tuple[float, int]]:
-    return [(row["policy/kl_behavior"], row["learner/trained_tokens"]) for row in rows]
+    """(mean over trained tokens, their number) of every step that trained a token."""
+    return [(row["policy/kl_behavior"], row["learner/trained_tokens"]) for row in rows if row["learner/trained_tokens"]]
 
 
 def _by(rows: Sequence[Mapping], tag: str, counts: str) -> dict[int, Mean]:

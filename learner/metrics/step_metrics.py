@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from learner.algorithms.diagnostics import Diagnostics
+from learner.algorithms.token_metrics import NUM_BUCKETS
 from learner.batch.flatten import Batch
 from learner.batch.microbatches import StepPlan
 from protocol.metric import Metric
@@ -91,6 +92,16 @@ STEP_METRICS = (
         explanation="trained tokens of the step",
     ),
     Metric(
+        name="learner/skipped_tokens",
+        reduction="ratio of counts over the batch",
+        unit="0–1",
+        explanation="trained tokens that did not go through the model, divided by trained tokens: all advantages of "
+        "their contexts are 0, so their gradient is 0 (`learner.skip_zero_advantage`). They count in the loss's "
+        "denominators and in all `learner/trained_` and `staleness/` metrics",
+        healthy="the fraction of groups of equal rewards: increases as questions are always or never answered; near "
+        "1, almost nothing is learned from a batch",
+    ),
+    Metric(
         name="learner/trained_contexts",
         reduction="count over the batch",
         unit="contexts",
@@ -148,7 +159,7 @@ STEP_METRICS = (
         reduction="sum over micro-batches",
         unit="s",
         explanation="forward pass and loss of training",
-        absent_if="no token was trained",
+        absent_if="no token was computed",
     ),
     Metric(
         name="learner/backward_s",
@@ -156,7 +167,7 @@ STEP_METRICS = (
         unit="s",
         explanation="backward pass",
         healthy="about twice `learner/forward_s`",
-        absent_if="no token was trained",
+        absent_if="no token was computed",
     ),
     Metric(
         name="learner/update_s",
@@ -170,14 +181,14 @@ STEP_METRICS = (
         chart="Tokens per second",
         reduction="sum over the step, divided by `learner/step_s`",
         unit="tokens/s",
-        explanation="tokens of the trained contexts; a shared prefix counts once per context",
+        explanation="tokens of the computed contexts; a shared prefix counts once per context",
         healthy="steady",
     ),
     Metric(
         name="learner/unique_fraction",
         reduction="ratio of sums over the step",
         unit="0–1",
-        explanation="tokens that the model computed (a shared prefix once), divided by the tokens of the trained "
+        explanation="tokens that the model computed (a shared prefix once), divided by the tokens of the computed "
         "contexts",
         healthy="below 1 if contexts share their beginnings: system prompt, question, memory",
     ),
@@ -240,7 +251,7 @@ class Clock:
 class Work:
     """The work of a step, summed over all ranks.
 
-    num_computed_tokens  tokens of one forward pass over the batch
+    num_computed_tokens  tokens of the training forward pass
     num_padding_tokens   those of them that belong to no context; a rank without work computes one
     flops                floating-point operations of the step
     peak_flops           peak of all devices together, in floating-point operations per second; None if not known
@@ -272,11 +283,13 @@ def summarise(
     rate          learning rate
     num_skipped   skipped updates of the step
     """
-    trained, sampled = plan.trained, batch.sampled
+    trained, sampled, computed = plan.trained, batch.sampled, plan.selection.computed
     lengths = np.zeros(batch.num_contexts, dtype=np.int64)
-    np.maximum.at(lengths, sampled.context[trained], sampled.position[trained])
+    np.maximum.at(lengths, sampled.context[computed], sampled.position[computed])
     num_input_tokens = int(lengths.sum())
+    num_trained = int(np.count_nonzero(trained))
     age = step - sampled.version[trained]
+    context_index = batch.context_index[sampled.context[trained]].clip(max=NUM_BUCKETS - 1)
     values = {
         "staleness/mean": float(age.mean()) if len(age) else 0.0,
         "staleness/max": int(age.max(initial=0)),
@@ -286,8 +299,9 @@ def summarise(
         "learner/grad_norm": float(np.mean(norms)) if norms else 0.0,
         "learner/learning_rate": rate,
         "learner/skipped_updates": num_skipped,
-        "learner/trained_tokens": diagnostics.num_tokens,
-        "learner/trained_contexts": int(np.count_nonzero(lengths)),
+        "learner/trained_tokens": num_trained,
+        "learner/skipped_tokens": 1 - np.count_nonzero(computed) / num_trained if num_trained else 0.0,
+        "learner/trained_contexts": len(np.unique(sampled.context[trained])),
         "learner/trained_trajectories": len(np.unique(sampled.trajectory[trained])),
         "learner/step_s": clock.total_s,
         **{f"learner/{phase}_s": seconds for phase, seconds in clock.seconds.items()},
@@ -301,5 +315,5 @@ def summarise(
         step=step,
         values=values,
         tokens_by_age={a: count for a, count in enumerate(np.bincount(age).tolist()) if count},
-        tokens_by_context={k: int(count) for k, count in enumerate(diagnostics.tokens_by_context_index) if count},
+        tokens_by_context={k: count for k, count in enumerate(np.bincount(context_index).tolist()) if count},
     )

@@ -1,15 +1,18 @@
 """One training step: advantages, corrected and clipped policy gradient over micro-batches, gradient clip, AdamW.
 
-    groups ─► flatten ─► plan ─► pre-pass, if a token's loss depends on other micro-batches ─► advantages, corrections
+    groups ─► flatten ─► advantages, plan ─► pre-pass, if a token's loss depends on other micro-batches ─► corrections
         ─► for each minibatch: forward, loss, backward of its micro-batches ─► update
 
-The proximal policy is the policy at the start of the step. With one minibatch it is the model itself: its
+The plan leaves out contexts whose advantages are all 0 if their loss is then 0 (learner/batch/selection.py). The
+proximal policy is the policy at the start of the step. With one minibatch it is the model itself: its
 log-probs are those of the training forward pass, detached. A pre-pass (one more forward pass of the batch) is needed
-for several minibatches, corrections over trajectories or the batch, a value head, or a KL in the reward.
+for several minibatches, corrections over trajectories or the batch, a value head, or a KL in the reward. With the last
+two, advantages are known only after it, and nothing is left out.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,23 +23,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from learner.algorithms.advantages import Advantages, Credit
 from learner.algorithms.diagnostics import Diagnostics
 from learner.algorithms.estimators import make_estimator, token_advantages
-from learner.algorithms.importance_weights import correction_weights, make_corrections, needs_prepass
+from learner.algorithms.importance_weights import correction_weights, make_corrections, needs_prepass, widest_scope
 from learner.algorithms.losses import Loss, approx_kl
 from learner.algorithms.token_data import TokenData
 from learner.batch.flatten import Batch, flatten
-from learner.batch.microbatches import MicroBatch, StepPlan, make_plan
+from learner.batch.microbatches import MicroBatch, StepPlan, make_plan, trained_tokens
+from learner.batch.selection import Bools, Selection, everything, select
 from learner.batch.step_tokens import step_tokens
-from learner.metrics.step_metrics import Clock, StepMetrics, Work, summarise
+from learner.metrics.step_metrics import Clock, StepMetrics, summarise
 from learner.model.attention import to_device
-from learner.model.flops import peak_flops, training_flops
 from learner.model.loading import Policy
 from learner.model.parallel import World, shard
 from learner.model.scorer import Scorer, Scores
 from learner.training.optimizer import SkipGuard, apply_update, build_optimizer, learning_rate
+from learner.training.step_work import step_work
 from protocol.learner_config import LearnerConfig
 from protocol.types import TrajectoryGroup
+
+log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -86,21 +93,23 @@ class Trainer:
         """
         clock = Clock(self.policy.device)
         batch = flatten(groups, last_context_only=self.config.ablation == "last-context")
-        plan = self.plan(batch, step=step)
-        clock.lap("plan")
+        plan = self.plan(batch, step=step, clock=clock)
+        if plan.trained.any() and not any(plan.has_signal) and self.world.rank == 0:
+            log.warning("every advantage of step %d is 0: nothing was trained", step)
         tokens = self.prepare(batch, plan, step=step, clock=clock)
         rate = self._rate(step)
         total, norms = Diagnostics(), []
-        for minibatch in plan.minibatches:
+        for minibatch, has_signal in zip(plan.minibatches, plan.has_signal, strict=True):
             diagnostics = self.accumulate(minibatch, tokens, clock=clock)
-            norms.append(self._update(diagnostics, rate=rate))
+            norms.append(self._update(diagnostics, rate=rate, has_signal=has_signal))
             total += diagnostics
             clock.lap("update")
+        num_forwards = (tokens.proximal is not None) + (tokens.reference is not None)
         return summarise(
             batch,
             plan,
             self.world.reduce(total),
-            self._work(plan, tokens),
+            step_work(plan, self.policy.model, num_forwards=num_forwards, world=self.world),
             norms=norms,
             advantage_mean=float(tokens.advantages.double().mean()) if len(batch.sampled) else 0.0,
             step=step,
@@ -109,28 +118,56 @@ class Trainer:
             clock=clock,
         )
 
-    def plan(self, batch: Batch, *, step: int) -> StepPlan:
-        """Minibatches and this rank's micro-batches. Raises: MalformedMessage."""
-        config = self.config
-        return make_plan(
+    def plan(self, batch: Batch, *, step: int, clock: Clock | None = None) -> StepPlan:
+        """Minibatches, this rank's micro-batches, and the advantages unless they need a forward pass.
+
+        Raises: MalformedMessage; ExtensionError from an imported estimator.
+        """
+        config, clock = self.config, clock or Clock(self.policy.device)
+        versions = {"oldest_version": step - config.staleness_bound, "newest_version": step}
+        trained = trained_tokens(batch, **versions)
+        advantages = None
+        if not (self.estimator.needs_values or self._kl_in_reward):
+            clock.lap("plan")
+            advantages = self._advantages(batch.credit(trained))
+            clock.lap("advantage")
+        plan = make_plan(
             batch,
             num_minibatches=config.loss.minibatches,
             tokens_per_micro_batch=config.tokens_per_micro_batch,
             aggregation=config.loss.aggregation,
             constant=config.loss.constant,
-            oldest_version=step - config.staleness_bound,
-            newest_version=step,
+            selection=self._selection(batch, trained, advantages),
             share=config.prefix_sharing,
             rank=self.world.rank,
             num_ranks=self.world.size,
+            **versions,
         )
+        clock.lap("plan")
+        return replace(plan, advantages=advantages)
+
+    def _selection(self, batch: Batch, trained: Bools, advantages: Advantages | None) -> Selection:
+        if advantages is None or not self.loss.is_zero_without_advantage:
+            return everything(trained)
+        return select(
+            batch.sampled,
+            trained,
+            advantages.advantage,
+            scope=widest_scope(self.corrections),
+            skip=self.config.skip_zero_advantage and not self.config.check_drift,
+        )
+
+    def _advantages(self, credit: Credit) -> Advantages:
+        return token_advantages(credit, self.config.advantage, self.estimator)
 
     def prepare(self, batch: Batch, plan: StepPlan, *, step: int, clock: Clock | None = None) -> TokenData:
         """Computes the columns of a batch's tokens that must be known before training: advantages, weights, log-probs.
 
         Runs up to two forward passes of the batch: the pre-pass if it is needed, and that of the reference policy.
+        Log-probs and importance weights are those of the plan's `selection.scored`, 0 for other tokens.
         """
         clock, loss = clock or Clock(self.policy.device), self.config.loss
+        advantages, scored = plan.advantages, plan.selection.scored
         proximal = values = reference = penalty = importance = None
         if self._needs_prepass(plan):
             proximal, values = self._score_batch(self.scorer, batch, plan)
@@ -138,20 +175,21 @@ class Trainer:
         if self.reference is not None:
             reference, _ = self._score_batch(self.reference, batch, plan)
             clock.lap("reference")
-        if loss.kl_in == "reward" and reference is not None and proximal is not None:
+        if self._kl_in_reward and reference is not None and proximal is not None:
             kl = approx_kl(proximal, reference, estimator=loss.kl_estimator)
             penalty = (loss.kl_coefficient * kl).double().cpu().numpy()
-        credit = replace(
-            batch.credit(plan.trained),
-            values=None if values is None else values.double().cpu().numpy()[plan.trained],
-            kl_penalty=None if penalty is None else penalty[plan.trained],
-        )
-        advantages = token_advantages(credit, self.config.advantage, self.estimator)
+        if advantages is None:
+            credit = replace(
+                batch.credit(plan.trained),
+                values=None if values is None else values.double().cpu().numpy()[plan.trained],
+                kl_penalty=None if penalty is None else penalty[plan.trained],
+            )
+            advantages = self._advantages(credit)
         tokens = step_tokens(batch, plan, advantages, step=step, device=self.policy.device)
         if proximal is not None:
-            trained = self._tensor(plan.trained)
+            at = self._tensor(scored)
             importance = torch.zeros_like(proximal)
-            importance[trained] = self._importance(tokens.select(trained), proximal[trained])
+            importance[at] = self._importance(tokens.select(at), proximal[at])
         clock.lap("advantage")
         return replace(tokens, proximal=proximal, importance=importance, reference=reference, old_values=values)
 
@@ -175,8 +213,16 @@ class Trainer:
             return 0.0
         return learning_rate(step, num_steps=self.config.num_steps, config=self.config.optimizer)
 
-    def _update(self, diagnostics: Diagnostics, *, rate: float) -> float:
-        """Updates the weights; returns the gradient norm before clipping. Raises: DivergenceError."""
+    def _update(self, diagnostics: Diagnostics, *, rate: float, has_signal: bool) -> float:
+        """Updates the weights; returns the gradient norm before clipping. Raises: DivergenceError.
+
+        A minibatch without signal makes no update, whether its contexts were computed or not: AdamW would otherwise
+        decay the weights, and move them by the momentum of earlier steps.
+        """
+        if not has_signal:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.guard.record(0.0)
+            return 0.0
         norm = apply_update(
             self.scorer,
             self.optimizer,
@@ -188,20 +234,23 @@ class Trainer:
         return norm
 
     def _needs_prepass(self, plan: StepPlan) -> bool:
-        loss = self.config.loss
         return (
             len(plan.minibatches) > 1
             or needs_prepass(self.corrections)
             or self.estimator.needs_values
-            or (loss.kl_in == "reward" and self.reference is not None)
+            or self._kl_in_reward
         )
+
+    @property
+    def _kl_in_reward(self) -> bool:
+        return self.config.loss.kl_in == "reward" and self.reference is not None
 
     @torch.no_grad()
     def _score_batch(self, scorer: Scorer, batch: Batch, plan: StepPlan) -> tuple[Tensor, Tensor | None]:
-        """(log-probs [N], values [N] or None), complete on all ranks; 0 for tokens that are not trained."""
+        """(log-probs [N], values [N] or None), complete on all ranks; 0 for tokens that are not scored."""
         dtype = torch.promote_types(self.policy.model.dtype, torch.float32)
         logprobs, values = torch.zeros(2, len(batch.sampled), dtype=dtype, device=self.policy.device)
-        for micro_batch in (each for minibatch in plan.minibatches for each in minibatch):
+        for micro_batch in plan.prepass:
             scores, gather = self._score_micro_batch(scorer, micro_batch)
             index = self._tensor(micro_batch.tokens)
             logprobs[index] = scores.logprob[gather]
@@ -244,25 +293,6 @@ class Trainer:
             context=tokens.context,
             trajectory=tokens.trajectory,
             corrections=self.corrections,
-        )
-
-    def _work(self, plan: StepPlan, tokens: TokenData) -> Work:
-        own = [each for minibatch in plan.minibatches for each in minibatch]
-        counts = [
-            sum(each.pack.num_unique_tokens for each in own),
-            sum(each.num_contexts == 0 for each in own),
-            sum(len(each.placement.source) for each in own),
-        ]
-        num_tokens, num_padding, num_scored = self.world.sum(torch.tensor(counts, device=self.policy.device)).tolist()
-        num_forwards = (tokens.proximal is not None) + (tokens.reference is not None)
-        peak = peak_flops(self.policy.device)
-        return Work(
-            num_computed_tokens=num_tokens,
-            num_padding_tokens=num_padding,
-            flops=training_flops(
-                self.policy.model, num_tokens=num_tokens, num_scored=num_scored, num_forwards=num_forwards
-            ),
-            peak_flops=peak and peak * self.world.size,
         )
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:

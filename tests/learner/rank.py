@@ -40,6 +40,9 @@ TRAINERS = {
     "a reference, corrections over trajectories": LearnerConfig(
         **_TRAINED, loss=loss_config(kl_coefficient=0.1, corrections=(correction("truncate", scope="trajectory"),))
     ),
+    "minibatches without signal": LearnerConfig(
+        **_TRAINED, loss=loss_config(minibatches=4, corrections=(correction("second_moment"),))
+    ),
     "gae in two minibatches": LearnerConfig(
         **_TRAINED, advantage=advantage_config(use="gae", lam=0.9), loss=loss_config(minibatches=2)
     ),
@@ -54,11 +57,16 @@ def diagnostics_of(rank: int) -> Diagnostics:
 
 
 def train_groups(config: LearnerConfig, world: World) -> tuple[Trainer, list[StepMetrics]]:
-    """Three steps of the real trainer on groups with contexts of different lengths."""
+    """Three steps of the real trainer on groups with contexts of different lengths.
+
+    In the second step only two contexts have an advantage other than 0, in the third none, unless the loss has more
+    terms.
+    """
     policy = Policy(model=tiny_model(), tokenizer_files=())
     reference = Policy(model=tiny_model(seed=1), tokenizer_files=()) if config.loss.kl_coefficient else None
     trainer = Trainer(policy=policy, config=config, reference=reference, world=world)
-    batches = [[group(10 * step), group(10 * step + 1)] for step in range(config.num_steps)]
+    equal = [group(seed, rewards=(0.5,) * 4, cursor=seed) for seed in (20, 21)]
+    batches = [[group(0), group(1)], [equal[0], group(10, num_contexts=(1, 1), rewards=(1.0, 0.0))], equal]
     return trainer, [trainer.train_step(batch, step=step) for step, batch in enumerate(batches)]
 
 

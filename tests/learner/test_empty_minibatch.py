@@ -1,14 +1,16 @@
-"""A minibatch without trained tokens changes nothing; one whose advantages are all 0 is still an optimizer step."""
+"""A minibatch without trained tokens, or with advantages of 0 only, makes no update; one of masked tokens makes one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from learner.algorithms.importance_weights import make_corrections
 from learner.model.loading import Policy
 from learner.training.trainer import Trainer
 from protocol.learner_config import LearnerConfig, OptimizerConfig
 from protocol.types import TrajectoryGroup
+from tests.learner.configs import correction
 from tests.learner.tiny import group, tiny_model
 
 
@@ -45,6 +47,12 @@ def test_a_minibatch_without_trained_tokens_makes_no_update_and_no_skip(trainer:
     assert (trainer.guard.num_skipped, trainer.guard.num_consecutive) == (0, 0)
 
 
-def test_a_minibatch_of_advantage_zero_decays_weights_and_moments(trainer: Trainer) -> None:
+def test_a_minibatch_of_advantage_zero_makes_no_update_and_no_skip(trainer: Trainer) -> None:
     equal_rewards = [group(1, rewards=(1.0, 1.0, 1.0, 1.0), versions=(1,))]
-    assert state_after(trainer, equal_rewards, step=1) == (False, False)
+    assert state_after(trainer, equal_rewards, step=1) == (True, True)
+    assert (trainer.guard.num_skipped, trainer.guard.num_consecutive) == (0, 0)
+
+
+def test_a_minibatch_that_corrections_mask_decays_weights_and_moments(trainer: Trainer) -> None:
+    trainer.corrections = make_corrections([correction("mask", low=1e8, high=1e9)])
+    assert state_after(trainer, [group(1, versions=(1,))], step=1) == (False, False)
