@@ -24,7 +24,7 @@ from learner.model.lora import add_adapters
 from learner.model.parallel import World, checkpoint_activations, join
 from learner.network.network_thread import NetworkThread
 from learner.store.folder_lock import locked
-from learner.store.resume_key import resume_key
+from learner.store.resume_key import changes, resume_key
 from learner.store.run_folder import RunFolder
 from learner.store.store import Store
 from learner.training.checkpoint import latest_checkpoint, restore_checkpoint
@@ -189,14 +189,12 @@ def _check_replay_folder(config: Config, source: Path) -> None:
     if RunFolder(config.run.dir).store.exists():
         raise DataError(f"run.dir {config.run.dir} already contains a run: choose another folder for the replay")
     path = config.run.dir / "replay.json"
-    identity = {"source": str(source.resolve()), **resume_key(config)}
+    mine = {"source": json.dumps(str(source.resolve())), **resume_key(config)}
     if not path.exists():
-        path.write_text(json.dumps(identity, indent=2) + "\n")
+        path.write_text(json.dumps(mine, indent=2) + "\n")
         return
-    found = json.loads(path.read_text())
-    for key, value in identity.items():
-        if found.get(key) != value:
-            raise DataError(
-                f"{config.run.dir} holds a replay with {key} = {found.get(key)}, not {value}: choose another run.dir, "
-                "or set it back to resume"
-            )
+    if problems := changes(json.loads(path.read_text()), mine):
+        raise DataError(
+            f"{config.run.dir} contains another replay: {'; '.join(problems)}; to resume, undo the change; to start a "
+            "new replay, choose another run.dir"
+        )

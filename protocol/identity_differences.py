@@ -52,11 +52,15 @@ def _is_table(value: Any) -> bool:
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if not _is_table(value):
+    """(key, value) of each leaf: a value, or a list of values. Elements of a list of tables or files are `key[i]`."""
+    if _is_table(value):
+        for name, each in value.items():
+            yield from _leaves(each, f"{key}.{name}")
+    elif isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        for i, each in enumerate(value):
+            yield from _leaves(each, f"{key}[{i}]")
+    else:
         yield key, value
-        return
-    for name, each in value.items():
-        yield from _leaves(each, f"{key}.{name}")
 
 
 def _difference(key: str, ours: Any, theirs: Any, owners: tuple[str, str]) -> str:

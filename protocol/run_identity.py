@@ -87,7 +87,7 @@ def actor_identity(config: Config) -> dict[str, str]:
     tree = _tree(config)
     tree["learner"] = {key: getattr(config.learner, key) for key in sorted(USED_BY_ACTORS)}
     tree["code"] = {module: _source(module) for module in _modules(config)}
-    return _texts(tree)
+    return _texts(tree, max_chars=MAX_SECTION_CHARS)
 
 
 def learner_identity(config: Config) -> dict[str, str]:
@@ -242,10 +242,10 @@ def _source(module: str) -> dict[str, str]:
 # --- text ---
 
 
-def _texts(tree: Mapping[str, Any]) -> dict[str, str]:
+def _texts(tree: Mapping[str, Any], *, max_chars: int | None = None) -> dict[str, str]:
     texts = {section: _json(values) for section, values in tree.items()}
     return {
-        section: text if len(text) <= MAX_SECTION_CHARS else _json({CONTENT: text_digest(text)})
+        section: text if max_chars is None or len(text) <= max_chars else _json({CONTENT: text_digest(text)})
         for section, text in texts.items()
     }
 

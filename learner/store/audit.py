@@ -71,11 +71,13 @@ def audit_run(run_dir: Path) -> Audit:
 
 
 def _audit(store: Store) -> Audit:
-    meta = store.meta()
-    batch_size, bound = int(meta["groups_per_batch"]), int(meta["staleness_bound"])
+    from learner.store.resume_key import run_facts
+
+    facts = run_facts(store.meta())
+    batch_size, bound = facts.groups_per_batch, facts.staleness_bound
     states = dict(store.query("SELECT state, count(*) FROM entries GROUP BY state"))
     leased = store.query("SELECT count(DISTINCT cursor) FROM leases")[0][0]
-    trained = _count_trained(store, bound, last_context_only=meta.get("ablation") == "last-context")
+    trained = _count_trained(store, bound, last_context_only=facts.last_context_only)
     problems = [*_check_batches(store, batch_size), *_check_entries(store), *trained.problems(bound)]
     if leased != sum(states.values()):
         problems.append(f"{leased} questions were leased, but {sum(states.values())} are accounted for")
@@ -88,7 +90,7 @@ def _audit(store: Store) -> Audit:
         problems.append(f"{len(lost)} acknowledged groups are not in the store: {sorted(lost)[:5]}")
     attempts = store.query("SELECT count(*) FROM leases")[0][0]
     return Audit(
-        run_id=meta["run_id"],
+        run_id=facts.run_id,
         num_steps=store.num_batches(),
         num_leased=leased,
         num_trained=states.get("trained", 0),

@@ -1,39 +1,59 @@
-"""The config keys that must not change when a run is resumed: those that affect the data and the training."""
+"""What must not change when a run is resumed: the identity of the run (`protocol.run_identity`).
+
+The store keeps it as section → JSON text. Stores of earlier versions have other keys, with plain text as values: they
+can be read, but not resumed, because they do not state the model's content.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from protocol.config import Config
+from protocol.identity_differences import differences
+from protocol.run_identity import learner_identity
+
+_LEARNER = "learner"
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What the audit and the retention rule need to know about a stored run."""
+
+    run_id: str
+    groups_per_batch: int
+    staleness_bound: int
+    last_context_only: bool
 
 
 def resume_key(config: Config) -> dict[str, str]:
-    """Config key → value as text. Keys of placement and speed (addresses, threads, counts) are absent and may change.
+    """Section → JSON text. Raises: DataError (a file that cannot be read)."""
+    return learner_identity(config)
 
-    `learner.num_steps` may change unless the learning-rate schedule depends on it.
-    """
-    learner = config.learner
-    parts = {
-        "run_id": config.run.name,
-        "run.seed": config.run.seed,
-        "task": config.task.model_dump(mode="json"),
-        "reward": config.reward.model_dump(mode="json"),
-        "tool": [tool.model_dump(mode="json") for tool in config.tool],
-        "workflow": config.workflow.model_dump(mode="json"),
-        "sampling": config.sampling.model_dump(mode="json"),
-        "groups_per_batch": learner.groups_per_batch,
-        "group_size": learner.group_size,
-        "staleness_bound": learner.staleness_bound,
-        "learner.skip_zero_variance": learner.skip_zero_variance,
-        "learner.dtype": learner.dtype,
-        "learner.lora": learner.lora.model_dump(mode="json") if learner.lora else "none",
-        "learner.check_drift": learner.check_drift,
-        "learner.reference": str(learner.reference or "model.path"),
-        "ablation": learner.ablation,
-        "learner.advantage": learner.advantage.model_dump(mode="json"),
-        "learner.loss": learner.loss.model_dump(mode="json"),
-        "learner.optimizer": learner.optimizer.model_dump(mode="json"),
-    }
-    if learner.optimizer.schedule != "constant":
-        parts["learner.num_steps"] = learner.num_steps
-    return {key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in parts.items()}
+
+def changes(stored: Mapping[str, str], mine: Mapping[str, str]) -> list[str]:
+    """One clause for each key of the stored resume key that `mine` does not agree with; empty: it may be resumed."""
+    if not stored:
+        return []
+    if missing := sorted(mine.keys() - stored.keys()):
+        return [f"an earlier version of Palimpsest made it, which did not record {', '.join(missing)}"]
+    return differences(stored, mine, what="this config")
+
+
+def run_facts(stored: Mapping[str, str]) -> RunFacts:
+    """Reads the facts from a stored resume key, also of an earlier version."""
+    if _LEARNER not in stored:
+        return RunFacts(
+            run_id=stored["run_id"],
+            groups_per_batch=int(stored["groups_per_batch"]),
+            staleness_bound=int(stored["staleness_bound"]),
+            last_context_only=stored.get("ablation") == "last-context",
+        )
+    learner = json.loads(stored[_LEARNER])
+    return RunFacts(
+        run_id=json.loads(stored["run"])["name"],
+        groups_per_batch=learner["groups_per_batch"],
+        staleness_bound=learner["staleness_bound"],
+        last_context_only=learner["ablation"] == "last-context",
+    )

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from learner.store.resume_key import run_facts
 from learner.store.store import Store
 from protocol.types import Status, TrajectoryGroup
 
@@ -74,7 +75,7 @@ def drop_tokens(store: Store, step: int) -> None:
     Raises: StoreError.
     """
     cursors = store.batch(step)
-    last_context_only = store.meta().get("ablation") == "last-context"
+    last_context_only = run_facts(store.meta()).last_context_only
     tallies = {cursor: Tally.of(store.group(cursor), last_context_only=last_context_only) for cursor in cursors}
     skipped = store.query(
         "SELECT cursor FROM groups JOIN entries USING (cursor) "

@@ -24,6 +24,7 @@ from learner.leases.decisions import (
     Trained,
 )
 from learner.leases.lease_table import Entry, LeaseRecord, LeaseTable, State
+from learner.store.resume_key import changes
 from learner.store.wal_checkpointer import MAX_LOG_PAGES, WalCheckpointer
 from protocol.codec import decode_frames
 from protocol.errors import DataError, StoreError, StoreFullError
@@ -142,17 +143,16 @@ class Store:
     # --- resume key ---
 
     def claim(self, resume_key: Mapping[str, str]) -> None:
-        """Stores the resume key of a new run. Raises: DataError if the store has another resume key."""
+        """Stores the resume key of a new run. Raises: DataError if the store has another one: it names each change."""
         found = self.meta()
-        with self.transaction("claim"):
-            for key, value in resume_key.items():
-                if key not in found:
-                    self._db.execute("INSERT INTO meta VALUES (?, ?)", (key, value))
-                elif found[key] != value:
-                    raise DataError(
-                        f"{self._path} belongs to a run with {key} = {found[key]}, not {value}: "
-                        "choose another run.dir, or set it back to resume"
-                    )
+        if problems := changes(found, resume_key):
+            raise DataError(
+                f"{self._path} is of another run: {'; '.join(problems)}; to resume, undo the change; to start a new "
+                "run, choose another run.dir"
+            )
+        if not found:
+            with self.transaction("claim"):
+                self._db.executemany("INSERT INTO meta VALUES (?, ?)", resume_key.items())
 
     def meta(self) -> dict[str, str]:
         """The stored resume key."""

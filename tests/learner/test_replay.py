@@ -106,7 +106,7 @@ def test_a_replay_folder_of_another_source_or_config_is_refused(tmp_path: Path) 
     other = load_config(
         path, ["learner.num_steps=2", "learner.optimizer.schedule=constant", "learner.loss.clip_low=0.1"]
     )
-    with pytest.raises(DataError, match=r"holds a replay with learner\.loss"):
+    with pytest.raises(DataError, match=r"another replay: learner\.loss\.clip_low: the run has no value, "):
         run_replay(other, source)
     with pytest.raises(DataError, match="already contains a run"):
         run_replay(load_config(path, [f"run.dir={source}"]), source)

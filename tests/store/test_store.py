@@ -150,7 +150,7 @@ def test_the_store_belongs_to_one_run(tmp_path: Path) -> None:
     store = Store(RunFolder(tmp_path).store)
     store.claim({"run_id": "a", "staleness_bound": "1"})
     store.claim({"run_id": "a", "staleness_bound": "1"})
-    with pytest.raises(DataError, match="belongs to a run with staleness_bound = 1, not 2"):
+    with pytest.raises(DataError, match="another run: staleness_bound: the run has 1, this config has 2; to resume"):
         store.claim({"run_id": "a", "staleness_bound": "2"})
     with pytest.raises(StoreError, match="holds no group 3"):
         store.group(3)
