@@ -39,6 +39,8 @@ def _sample(schema: dict, definitions: dict) -> object:
             return [_sample(schema["items"], definitions)] * 2
         case "string":
             return "0" * 32 if schema.get("pattern", "").endswith("{32}$") else "a name"
+        case "boolean":
+            return True
         case "integer":
             return max(3, schema.get("minimum", 0))
         case _:

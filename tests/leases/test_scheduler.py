@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -45,11 +45,19 @@ def engine(name: str, version: int) -> EngineFields:
     return EngineFields(name=name, url="http://127.0.0.1:1", version=version, publication=version + 1)
 
 
-def beat(scheduler: Scheduler, name: str = "a", *, capacity: int = 8, held: list[int] | None = None, **to: float):
-    """Sends a heartbeat and returns the leases granted by it. `held`: by default all outstanding leases."""
+def beat(scheduler: Scheduler, name: str = "a", *, slots: int = 16, held: list[int] | None = None, **to: float):
+    """Sends a heartbeat and returns the leases granted by it. `held`: by default all outstanding leases.
+
+    The actor has `slots` trajectory slots; each lease that it holds uses GROUP_SIZE of them.
+    """
     held = [lease.lease_id for lease in scheduler.lease_table.outstanding(name)] if held is None else held
-    message = Heartbeat(actor=name, incarnation="1", capacity=capacity, held=held, counters={})
+    message = heartbeat(name, slots=slots, held=held)
     return leases(scheduler.on_heartbeat(name.encode(), message, now_s=to.get("now_s", 0.0)))
+
+
+def heartbeat(name: str, *, slots: int, held: Sequence[int] = (), draining: bool = False) -> Heartbeat:
+    free = max(0, slots - GROUP_SIZE * len(held))
+    return Heartbeat(actor=name, incarnation="1", capacity=slots, free_slots=free, held=list(held), draining=draining)
 
 
 def leases(decision: Decision) -> list[Lease]:
@@ -78,7 +86,7 @@ def train(scheduler: Scheduler) -> list[int]:
 def test_a_lease_is_recorded_with_its_question_and_sent() -> None:
     scheduler = make()
     scheduler.on_engines([engine("e", 0)], now_s=0.0)
-    message = Heartbeat(actor="a", incarnation="1", capacity=1, held=[], counters={})
+    message = heartbeat("a", slots=2)
     decision = scheduler.on_heartbeat(b"peer", message, now_s=3.0)
     granted, placed = decision.records
     assert isinstance(granted, Granted)
@@ -88,25 +96,84 @@ def test_a_lease_is_recorded_with_its_question_and_sent() -> None:
     assert [(send.peer, type(send.message)) for send in decision.sends] == [(b"peer", RunStatus), (b"peer", Lease)]
 
 
-def test_leases_go_to_the_actor_with_most_free_credits() -> None:
+def test_leases_go_to_the_actor_with_most_free_slots() -> None:
     scheduler = make(groups_per_batch=4)
-    beat(scheduler, "a", capacity=2)
-    beat(scheduler, "b", capacity=4)
+    beat(scheduler, "a", slots=4)
+    beat(scheduler, "b", slots=8)
     decision = scheduler.on_engines([engine("e", 0)], now_s=0.0)
     peers = [send.peer for send in decision.sends]
-    assert peers[:2] == [b"b", b"b"], "b has 4 credits, then 3; then both have 2"
+    assert peers[:2] == [b"b", b"b"], "b has 8 free slots, then 6; then both have 4"
     assert sorted(peers) == [b"a"] * 2 + [b"b"] * 4
     assert scheduler.on_engines([engine("e", 0)], now_s=0.0) == Decision()
 
 
-def test_reduced_capacity_keeps_leases_and_grants_none() -> None:
+def test_an_actor_with_fewer_slots_keeps_its_leases_and_gets_none() -> None:
     scheduler = make()
     scheduler.on_engines([engine("e", 0)], now_s=0.0)
-    first = beat(scheduler, capacity=3)
+    first = beat(scheduler, slots=6)
     assert len(first) == 3
-    assert beat(scheduler, capacity=1) == []
+    assert beat(scheduler, slots=2) == []
     assert leases(submit(scheduler, first[0])) == []
-    assert len(beat(scheduler, capacity=3)) == 1
+    assert len(beat(scheduler, slots=6)) == 1
+
+
+def test_an_actor_gets_leases_while_it_has_a_free_slot() -> None:
+    """The last lease may take more slots than are free: its other trajectories wait in the actor."""
+    scheduler = make(groups_per_batch=8)
+    scheduler.on_engines([engine("e", 0)], now_s=0.0)
+    assert len(beat(scheduler, slots=5)) == 3
+    assert len(beat(scheduler, "large groups", slots=1)) == 1, "the group has two trajectories"
+    assert scheduler.num_free_slots() == 0
+
+
+def test_leases_that_no_heartbeat_has_listed_take_slots() -> None:
+    """A heartbeat that was sent before the leases arrived reports their slots as free."""
+    scheduler = make(groups_per_batch=8)
+    scheduler.on_engines([engine("e", 0)], now_s=0.0)
+    assert len(beat(scheduler, slots=6)) == 3
+    assert beat(scheduler, slots=6, held=[]) == []
+    held = [lease.lease_id for lease in scheduler.lease_table.outstanding("a")][:2]
+    assert beat(scheduler, slots=6, held=held) == [], "two slots are free, the third lease is under way"
+    assert len(beat(scheduler, slots=8, held=held)) == 1
+
+
+def test_slots_of_ended_trajectories_are_leased_before_their_group_is_complete() -> None:
+    scheduler = make(groups_per_batch=8)
+    scheduler.on_engines([engine("e", 0)], now_s=0.0)
+    held = [lease.lease_id for lease in beat(scheduler, slots=4)]
+    message = Heartbeat(actor="a", incarnation="1", capacity=4, free_slots=1, held=held)
+    assert len(leases(scheduler.on_heartbeat(b"a", message, now_s=0.0))) == 1
+
+
+def test_more_free_slots_than_slots_count_as_all_slots() -> None:
+    scheduler = make(groups_per_batch=8)
+    scheduler.on_engines([engine("e", 0)], now_s=0.0)
+    message = Heartbeat(actor="a", incarnation="1", capacity=2, free_slots=1 << 30, held=[])
+    assert len(leases(scheduler.on_heartbeat(b"a", message, now_s=0.0))) == 1
+
+
+def test_a_draining_actor_gets_no_lease_and_gives_back_those_that_it_does_not_hold() -> None:
+    scheduler = make()
+    scheduler.on_engines([engine("e", 0)], now_s=0.0)
+    first, second = beat(scheduler, slots=4)
+    beat(scheduler, "b", slots=0)
+    message = heartbeat("a", slots=4, held=[first.lease_id], draining=True)
+    decision = scheduler.on_heartbeat(b"a", message, now_s=0.0)
+    assert [record for record in decision.records if isinstance(record, Ended)] == [Ended(second.lease_id, "returned")]
+    assert leases(decision) == []
+    (again,) = beat(scheduler, "b", slots=2)
+    assert (again.cursor, again.attempt) == (second.cursor, 1)
+    assert outcome(submit(scheduler, first)) == "accepted"
+    assert scheduler.lease_table.num_expired == 0
+
+
+def test_goodbye_gives_leases_back_and_none_counts_as_expired() -> None:
+    scheduler = make()
+    scheduler.on_engines([engine("e", 0)], now_s=0.0)
+    (lease,) = beat(scheduler, slots=2)
+    decision = scheduler.on_goodbye(Goodbye(actor="a", incarnation="1"), now_s=0.0)
+    assert Ended(lease.lease_id, "returned") in decision.records
+    assert scheduler.lease_table.num_expired == 0
 
 
 def test_an_engine_behind_the_bound_does_not_hold_the_others_back() -> None:
@@ -134,13 +201,13 @@ def test_an_engine_version_above_the_learners_does_not_raise_the_limit() -> None
 def test_undelivered_leases_are_issued_to_another_actor() -> None:
     scheduler = make()
     scheduler.on_engines([engine("e", 0)], now_s=0.0)
-    beat(scheduler, "a", capacity=2)
-    beat(scheduler, "b", capacity=0)
+    beat(scheduler, "a", slots=4)
+    beat(scheduler, "b", slots=0)
     held = [lease.lease_id for lease in scheduler.lease_table.outstanding("a")]
     decision = scheduler.on_undelivered(held[:1], now_s=1.0)
     assert Ended(held[0], "lost") in decision.records
     assert leases(decision) == [], "a gets no lease before its next heartbeat"
-    (again,) = beat(scheduler, "b", capacity=1, now_s=1.0)
+    (again,) = beat(scheduler, "b", slots=2, now_s=1.0)
     assert (again.cursor, again.attempt) == (0, 1)
     assert [lease.lease_id for lease in scheduler.lease_table.outstanding("a")] == held[1:], (
         "it keeps the delivered lease"
@@ -150,9 +217,9 @@ def test_undelivered_leases_are_issued_to_another_actor() -> None:
 def test_a_lease_that_no_heartbeat_names_is_lost_after_lost_after_s() -> None:
     scheduler = make()
     scheduler.on_engines([engine("e", 0)], now_s=0.0)
-    beat(scheduler, capacity=1)
-    assert beat(scheduler, capacity=1, held=[], now_s=LOST_AFTER_S) == []
-    (again,) = beat(scheduler, capacity=1, held=[], now_s=LOST_AFTER_S + 0.1)
+    beat(scheduler, slots=2)
+    assert beat(scheduler, slots=2, held=[], now_s=LOST_AFTER_S) == []
+    (again,) = beat(scheduler, slots=2, held=[], now_s=LOST_AFTER_S + 0.1)
     assert (again.cursor, again.attempt) == (0, 1)
 
 
@@ -170,7 +237,7 @@ def test_a_stall_of_the_learner_extends_the_actors_deadlines() -> None:
 def test_a_straggler_is_overtaken_and_accepted_later() -> None:
     scheduler = make(straggler_timeout_s=STRAGGLER_S)
     scheduler.on_engines([engine("e", 0)], now_s=0.0)
-    slow, second, third, fourth = beat(scheduler, capacity=4)
+    slow, second, third, fourth = beat(scheduler, slots=8)
     submit(scheduler, second)
     submit(scheduler, fourth)
     serving = [engine("e", 0)]
@@ -199,7 +266,7 @@ def test_no_straggler_is_overtaken_unless_that_completes_the_batch(why: str) -> 
     scheduler = make(straggler_timeout_s=None if why == "switched off" else STRAGGLER_S)
     serving = [engine("e", 0)]
     scheduler.on_engines(serving, now_s=0.0)
-    first, second, _, fourth = beat(scheduler, capacity=4)
+    first, second, _, fourth = beat(scheduler, slots=8)
     if why != "no group has come for a later batch":
         submit(scheduler, fourth)
     if why != "another is missing too":
@@ -224,7 +291,7 @@ def test_no_decision_is_made_while_the_disk_is_full() -> None:
     scheduler = make()
     serving = [engine("e", 0)]
     scheduler.on_engines(serving, now_s=0.0)
-    (lease,) = beat(scheduler, capacity=1)
+    (lease,) = beat(scheduler, slots=2)
     assert outcome(submit(scheduler, lease)) == "accepted"  # ... but this decision could not be stored:
     stored = make().lease_table
     stored.grant(actor="a", now_s=0.0)
@@ -237,7 +304,7 @@ def test_no_decision_is_made_while_the_disk_is_full() -> None:
     ]
     for event in events:
         assert event() == Decision()
-    message = Heartbeat(actor="a", incarnation="1", capacity=3, held=[], counters={})
+    message = heartbeat("a", slots=6)
     alive = scheduler.on_heartbeat(b"a", message, now_s=1e7)
     assert [type(send.message) for send in alive.sends] == [RunStatus], "heartbeats are still answered"
     assert alive.records == []
@@ -253,5 +320,5 @@ def test_drain_is_sent_at_once_and_in_answer_to_each_heartbeat() -> None:
     beat(scheduler, "a")
     assert [send.message for send in scheduler.drain("done").sends] == [Drain(reason="done")]
     assert scheduler.on_engines([engine("e", 0)], now_s=0.0) == Decision()
-    message = Heartbeat(actor="b", incarnation="1", capacity=1, held=[], counters={})
+    message = heartbeat("b", slots=2)
     assert [send.message for send in scheduler.on_heartbeat(b"b", message, now_s=0.0).sends] == [Drain(reason="done")]

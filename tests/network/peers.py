@@ -80,9 +80,12 @@ def open_network(
 
 
 class Actor:
-    """An actor controlled by the test; it stores received messages by kind. Use `async with`."""
+    """An actor controlled by the test; it stores received messages by kind. Use `async with`.
 
-    def __init__(self, address: str, *, name: str = "actor-0", incarnation: str = "1", capacity: int = 8) -> None:
+    It has `capacity` trajectory slots, of which each lease in `held` uses GROUP_SIZE.
+    """
+
+    def __init__(self, address: str, *, name: str = "actor-0", incarnation: str = "1", capacity: int = 16) -> None:
         self.name, self.incarnation, self.capacity = name, incarnation, capacity
         self.leases: list[Lease] = []
         self.replies: list[SubmitReply] = []
@@ -106,7 +109,13 @@ class Actor:
     async def heartbeat(self) -> None:
         held = sorted(self.held)
         await self.send(
-            Heartbeat(actor=self.name, incarnation=self.incarnation, capacity=self.capacity, held=held, counters={})
+            Heartbeat(
+                actor=self.name,
+                incarnation=self.incarnation,
+                capacity=self.capacity,
+                free_slots=max(0, self.capacity - GROUP_SIZE * len(held)),
+                held=held,
+            )
         )
 
     async def goodbye(self) -> None:
@@ -135,7 +144,7 @@ class Actor:
                 await self._changed.wait()
 
     async def until_leased(self, num: int) -> list[Lease]:
-        """Sends a heartbeat (for the credits), then waits until `num` leases have arrived in total."""
+        """Sends a heartbeat (for the free slots), then waits until `num` leases have arrived in total."""
         await self.heartbeat()
         await self.until(lambda: len(self.leases) >= num)
         return self.leases

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from learner.leases import scheduler
+from learner.leases import received_groups
 from learner.leases.lease_table import State
 from learner.leases.lease_timeouts import LeaseTimeouts
 from learner.store.audit import audit_run
@@ -46,17 +46,17 @@ async def test_no_lease_before_an_engine_serves(tmp_path: Path) -> None:
             assert [engine.version for engine in (await actor.until_status()).engines] == [0]
 
 
-async def test_leases_follow_credits(tmp_path: Path) -> None:
+async def test_leases_follow_free_slots(tmp_path: Path) -> None:
     with open_network(Setting(tmp_path)) as network:
         await serve_version(network, 0)
         address = network.control_address
-        async with Actor(address, capacity=1) as small, Actor(address, name="actor-1", capacity=2) as large:
+        async with Actor(address, capacity=2) as small, Actor(address, name="actor-1", capacity=4) as large:
             await small.until_leased(1)
             await large.until_leased(2)
             await small.until_status()
             assert (len(small.leases), len(large.leases)) == (1, 2)
             assert (await small.answer(small.leases[0])).outcome == "accepted"
-            await small.until(lambda: len(small.leases) == 2)
+            await small.until_leased(2)
             assert len({lease.lease_id for lease in small.leases + large.leases}) == 4
 
 
@@ -172,7 +172,7 @@ async def test_a_question_is_skipped_after_max_failures(tmp_path: Path) -> None:
         await serve_version(network, 0)
         async with Actor(network.control_address, capacity=1) as actor:
             await actor.until_leased(1)
-            for attempt in range(scheduler.MAX_FAILURES):
+            for attempt in range(received_groups.MAX_FAILURES):
                 lease = actor.leases[-1]
                 assert (lease.cursor, lease.attempt) == (0, attempt)
                 failed = replace(make_group(lease).trajectories[0], contexts=(), status=Status.FAILED)

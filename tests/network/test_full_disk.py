@@ -28,7 +28,7 @@ async def test_a_full_disk_stops_admission_and_loses_nothing(tmp_path: Path, cap
     store = Store(RunFolder(tmp_path).store)
     with open_network(setting, store=store) as network:
         await serve_version(network, 0)
-        async with Actor(network.control_address, capacity=64) as actor:
+        async with Actor(network.control_address, capacity=128) as actor:
             leases = list(await actor.until_leased(64))
             await in_network_thread(network, lambda: fill_up(store))
             sent = 0

@@ -84,7 +84,7 @@ async def test_a_restarted_learner_keeps_groups_and_leases(tmp_path: Path) -> No
             assert (await actor.answer(leases[3])).outcome == "accepted"
     with open_network(setting) as network:
         await serve_version(network, 0)
-        async with Actor(network.control_address, capacity=8) as actor:
+        async with Actor(network.control_address, capacity=16) as actor:
             actor.held = {leases[1].lease_id, leases[2].lease_id}
             await actor.until_status()
             assert actor.leases == []
