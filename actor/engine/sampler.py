@@ -48,7 +48,9 @@ def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> tuple[list[int], l
     """
     params = [sequence.sampling for sequence in sequences]
     temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float32)
-    logprobs = torch.log_softmax(logits.float() / temperatures[:, None], dim=-1)
+    logprobs = logits.float() / temperatures[:, None]
+    # log_softmax adds the V terms of a row one by one on a CPU: errors of 3e-5 with V = 49,152.
+    logprobs -= logprobs.logsumexp(dim=-1, keepdim=True)
     probs = _restrict(logprobs.exp(), sequences)
 
     seeds = np.array([p.seed for p in params], dtype=np.uint64)

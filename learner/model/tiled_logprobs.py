@@ -68,7 +68,8 @@ class _TokenScores(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         kept = None
         if len(hidden) <= tile[0] and len(weight) <= tile[1]:
-            kept = _logits(hidden, weight, bias, temperature).log_softmax(dim=-1)
+            kept = _logits(hidden, weight, bias, temperature)
+            kept.sub_(kept.logsumexp(dim=-1, keepdim=True))  # log_softmax adds the V terms one by one: errors of 3e-5
             logprob = kept.gather(1, target[:, None]).squeeze(1).clone()  # not a view: FSDP hooks outputs
             normalizer, entropy = torch.zeros_like(logprob), kept.exp().mul_(kept).sum(dim=-1).neg_()
         else:

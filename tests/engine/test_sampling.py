@@ -67,6 +67,15 @@ def test_top_k_and_top_p_restrict_the_tokens_and_not_the_logprobs() -> None:
         torch.testing.assert_close(torch.tensor(logprobs), full[token_ids])
 
 
+def test_logprobs_over_a_large_vocabulary_are_exact() -> None:
+    """One probable token and 49,151 improbable ones: the importance ratio at age 0 must be 1."""
+    logits = torch.full((8, 49_152), -11.0)
+    logits[:, 7] = 0.0
+    token_ids, logprobs = sample(logits, [sequence(replace(PLAIN, seed=seed)) for seed in range(8)])
+    exact = logits[0].double().log_softmax(-1)[token_ids]
+    torch.testing.assert_close(torch.tensor(logprobs).double(), exact, rtol=0, atol=1e-6)
+
+
 def test_min_new_tokens_excludes_stop_tokens() -> None:
     probs = torch.tensor([0.98, 0.01, 0.01])
     seeded = [replace(PLAIN, seed=s, stop_token_ids=frozenset({0}), min_new_tokens=2) for s in range(200)]

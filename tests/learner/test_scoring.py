@@ -116,3 +116,17 @@ def test_no_tokens_give_empty_scores_and_a_zero_gradient() -> None:
     logprob.sum().backward()
     assert weight.grad is not None
     assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 100])
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_scores_over_a_large_vocabulary_are_exact_in_fp32(num_rows: int, spread: float) -> None:
+    """One probable token and 49,151 improbable ones, whose small terms must not be lost in the sum."""
+    vocab_size = 49_152
+    logits = -11.0 + spread * torch.randn(vocab_size, generator=torch.Generator().manual_seed(0))
+    logits[7] = 0.0
+    target = torch.full((num_rows,), 7)
+    logprob, entropy = token_scores(torch.ones(num_rows, 1), logits[:, None], target)
+    exact = logits.double().log_softmax(-1)
+    torch.testing.assert_close(logprob.double(), exact[target], rtol=0, atol=1e-6)
+    torch.testing.assert_close(entropy.double(), -(exact.exp() * exact).sum().expand(num_rows), rtol=1e-5, atol=0)
