@@ -67,11 +67,17 @@ class SimulatedEngine:
 
 @dataclass
 class _Job:
-    """A lease in progress. `spans`: (version, publication) of each context sampled; `frames`: the finished group."""
+    """A lease in progress.
+
+    num_running  its trajectories that have not ended; each uses a slot
+    spans        (version, publication) of each context sampled
+    frames       the finished group
+    """
 
     lease: Lease
     num_contexts: int
     slowness: float
+    num_running: int = GROUP_SIZE
     spans: list[tuple[int, int]] = field(default_factory=list)
     waits_since_s: float | None = None
     frames: list[Buffer] = field(default_factory=list)
@@ -79,15 +85,19 @@ class _Job:
 
 
 class SimulatedActor:
-    """Works on all its leases concurrently; keeps a finished group until it is acknowledged."""
+    """Works on all its leases concurrently; keeps a finished group until it is acknowledged.
+
+    One trajectory of a group ends at a random time, the others with the group. While it drains, it takes no lease.
+    """
 
     def __init__(self, world: World, name: str) -> None:
         self.world = world
         self.name = name
-        self.capacity = world.random.randint(1, 6)
+        self.capacity = world.random.randint(1, 6 * GROUP_SIZE)
         self._incarnation = 0
         self._jobs: dict[int, _Job] = {}
         self._is_up = True
+        self._is_draining = False
         self._cut_until_s = 0.0
         self._status_s = 0.0
 
@@ -101,6 +111,7 @@ class SimulatedActor:
     def start(self) -> None:
         self._incarnation += 1
         self._is_up = True
+        self._is_draining = False
         self._heartbeat(self._incarnation)
 
     def kill(self) -> None:
@@ -108,7 +119,26 @@ class SimulatedActor:
         if not self._is_up:
             return
         self.world.seen["actor killed"] += 1
-        if self.world.random.random() < 0.3:
+        self._stop(with_goodbye=self.world.random.random() < 0.3)
+
+    def drain(self) -> None:
+        """SIGTERM: finishes its groups for at most 10 s, then leaves and restarts later."""
+        if not self._is_up or self._is_draining:
+            return
+        self.world.seen["actor drained"] += 1
+        self._is_draining = True
+        incarnation = self._incarnation
+        self.world.after(
+            10.0, lambda: self._stop(with_goodbye=True) if incarnation == self._incarnation and self._is_up else None
+        )
+        self._leave_if_drained()
+
+    def _leave_if_drained(self) -> None:
+        if self._is_up and self._is_draining and not self._jobs:
+            self._stop(with_goodbye=True)
+
+    def _stop(self, *, with_goodbye: bool) -> None:
+        if with_goodbye:
             self._send(Goodbye(actor=self.name, incarnation=str(self._incarnation)))
         self._is_up = False
         self._jobs.clear()
@@ -124,15 +154,17 @@ class SimulatedActor:
         match message:
             case RunStatus():
                 self._status_s = self.world.now_s
-            case Lease() if message.lease_id not in self._jobs:
+            case Lease() if message.lease_id not in self._jobs and not self._is_draining:
                 slowness = 40.0 if self.world.chance(0.02) else 1.0
                 job = _Job(message, num_contexts=self.world.random.randint(1, 3), slowness=slowness)
                 self._jobs[message.lease_id] = job
                 self._schedule(job)
+                self.world.after(self.world.random.uniform(0.0, 2.0), lambda: self._end_trajectory(job))
             case SubmitReply():
                 job = self._jobs.get(message.lease_id)
                 if job is not None and job.frames:
                     del self._jobs[message.lease_id]
+                    self._leave_if_drained()
             case Drain():
                 self.world.seen["drained"] += 1
                 self.kill()
@@ -140,19 +172,30 @@ class SimulatedActor:
     def _heartbeat(self, incarnation: int) -> None:
         if not self._is_up or incarnation != self._incarnation:
             return
-        self._send(
-            Heartbeat(
-                actor=self.name,
-                incarnation=str(incarnation),
-                capacity=self.capacity,
-                held=list(self._jobs),
-                counters={},
-            )
-        )
+        self._report()
         for job in self._jobs.values():
             if job.frames and self.world.now_s - job.sent_s > RESEND_S and self._status_s > job.sent_s:
                 self._submit(job)
         self.world.after(HEARTBEAT_S, lambda: self._heartbeat(incarnation))
+
+    def _report(self) -> None:
+        free_slots = max(0, self.capacity - sum(job.num_running for job in self._jobs.values()))
+        self._send(
+            Heartbeat(
+                actor=self.name,
+                incarnation=str(self._incarnation),
+                capacity=self.capacity,
+                free_slots=free_slots,
+                held=list(self._jobs),
+                draining=self._is_draining,
+            )
+        )
+
+    def _end_trajectory(self, job: _Job) -> None:
+        """One trajectory of the group ends; its slot is free, and a heartbeat says so at once."""
+        if self._is_up and job.num_running == GROUP_SIZE and self._jobs.get(job.lease.lease_id) is job:
+            job.num_running -= 1
+            self._report()
 
     def _schedule(self, job: _Job) -> None:
         incarnation = self._incarnation
@@ -192,6 +235,7 @@ class SimulatedActor:
         question = Question(id=f"q{lease.cursor}", text="who?", answers=("w1",))
         group = TrajectoryGroup(lease.run_id, lease.cursor, lease.attempt, question, trajectories)
         job.frames = encode_group(group, lease_id=lease.lease_id)
+        job.num_running = 0
         self._submit(job)
 
     def _submit(self, job: _Job) -> None:

@@ -1,9 +1,9 @@
 """A run in simulated time: scheduler, codec, store and audit are real; only sockets and the clock are simulated.
 
-Messages are delayed, lost, duplicated and reordered. Actors are killed, disconnected and slow; engines lag, get stuck
-and restart without weights; the learner is killed before, in and after commits and between replies, and resumes from
-its newest checkpoint and the log; the disk fills up. All random draws come from one seed. Some invariants are checked
-at each event, the others by `World.check`. Raises: Violation if an invariant does not hold.
+Messages are delayed, lost, duplicated and reordered. Actors are killed, drained, disconnected and slow; engines lag,
+get stuck and restart without weights; the learner is killed before, in and after commits and between replies, and
+resumes from its newest checkpoint and the log; the disk fills up. All random draws come from one seed. Some invariants
+are checked at each event, the others by `World.check`. Raises: Violation if an invariant does not hold.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ class World:
             self.random.choice(
                 [
                     lambda: self.random.choice(list(self.actors.values())).kill(),
+                    lambda: self.random.choice(list(self.actors.values())).drain(),
                     lambda: self.random.choice(list(self.actors.values())).cut_off(self.random.uniform(1.0, 30.0)),
                     lambda: self.random.choice(self.engines).restart(),
                     lambda: self.random.choice(self.engines).get_stuck(self.random.uniform(5.0, 100.0)),

@@ -15,6 +15,7 @@ FAULTS = (
     "message lost",
     "message duplicated",
     "actor killed",
+    "actor drained",
     "actor cut off",
     "engine killed",
     "engine stuck",
