@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class Setting:
     timeouts: LeaseTimeouts = DEFAULT_TIMEOUTS
     skip_zero_variance: bool = False
     full_retry_s: float = 2.0
+    identity: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def resume_key(self) -> dict[str, str]:
@@ -73,6 +74,7 @@ def open_network(
             timeouts=setting.timeouts,
             on_death=on_death or (lambda: deaths.append("died")),
             full_retry_s=setting.full_retry_s,
+            identity=setting.identity,
         )
         with network:
             yield network
