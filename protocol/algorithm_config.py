@@ -88,6 +88,11 @@ class AdvantageConfig(ExtensionSection):
         """Whether every group of equal rewards gets advantage 0."""
         return self.use in WITHIN_GROUP and self.context_rewards == "none"
 
+    @property
+    def divides_by_group_std(self) -> bool:
+        """Whether advantages are divided by the std of the rewards in a group, to which a KL in the reward adds."""
+        return self.use == "grpo" and bool(self.options.get("normalize_std", True))
+
 
 class PpoOptions(Options):
     """PPO: r = pi_theta / pi_prox is clipped to [1 - clip_low, 1 + clip_high]."""

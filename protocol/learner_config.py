@@ -17,6 +17,10 @@ class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
     learning_rate: Annotated[float, Field(ge=0)] = Field(default=1e-6, description="Learning rate after warm-up.")
+    value_learning_rate: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="Learning rate of the value head of `gae`, with the same schedule. Unset: `learning_rate`.",
+    )
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="AdamW betas.")
     eps: Annotated[float, Field(gt=0)] = Field(default=1e-8, description="AdamW epsilon.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW weight decay.")
@@ -144,11 +148,23 @@ class LearnerConfig(Section):
                 f"learner.loss.minibatches must be <= groups_per_batch * group_size = "
                 f"{self.groups_per_batch * self.group_size}, got {self.loss.minibatches}"
             )
+        if self.group_size == 1 and self.advantage.is_zero_without_variance:
+            raise ValueError(
+                f"learner.group_size must be >= 2 with learner.advantage.use = {self.advantage.use!r}, which compares "
+                "trajectories of one group: the advantage in a group of one is always 0, got 1 "
+                "(reinforce_pp and gae need no group)"
+            )
         kl_in_reward = self.loss.kl_in == "reward" and self.loss.kl_coefficient > 0
         if self.skip_zero_variance and (kl_in_reward or not self.advantage.is_zero_without_variance):
             raise ValueError(
                 "learner.skip_zero_variance must be false unless groups of equal rewards have advantage 0 "
                 "(gae, reinforce_pp, imported estimators, context_rewards and a KL in the reward do not), got true"
+            )
+        if self.advantage.divides_by_group_std and kl_in_reward:
+            raise ValueError(
+                "learner.loss.kl_in must be 'loss' with learner.advantage.use = 'grpo' and normalize_std = true, got "
+                "'reward': in a group of equal task rewards the std would be that of the KL's noise, and advantages "
+                "about +-1; or set learner.advantage.normalize_std = false"
             )
         if self.advantage.use == "maxrl" and kl_in_reward:
             raise ValueError(

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from learner.algorithms.advantages import Advantages, Credit
+from learner.algorithms.advantages import Advantages
 from learner.algorithms.diagnostics import Diagnostics
 from learner.algorithms.estimators import make_estimator, token_advantages
 from learner.algorithms.importance_weights import correction_weights, make_corrections, needs_prepass, widest_scope
@@ -38,7 +38,7 @@ from learner.model.attention import to_device
 from learner.model.loading import Policy
 from learner.model.parallel import World, shard
 from learner.model.scorer import Scorer, Scores
-from learner.training.optimizer import SkipGuard, apply_update, build_optimizer, learning_rate
+from learner.training.optimizer import SkipGuard, apply_update, build_optimizer, learning_rate, value_learning_rate
 from learner.training.step_work import step_work
 from protocol.learner_config import LearnerConfig
 from protocol.types import TrajectoryGroup
@@ -97,11 +97,11 @@ class Trainer:
         if plan.trained.any() and not any(plan.has_signal) and self.world.rank == 0:
             log.warning("every advantage of step %d is 0: nothing was trained", step)
         tokens = self.prepare(batch, plan, step=step, clock=clock)
-        rate = self._rate(step)
+        rate, value_rate = self._rates(step)
         total, norms = Diagnostics(), []
         for minibatch, has_signal in zip(plan.minibatches, plan.has_signal, strict=True):
             diagnostics = self.accumulate(minibatch, tokens, clock=clock)
-            norms.append(self._update(diagnostics, rate=rate, has_signal=has_signal))
+            norms.append(self._update(diagnostics, rate=rate, value_rate=value_rate, has_signal=has_signal))
             total += diagnostics
             clock.lap("update")
         num_forwards = (tokens.proximal is not None) + (tokens.reference is not None)
@@ -129,7 +129,7 @@ class Trainer:
         advantages = None
         if not (self.estimator.needs_values or self._kl_in_reward):
             clock.lap("plan")
-            advantages = self._advantages(batch.credit(trained))
+            advantages = token_advantages(batch.credit(trained), config.advantage, self.estimator)
             clock.lap("advantage")
         plan = make_plan(
             batch,
@@ -157,9 +157,6 @@ class Trainer:
             skip=self.config.skip_zero_advantage and not self.config.check_drift,
         )
 
-    def _advantages(self, credit: Credit) -> Advantages:
-        return token_advantages(credit, self.config.advantage, self.estimator)
-
     def prepare(self, batch: Batch, plan: StepPlan, *, step: int, clock: Clock | None = None) -> TokenData:
         """Computes the columns of a batch's tokens that must be known before training: advantages, weights, log-probs.
 
@@ -184,7 +181,7 @@ class Trainer:
                 values=None if values is None else values.double().cpu().numpy()[plan.trained],
                 kl_penalty=None if penalty is None else penalty[plan.trained],
             )
-            advantages = self._advantages(credit)
+            advantages = token_advantages(credit, self.config.advantage, self.estimator)
         tokens = step_tokens(batch, plan, advantages, step=step, device=self.policy.device)
         if proximal is not None:
             at = self._tensor(scored)
@@ -208,12 +205,14 @@ class Trainer:
             total += diagnostics
         return total
 
-    def _rate(self, step: int) -> float:
+    def _rates(self, step: int) -> tuple[float, float]:
+        """Learning rates of the policy and of the value head."""
         if self.config.check_drift:
-            return 0.0
-        return learning_rate(step, num_steps=self.config.num_steps, config=self.config.optimizer)
+            return 0.0, 0.0
+        of_step = {"num_steps": self.config.num_steps, "config": self.config.optimizer}
+        return learning_rate(step, **of_step), value_learning_rate(step, **of_step)
 
-    def _update(self, diagnostics: Diagnostics, *, rate: float, has_signal: bool) -> float:
+    def _update(self, diagnostics: Diagnostics, *, rate: float, value_rate: float, has_signal: bool) -> float:
         """Updates the weights; returns the gradient norm before clipping. Raises: DivergenceError.
 
         A minibatch without signal makes no update, whether its contexts were computed or not: AdamW would otherwise
@@ -227,6 +226,7 @@ class Trainer:
             self.scorer,
             self.optimizer,
             rate=rate,
+            value_rate=value_rate,
             clip_norm=self.config.optimizer.clip_norm,
             loss_is_finite=self.world.all(math.isfinite(diagnostics.loss)),
         )

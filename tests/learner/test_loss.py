@@ -235,3 +235,8 @@ def test_k3_is_unbiased_and_never_negative() -> None:
     per_token = approx_kl(p, q)
     assert (per_token >= 0).all()
     torch.testing.assert_close((p.exp() * per_token).sum(), (p.exp() * (p - q)).sum())
+
+
+def test_an_unknown_kl_estimator_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be one of k1, k2, k3, got 'k4'"):
+        approx_kl(torch.zeros(1), torch.zeros(1), estimator="k4")  # pyright: ignore[reportArgumentType]

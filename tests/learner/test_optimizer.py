@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from learner.training.optimizer import SkipGuard, apply_update, build_optimizer, learning_rate
+from learner.training.optimizer import SkipGuard, apply_update, build_optimizer, learning_rate, value_learning_rate
 from protocol.errors import DivergenceError
 from protocol.learner_config import OptimizerConfig
 
@@ -41,6 +41,38 @@ def test_one_update_by_hand() -> None:
     assert float(model.bias.detach()) == pytest.approx(1.1)
     assert optimizer.state[model.weight]["exp_avg"].item() == pytest.approx(0.1 * 0.6)
     assert model.weight.grad is None
+
+
+class WithValueHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy = nn.Linear(2, 2)
+        self.value_head = nn.Linear(2, 1)
+
+
+@pytest.mark.parametrize("value_rate", [0.0, 0.3, None])
+def test_the_value_head_has_its_own_learning_rate(value_rate: float | None) -> None:
+    """AdamW's first step moves every parameter by its learning rate."""
+    model = WithValueHead()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, OptimizerConfig(eps=1e-12))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    apply_update(model, optimizer, rate=0.1, value_rate=value_rate, clip_norm=100.0)
+    for name, parameter in model.named_parameters():
+        rate = value_rate if name.startswith("value_head") and value_rate is not None else 0.1
+        torch.testing.assert_close(parameter.detach(), before[name] - rate, rtol=1e-5, atol=1e-6)
+
+
+def test_the_value_heads_rate_follows_the_schedule() -> None:
+    config = OptimizerConfig(
+        learning_rate=0.0, value_learning_rate=2.0, schedule="linear", warmup_steps=4, final_fraction=0.1
+    )
+    rates = [value_learning_rate(step, num_steps=104, config=config) for step in (0, 3, 54, 104)]
+    assert rates == pytest.approx([0.5, 2.0, 1.1, 0.2])
+    assert learning_rate(54, num_steps=104, config=config) == 0.0
+    shared = OptimizerConfig(learning_rate=1.0)
+    assert value_learning_rate(3, num_steps=10, config=shared) == 1.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

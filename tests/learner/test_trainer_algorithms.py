@@ -12,7 +12,7 @@ from learner.batch.flatten import flatten
 from learner.model.loading import Policy
 from learner.training.trainer import Trainer
 from protocol.algorithm_config import ValueConfig
-from protocol.learner_config import LearnerConfig
+from protocol.learner_config import LearnerConfig, OptimizerConfig
 from protocol.types import Context
 from tests.learner.configs import advantage_config, correction, loss_config
 from tests.learner.reference import (
@@ -24,7 +24,7 @@ from tests.learner.reference import (
     trajectories_of,
 )
 from tests.learner.test_trainer import STEP, TEMPERATURE, distance, gradient_of, uneven_groups
-from tests.learner.tiny import tiny_model
+from tests.learner.tiny import group, tiny_model
 
 LOSSES = {
     "gspo": loss_config(use="gspo", clip_low=0.05, clip_high=0.05),
@@ -155,6 +155,29 @@ def test_ppo_with_a_value_head_equals_plain_forwards_and_loops() -> None:
     assert distance(found, gradient_of(trainer.policy.model)) < 1e-5
     torch.testing.assert_close(found_head, head.weight.grad, rtol=1e-5, atol=1e-8)
     assert float(found_head.norm()) > 1e-3
+
+
+def test_the_value_head_is_trained_with_its_own_learning_rate() -> None:
+    """The policy's rate is 0: only the value head moves."""
+    optimizer = OptimizerConfig(learning_rate=0.0, value_learning_rate=0.01)
+    trainer = trainer_of(LearnerConfig(staleness_bound=2, advantage=advantage_config(use="gae"), optimizer=optimizer))
+    before = {name: p.detach().clone() for name, p in trainer.scorer.named_parameters()}
+    trainer.train_step(uneven_groups(), step=STEP)
+    moved = {name for name, p in trainer.scorer.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"value_head.weight", "value_head.bias"}
+
+
+def test_a_kl_in_the_reward_gives_groups_of_equal_task_rewards_advantages_of_its_own_size() -> None:
+    """The std of GRPO would scale them to +-1.4; the config refuses it."""
+    loss = loss_config(kl_coefficient=1e-6, kl_in="reward")
+    trainer = trainer_of(
+        LearnerConfig(staleness_bound=9, loss=loss, advantage=advantage_config(use="rloo")), with_reference=True
+    )
+    batch = flatten([group(0, rewards=(1.0,) * 4)])
+    tokens = trainer.prepare(batch, trainer.plan(batch, step=0), step=0)
+    assert 0 < float(tokens.advantages.abs().max()) < 1e-3
+    with pytest.raises(ValueError, match=r"learner\.loss\.kl_in must be 'loss'"):
+        LearnerConfig(loss=loss)
 
 
 def test_a_kl_in_the_reward_changes_advantages_by_the_mean_kl_of_each_trajectory() -> None:

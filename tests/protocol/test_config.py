@@ -246,6 +246,17 @@ def test_json_that_is_not_an_object_is_refused(tmp_path: Path, tree: object) -> 
         ("learner.loss={use='cispo', dual_clip=3.0}", ["learner.loss.dual_clip: unknown key"]),
         ("learner.loss.dual_clip=1.0", ["learner.loss.dual_clip: must be > 1, got 1.0"]),
         ("learner={advantage={use='maxrl'}, loss={kl_in='reward', kl_coefficient=0.1}}", ["learner.loss.kl_in"]),
+        (
+            "learner.loss={kl_in='reward', kl_coefficient=0.1}",
+            ["learner.loss.kl_in must be 'loss' with learner.advantage.use = 'grpo' and normalize_std", "got 'reward'"],
+        ),
+        (
+            "learner.group_size=1",
+            ["learner.group_size must be >= 2 with learner.advantage.use = 'grpo'", "always 0, got 1"],
+        ),
+        ("learner={advantage={use='rloo'}, group_size=1}", ["learner.group_size must be >= 2", "'rloo'"]),
+        ("learner={advantage={use='maxrl'}, group_size=1}", ["learner.group_size must be >= 2", "'maxrl'"]),
+        ("learner.loss.kl_estimator=k4", ["learner.loss.kl_estimator", "k4"]),
         ("learner={advantage={use='gae'}, skip_zero_variance=true}", ["skip_zero_variance must be false", "got true"]),
         (
             "learner={advantage={use='my.algorithm:Mine'}, skip_zero_variance=true}",
@@ -258,3 +269,19 @@ def test_values_that_do_not_fit_together_are_refused(tmp_path: Path, override: s
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, GOOD), [override])
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "learner={advantage={normalize_std=false}, loss={kl_in='reward', kl_coefficient=0.1}}",
+        "learner={advantage={use='rloo'}, loss={kl_in='reward', kl_coefficient=0.1}}",
+        "learner.loss.kl_in=reward",
+        "learner={advantage={use='reinforce_pp'}, group_size=1}",
+        "learner={advantage={use='gae'}, group_size=1}",
+        "learner={advantage={use='my.algorithm:Mine'}, group_size=1}",
+        "learner={advantage={context_rewards='add'}, group_size=1}",
+    ],
+)
+def test_values_that_look_alike_and_fit_together_are_accepted(tmp_path: Path, override: str) -> None:
+    load_config(write(tmp_path, GOOD), [override])
