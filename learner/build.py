@@ -16,13 +16,16 @@ from learner.algorithms.importance_weights import make_corrections
 from learner.algorithms.losses import Loss
 from learner.batch_source import BatchSource, FollowerSource, LiveSource, ReplaySource
 from learner.leases.admission import Rules
+from learner.leases.group_outcomes import GroupOutcomes
 from learner.leases.lease_timeouts import LeaseTimeouts
+from learner.leases.no_progress import ProgressLimits
 from learner.loop import Loop
 from learner.metrics.metrics_writer import MetricsWriter
 from learner.model.loading import load_policy
 from learner.model.lora import add_adapters
 from learner.model.parallel import World, checkpoint_activations, join
 from learner.network.network_thread import NetworkThread
+from learner.network.progress_reporter import ProgressReporter
 from learner.store.folder_lock import locked
 from learner.store.resume_key import changes, resume_key
 from learner.store.run_folder import RunFolder
@@ -36,28 +39,31 @@ from protocol.run_identity import actor_identity
 
 log = logging.getLogger(__name__)
 
+# If the network thread does not answer in this time, the last state of the run is reported again.
+_STATE_TIMEOUT_S = 5.0
+
 
 def run_learner(config: Config) -> None:
     """Trains until `learner.num_steps`. Resumes from the newest checkpoint and the recorded batches in `run.dir`.
 
     Under torchrun, every rank calls it. Raises: UserError (bad model folder, port in use, bad keys, `run.dir` is in
-    use by another run or learner), StoreError, DivergenceError, DriftError.
+    use by another run or learner), StoreError, NoProgressError, DivergenceError, DriftError.
     """
     with join(config.learner.device) as world, ExitStack() as stack:
         if world.rank == 0:
             stack.enter_context(locked(config.run.dir / "learner.lock", what="a learner"))
+        progress = _progress(config, stack, num_steps=config.learner.num_steps) if world.rank == 0 else None
         trainer, step = load_trainer(config, world)
-        if world.rank == 0:
-            source, metrics = _start_live_source(config, trainer, stack, step=step)
+        if progress is not None:
+            source, metrics = _start_live_source(config, trainer, progress, stack, step=step)
         else:
             source, metrics = FollowerSource(world, num_recorded=int(world.broadcast(None))), None
-        Loop(config=config, trainer=trainer, source=source, metrics=metrics, step=step).run(
-            num_steps=config.learner.num_steps
-        )
+        loop = Loop(config=config, trainer=trainer, source=source, metrics=metrics, progress=progress, step=step)
+        loop.run(num_steps=config.learner.num_steps)
 
 
-def run_replay(config: Config, source: Path) -> None:
-    """Trains the batches recorded in the run folder `source`, in their order, without any server.
+def run_replay(config: Config, recorded: Path) -> None:
+    """Trains the batches recorded in the run folder `recorded`, in their order, without any server.
 
     Metrics and checkpoints are written to `run.dir`; a second call resumes there. Raises: UserError, StoreError,
     DivergenceError, DriftError.
@@ -65,16 +71,19 @@ def run_replay(config: Config, source: Path) -> None:
     with join(config.learner.device) as world, ExitStack() as stack:
         if world.rank == 0:
             stack.enter_context(locked(config.run.dir / "learner.lock", what="a learner"))
-            _check_replay_folder(config, source)
-        store = stack.enter_context(closing(Store(RunFolder(source).store, read_only=True)))
+            _check_replay_folder(config, recorded)
+        store = stack.enter_context(closing(Store(RunFolder(recorded).store, read_only=True)))
         num_steps = min(config.learner.num_steps, store.num_batches())
         trainer, step = load_trainer(config, world)
         metrics = _metrics(config, stack, step=step) if world.rank == 0 else None
         if world.rank == 0:
-            print(f"learner: training the {num_steps} recorded steps of {source}, starting at step {step}", flush=True)
-        Loop(config=config, trainer=trainer, source=ReplaySource(store), metrics=metrics, step=step).run(
-            num_steps=num_steps
-        )
+            print(
+                f"learner: training the {num_steps} recorded steps of {recorded}, starting at step {step}", flush=True
+            )
+        progress = _progress(config, stack, num_steps=num_steps) if world.rank == 0 else None
+        source = ReplaySource(store)
+        loop = Loop(config=config, trainer=trainer, source=source, metrics=metrics, progress=progress, step=step)
+        loop.run(num_steps=num_steps)
 
 
 def check_algorithms(config: Config) -> None:
@@ -124,7 +133,7 @@ def load_trainer(config: Config, world: World) -> tuple[Trainer, int]:
 
 
 def _start_live_source(
-    config: Config, trainer: Trainer, stack: ExitStack, *, step: int
+    config: Config, trainer: Trainer, progress: ProgressReporter, stack: ExitStack, *, step: int
 ) -> tuple[BatchSource, MetricsWriter]:
     """Opens the store and starts the network thread, on rank 0. `step`: step of the loaded checkpoint."""
     store = stack.enter_context(closing(Store(RunFolder(config.run.dir).store)))
@@ -141,6 +150,12 @@ def _start_live_source(
         _network_thread(config, store, vocab_size=trainer.policy.model.config.vocab_size)
     )
     metrics = _metrics(config, stack, step=num_recorded)
+    stack.enter_context(
+        progress.attached(
+            state=lambda: network_thread.run(network_thread.coordinator.run_state(), timeout_s=_STATE_TIMEOUT_S),
+            write_text=metrics.text,
+        )
+    )
     return LiveSource(
         network_thread, num_recorded=num_recorded, world=trainer.world, retention=config.learner.retention
     ), metrics
@@ -159,7 +174,10 @@ def _network_thread(config: Config, store: Store, *, vocab_size: int) -> Network
         vocab_size=vocab_size,
         skip_zero_variance=learner.skip_zero_variance,
     )
+    limits = ProgressLimits(max_failed=learner.max_failed_groups, max_skipped=learner.max_skipped_groups)
+    has_samples = RunFolder(config.run.dir).first_samples.exists()
     return NetworkThread(
+        outcomes=GroupOutcomes(limits=limits, num_first_samples=0 if has_samples else learner.first_samples),
         identity=actor_identity(config),
         network=config.network,
         store=store,
@@ -167,6 +185,13 @@ def _network_thread(config: Config, store: Store, *, vocab_size: int) -> Network
         rules=rules,
         timeouts=LeaseTimeouts(learner.lease_timeout_s, learner.straggler_timeout_s),
         on_death=lambda: os.kill(os.getpid(), signal.SIGTERM),
+    )
+
+
+def _progress(config: Config, stack: ExitStack, *, num_steps: int) -> ProgressReporter:
+    log_every_s = config.learner.progress_log_s
+    return stack.enter_context(
+        ProgressReporter(RunFolder(config.run.dir), num_steps=num_steps, log_every_s=log_every_s)
     )
 
 

@@ -35,8 +35,10 @@ from safetensors.torch import save as save_safetensors
 from learner.batch_source import BatchSource
 from learner.metrics.drift import Drift
 from learner.metrics.metrics_writer import MetricsWriter
+from learner.metrics.progress import Phase
 from learner.metrics.step_metrics import StepMetrics
 from learner.model.export import canary, published_weights
+from learner.network.progress_reporter import ProgressReporter
 from learner.store.run_folder import RunFolder
 from learner.training.checkpoint import TrainingProgress, save_checkpoint
 from learner.training.trainer import Trainer
@@ -51,15 +53,26 @@ log = logging.getLogger(__name__)
 
 
 class Loop:
-    """The training loop of one rank. `metrics`: None except on rank 0. `step`: step of the loaded checkpoint."""
+    """The training loop of one rank. `metrics`, `progress`: None except on rank 0.
+
+    step  step of the loaded checkpoint
+    """
 
     def __init__(
-        self, *, config: Config, trainer: Trainer, source: BatchSource, metrics: MetricsWriter | None, step: int
+        self,
+        *,
+        config: Config,
+        trainer: Trainer,
+        source: BatchSource,
+        metrics: MetricsWriter | None,
+        progress: ProgressReporter | None,
+        step: int,
     ) -> None:
         self._config = config
         self._trainer = trainer
         self._source = source
         self._metrics = metrics
+        self._progress = progress
         self._step = step
         self._dtype = getattr(torch, config.learner.dtype)
         self._folder = RunFolder(config.run.dir)
@@ -67,9 +80,10 @@ class Loop:
     def run(self, *, num_steps: int) -> None:
         """Trains the recorded batches after the checkpoint, then new ones until step `num_steps`.
 
-        Raises: DivergenceError, DriftError.
+        Raises: NoProgressError, DivergenceError, DriftError.
         """
         while self._step < self._source.num_recorded:
+            self._enter("retraining")
             groups = self._source.wait_for_batch(self._step)
             with self._saved_if_it_diverges(groups):
                 self._trainer.train_step(groups, step=self._step)
@@ -79,9 +93,11 @@ class Loop:
         if self._metrics is not None and self._source.publishes:
             print(f"learner: ready at {self._config.network.control_address} (step {self._step})", flush=True)
         while self._step < num_steps:
+            self._enter("waiting")
             started = time.perf_counter()
             groups = self._source.wait_for_batch(self._step)
             wait_s = time.perf_counter() - started
+            self._enter("training")
             with self._saved_if_it_diverges(groups):
                 stepped = self._trainer.train_step(groups, step=self._step)
             self._step += 1
@@ -91,6 +107,10 @@ class Loop:
             publish_s = self._publish()
         self._save()
         self._finish()
+
+    def _enter(self, phase: Phase) -> None:
+        if self._progress is not None:
+            self._progress.enter(phase, step=self._step, num_recorded=self._source.num_recorded)
 
     @contextmanager
     def _saved_if_it_diverges(self, groups: Sequence[TrajectoryGroup]) -> Iterator[None]:
@@ -110,6 +130,7 @@ class Loop:
     def _publish(self) -> float:
         """Gathers the current weights and offers them to the engines. Returns the seconds that this took."""
         started = time.perf_counter()
+        self._enter("publishing")
         if self._source.publishes:
             trainer = self._trainer
             weights = published_weights(trainer.policy.model, world=trainer.world, dtype=self._dtype)
@@ -119,6 +140,7 @@ class Loop:
         return time.perf_counter() - started
 
     def _save(self) -> None:
+        self._enter("checkpoint")
         trainer, policy = self._trainer, self._config.learner.checkpoint
         save_checkpoint(
             self._folder.checkpoints,
@@ -146,7 +168,9 @@ class Loop:
         """
         if self._metrics is not None:
             gauges = self._source.gauges()
-            self._metrics.record(stepped, groups, wait_s=wait_s, publish_s=publish_s, gauges=gauges)
+            values = self._metrics.record(stepped, groups, wait_s=wait_s, publish_s=publish_s, gauges=gauges)
+            if self._progress is not None:
+                self._progress.stepped(values, step=stepped.step)
         self._source.commit_batch(groups)
 
     def _report_drift(self) -> None:
@@ -162,6 +186,7 @@ class Loop:
 
         Raises: DriftError; then finished.json is not written, so a restart checks the drift again.
         """
+        self._enter("finishing")
         if not self._source.finish(version=self._step):
             log.warning("some serving engines have not committed the last version, %d", self._step)
         if self._metrics is not None:

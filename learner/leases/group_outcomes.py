@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from learner.leases.admission import Verdict
 from learner.leases.first_samples import FirstSamples
+from learner.leases.no_progress import ProgressLimits, why_failing, why_skipping
 from protocol.failure_counts import OTHER, FailureCounts
 from protocol.messages import SubmitGroup
 from protocol.types import Status
@@ -43,7 +44,9 @@ class GroupOutcomes:
     first_samples          the first trajectories, if `num_first_samples` > 0
     """
 
-    def __init__(self, *, num_first_samples: int = 0) -> None:
+    def __init__(self, *, limits: ProgressLimits = ProgressLimits(), num_first_samples: int = 0) -> None:
+        self._limits = limits
+        self._is_over = False
         self.first_samples = FirstSamples(num_first_samples)
         self.total = FailureCounts()
         self.since_accepted = FailureCounts()
@@ -69,12 +72,23 @@ class GroupOutcomes:
             self.total.add(reason, num)
             if not is_first:
                 self.since_accepted.add(reason, num)
+        failed, skipped = self._limits.max_failed, self._limits.max_skipped
+        self._is_over = 0 < failed <= self.num_failed_in_a_row or 0 < skipped <= self.num_skipped_in_a_row
+
+    def why_over(self, *, step: int) -> str:
+        """Why the run must end; empty if it goes on. It is decided at a heartbeat, which states the last reasons."""
+        if not self._is_over:
+            return ""
+        if self.num_failed_in_a_row >= self._limits.max_failed > 0:
+            return why_failing(self.num_failed_in_a_row, self.since_accepted.most_common(), step=step)
+        return why_skipping(self.num_skipped_in_a_row, self.skipped_reward, step=step)
 
     def judged(self, verdict: Verdict, header: SubmitGroup) -> None:
         """Counts a group that a lease allowed. The reasons of a failed one are in its actor's next heartbeat."""
         match verdict.kind:
             case "accept":
                 self.num_failed_in_a_row = self.num_skipped_in_a_row = 0
+                self._is_over = False
                 self.since_accepted = FailureCounts()
             case "skip":
                 self._count_skipped(header)

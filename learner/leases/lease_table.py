@@ -243,6 +243,16 @@ class LeaseTable:
             return None
         return [self._buffered[slot] for slot in slots]
 
+    def missing(self) -> tuple[int, LeaseRecord | None]:
+        """(number of slots of the current batch without a group, the oldest running lease of these slots)."""
+        missing = set(self._current_slots()) - self._buffered.keys()
+        leases = [
+            lease
+            for lease in self.leases.values()
+            if (entry := self.entries.get(lease.cursor)) is not None and entry.slot in missing
+        ]
+        return len(missing), min(leases, key=lambda lease: lease.granted_s, default=None)
+
     def finish(self, cursors: Iterable[int]) -> None:
         """Ends the current step, which was trained on the questions `cursors`."""
         for cursor in cursors:

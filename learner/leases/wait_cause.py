@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from learner.leases.first_samples import Sample
 from protocol.failure_counts import clean_reason
 from protocol.weight_messages import EngineReport
 
@@ -32,10 +33,12 @@ class RunState:
 
     step, num_ready       the current batch, and how many of its `groups_per_batch` groups are stored
     oldest_lease          (actor, age in seconds) of the oldest lease of a group that the batch lacks; None: no lease
+    num_refused_actors    actors that tried to join with another config or other files
     engines, serving      the last report of each engine, and the names of those that serve
     failures              reason → FAILED trajectories since the learner's start
     recent_failures       the same since the last accepted group, and the reasons of refused groups
-    num_..._in_a_row      see `learner.leases.group_outcomes`
+    num_..._in_a_row, skipped_reward, fatal_questions    see `learner.leases.group_outcomes`
+    first_samples         the first trajectories of the run, when all have arrived
     """
 
     step: int
@@ -44,6 +47,7 @@ class RunState:
     num_ready: int = 0
     oldest_lease: tuple[str, float] | None = None
     num_actors: int = 0
+    num_refused_actors: int = 0
     engines: tuple[EngineReport, ...] = ()
     serving: frozenset[str] = frozenset()
     is_disk_full: bool = False
@@ -52,6 +56,8 @@ class RunState:
     num_failed_in_a_row: int = 0
     num_skipped_in_a_row: int = 0
     skipped_reward: float | None = None
+    fatal_questions: tuple[int, ...] = ()
+    first_samples: tuple[Sample, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +75,8 @@ def wait_cause(state: RunState) -> Cause:
     if problem := _engine_problem(state):
         return Cause("engines", problem)
     if not state.num_actors:
-        return Cause("actors", "no actor is connected")
+        refused = f"; {state.num_refused_actors} were refused, see the log" if state.num_refused_actors else ""
+        return Cause("actors", f"no actor is connected{refused}")
     if state.num_failed_in_a_row >= MIN_FAILED_IN_A_ROW:
         reason = next(iter(state.recent_failures), "the actors have not reported it")
         return Cause("failures", f"the last {state.num_failed_in_a_row} groups failed, most frequent reason: {reason}")

@@ -54,4 +54,22 @@ LOOP_METRICS = (
         )
         for which, extreme in (("best", "highest"), ("worst", "lowest"))
     ),
+    Metric(
+        name="trajectories/failures",
+        reduction="count since the learner's start",
+        unit="text",
+        explanation="FAILED trajectories by reason; reasons that differ only in numbers, names or addresses are one",
+        absent_if="no trajectory failed",
+        kind="text",
+    ),
+    Metric(
+        name="trajectories/first_samples",
+        reduction="the first `learner.first_samples` trajectories",
+        unit="text",
+        explanation="endings, rewards, format and tokens of the first trajectories, with warnings; also in "
+        "first_samples.txt",
+        healthy="no warning: otherwise end the run and mend what it names",
+        absent_if="written once in a run",
+        kind="text",
+    ),
 )

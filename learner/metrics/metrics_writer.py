@@ -56,8 +56,8 @@ class MetricsWriter:
         wait_s: float,
         publish_s: float,
         gauges: Mapping[str, float],
-    ) -> None:
-        """Writes the metrics of the step that trained `groups`.
+    ) -> dict[str, float]:
+        """Writes the metrics of the step that trained `groups`; returns them by tag.
 
         `wait_s`: time that the loop waited for the batch; `publish_s`: time that publishing took; `gauges`: queue
         lengths and the counters of actors and engines, by tag.
@@ -79,6 +79,11 @@ class MetricsWriter:
             self._write_trajectories(groups, step=stepped.step)
         counts = {"tokens_by_age": stepped.tokens_by_age, "tokens_by_context": stepped.tokens_by_context}
         self._lines.write(format_line({"time": time.time(), "step": stepped.step, **values}, counts))
+        return values
+
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        """Writes a text to TensorBoard. May be called in any thread."""
+        self._writer.text(tag, markdown, step=step)
 
     def _write_trajectories(self, groups: Sequence[TrajectoryGroup], *, step: int) -> None:
         for which, (question, trajectory) in best_and_worst(groups).items():

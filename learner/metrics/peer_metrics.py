@@ -130,6 +130,30 @@ QUEUE_METRICS = (
         healthy="rare; if it is not, raise the time-out",
     ),
     Metric(
+        name="queue/failed_trajectories",
+        reduction=_SO_FAR,
+        unit="trajectories",
+        explanation="trajectories with status FAILED of all actors, also of those that have ended; "
+        "`trajectories/failures` and progress.json name the reasons",
+        healthy="0",
+    ),
+    Metric(
+        name="queue/failed_in_a_row",
+        reduction=_NOW,
+        unit="groups",
+        explanation="groups that failed or were refused since the last accepted one; `learner.max_failed_groups` of "
+        "them end the run",
+        healthy="0",
+    ),
+    Metric(
+        name="queue/skipped_in_a_row",
+        reduction=_NOW,
+        unit="groups",
+        explanation="groups that `learner.skip_zero_variance` skipped since the last accepted one; "
+        "`learner.max_skipped_groups` of them end the run",
+        healthy="small; otherwise the questions are too easy or too hard",
+    ),
+    Metric(
         name="queue/store_full",
         reduction=_SO_FAR,
         unit="writes",

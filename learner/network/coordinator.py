@@ -28,13 +28,15 @@ from typing import TypeVar
 from learner.leases.admission import Rules
 from learner.leases.decisions import Decision, GroupReceived, SlotChanged
 from learner.leases.engines import Engines
+from learner.leases.group_outcomes import GroupOutcomes
 from learner.leases.identity_check import IdentityCheck
 from learner.leases.lease_table import LeaseTable
 from learner.leases.lease_timeouts import LeaseTimeouts
 from learner.leases.scheduler import Scheduler
+from learner.leases.wait_cause import RunState
 from learner.store.retention import drop_tokens, expired_steps
 from learner.store.store import Store
-from protocol.errors import ProtocolError, StoreFullError
+from protocol.errors import NoProgressError, ProtocolError, StoreFullError
 from protocol.fault_injection import fault_point
 from protocol.framing import Buffer, Message, decode, encode
 from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, Lease, SubmitGroup, SubmitReply
@@ -52,6 +54,7 @@ class Coordinator:
     """Runs the scheduler on real sockets and the store.
 
     full_retry_s  pause before a failed write is retried
+    outcomes      counts failed and skipped groups; its limits end the run
     identity      the run's, which actors must agree with; empty: every actor is accepted
     """
 
@@ -66,6 +69,7 @@ class Coordinator:
         timeouts: LeaseTimeouts,
         full_retry_s: float,
         identity: Mapping[str, str],
+        outcomes: GroupOutcomes | None = None,
     ) -> None:
         self._router = router
         self._store = store
@@ -81,6 +85,7 @@ class Coordinator:
             publications=store.publications(),
             num_failures=store.num_failures(),
             started_s=self._now_s(),
+            outcomes=outcomes,
         )
         self._groups: dict[int, TrajectoryGroup] = {}
         self._batch_ready = asyncio.Event()
@@ -104,8 +109,13 @@ class Coordinator:
     # --- called by the training loop, run in the network thread ---
 
     async def next_batch(self) -> list[TrajectoryGroup]:
-        """Waits until all groups of the current step are durable. Returns them in slot order."""
+        """Waits until all groups of the current step are durable. Returns them in slot order.
+
+        Raises: NoProgressError if the last groups failed or had no signal, up to the limit of `outcomes`.
+        """
         while (cursors := self._scheduler.lease_table.ready_batch()) is None:
+            if reason := self._why_over():
+                raise NoProgressError(reason)
             self._batch_ready.clear()
             await self._batch_ready.wait()
         return [self._groups.pop(cursor, None) or self._store.group(cursor) for cursor in cursors]
@@ -156,12 +166,39 @@ class Coordinator:
         gauges["queue/refused"] = float(scheduler.groups.num_refused)
         gauges["queue/malformed"] = float(scheduler.groups.num_malformed)
         gauges["queue/store_full"] = float(self._num_full)
+        gauges["queue/failed_trajectories"] = float(scheduler.outcomes.total.total)
+        gauges["queue/failed_in_a_row"] = float(scheduler.outcomes.num_failed_in_a_row)
+        gauges["queue/skipped_in_a_row"] = float(scheduler.outcomes.num_skipped_in_a_row)
         for name, value in self._engines.counters(now_s=now_s).items():
             gauges[f"engine/{name}"] = value
         for actor in scheduler.actors.values():
             for name, value in actor.counters.items():
                 gauges[f"actor/{name}"] = gauges.get(f"actor/{name}", 0.0) + value
         return gauges
+
+    async def run_state(self) -> RunState:
+        """The state of the run, from which `wait_cause` and `progress.json` are made."""
+        scheduler, lease_table, outcomes = self._scheduler, self._scheduler.lease_table, self._scheduler.outcomes
+        num_missing, oldest = lease_table.missing()
+        return RunState(
+            step=lease_table.step,
+            groups_per_batch=lease_table.groups_per_batch,
+            staleness_bound=lease_table.staleness_bound,
+            num_ready=lease_table.groups_per_batch - num_missing,
+            oldest_lease=None if oldest is None else (oldest.actor, self._now_s() - oldest.granted_s),
+            num_actors=len(scheduler.actors),
+            num_refused_actors=self._identity_check.num_refused,
+            engines=tuple(self._engines.reports()),
+            serving=frozenset(engine.name for engine in self._serving()),
+            is_disk_full=not self._has_room.is_set(),
+            failures=outcomes.total.most_common(),
+            recent_failures=outcomes.since_accepted.most_common(),
+            num_failed_in_a_row=outcomes.num_failed_in_a_row,
+            num_skipped_in_a_row=outcomes.num_skipped_in_a_row,
+            skipped_reward=outcomes.skipped_reward,
+            fatal_questions=tuple(outcomes.fatal_questions),
+            first_samples=tuple(outcomes.first_samples.samples) if outcomes.first_samples.is_complete else (),
+        )
 
     # --- tasks of the network thread ---
 
@@ -191,6 +228,8 @@ class Coordinator:
                 return
             case Heartbeat():
                 decision = scheduler.on_heartbeat(peer, message, now_s=now_s)
+                if self._why_over():
+                    self._batch_ready.set()
             case SubmitGroup():
                 decision = scheduler.on_group(peer, message, frames, now_s=now_s)
             case Goodbye():
@@ -198,6 +237,9 @@ class Coordinator:
             case _:
                 raise ProtocolError(f"the coordinator does not accept messages of kind {message.kind}")
         self._commit_and_send(decision)
+
+    def _why_over(self) -> str:
+        return self._scheduler.outcomes.why_over(step=self._scheduler.lease_table.step)
 
     async def _tick(self) -> None:
         while True:

@@ -23,6 +23,7 @@ from typing import TypeVar
 
 from learner.leases.admission import Rules
 from learner.leases.engines import Engines
+from learner.leases.group_outcomes import GroupOutcomes
 from learner.leases.lease_table import LeaseTable
 from learner.leases.lease_timeouts import LeaseTimeouts
 from learner.network.coordinator import Coordinator
@@ -47,6 +48,7 @@ class NetworkThread:
     """A context manager that starts and stops the thread.
 
     on_death  called in the network thread if one of its tasks fails, so that the main thread can be interrupted
+    outcomes  counts failed and skipped groups; its limits end the run
     identity  the run's, which actors must agree with; empty: every actor is accepted
 
     Raises (on entry): UnreachableError, SecurityError, DataError.
@@ -63,6 +65,7 @@ class NetworkThread:
         on_death: Callable[[], None],
         full_retry_s: float = FULL_RETRY_S,
         identity: Mapping[str, str] = MappingProxyType({}),
+        outcomes: GroupOutcomes | None = None,
     ) -> None:
         self._network = network
         self._store = store
@@ -71,6 +74,7 @@ class NetworkThread:
         self._timeouts = timeouts
         self._full_retry_s = full_retry_s
         self._identity = identity
+        self._outcomes = outcomes
         self._on_death = on_death
         self._thread = threading.Thread(target=self._main, name=THREAD_NAME, daemon=True)
         self._ready: Future[asyncio.AbstractEventLoop] = Future()
@@ -167,6 +171,7 @@ class NetworkThread:
                 timeouts=self._timeouts,
                 full_retry_s=self._full_retry_s,
                 identity=self._identity,
+                outcomes=self._outcomes,
             )
             self.publisher = Publisher(
                 router=transport.router(self._network.weights_address, max_frame_bytes=MAX_REQUEST_BYTES),
