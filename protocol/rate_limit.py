@@ -4,20 +4,39 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from enum import Enum
 
-# Tokens per peer. A message costs 1, plus 1 for each 4 KiB of its header; a message that is refused costs much more.
-RATE_PER_S = 10_000.0
+# Tokens per peer. A message costs 1, 1 more for each 4 KiB of its header and for each 256 KiB in all; a message that is
+# refused costs much more.
+RATE_PER_S = 2_000.0
 BURST = 20_000.0
-REFUSAL_COST = 1_000.0
-_BYTES_PER_TOKEN = 4096
+REFUSAL_COST = 500.0
+_HEADER_BYTES_PER_TOKEN = 4 << 10
+_BYTES_PER_TOKEN = 256 << 10
+# New peers start with a share of a pool, so that reconnecting under new identities gains nothing. Each takes 1/8 of it.
+NEWCOMER_POOL = 80_000.0
+NEWCOMER_RATE_PER_S = 2_000.0
+_NEWCOMER_SHARE = 1 / 8
+_NEWCOMER_MIN = 4.0
+# A peer is flooding after this many dropped messages; the count restarts when its bucket is half full again.
+FLOODING_AFTER = 2_000
 # Evicting the least recently used bucket is safe: idle buckets have refilled.
 MAX_PEERS = 10_000
+
+
+class Admission(Enum):
+    """What to do with a message: handle it, drop it, or drop it and close its connection."""
+
+    ADMITTED = "admitted"
+    DROPPED = "dropped"
+    FLOODING = "flooding"
 
 
 @dataclass(slots=True)
 class _Bucket:
     tokens: float
     at_s: float
+    num_dropped: int = 0
 
 
 class RateLimit:
@@ -25,19 +44,21 @@ class RateLimit:
 
     def __init__(self) -> None:
         self._buckets: OrderedDict[bytes, _Bucket] = OrderedDict()
+        self._pool = _Bucket(NEWCOMER_POOL, 0.0)
 
     @property
     def num_peers(self) -> int:
         """The number of peers that have a bucket; at most MAX_PEERS."""
         return len(self._buckets)
 
-    def admits(self, peer: bytes, *, header_bytes: int, now_s: float) -> bool:
-        """Charges a message and returns True, or returns False and charges nothing if the bucket is empty."""
+    def admit(self, peer: bytes, *, header_bytes: int, num_bytes: int = 0, now_s: float) -> Admission:
+        """Charges a message of `num_bytes` bytes if the peer's bucket is not empty, else charges nothing."""
         bucket = self._bucket(peer, now_s)
         if bucket.tokens <= 0:
-            return False
-        bucket.tokens -= 1 + header_bytes // _BYTES_PER_TOKEN
-        return True
+            bucket.num_dropped += 1
+            return Admission.FLOODING if bucket.num_dropped > FLOODING_AFTER else Admission.DROPPED
+        bucket.tokens -= 1 + header_bytes // _HEADER_BYTES_PER_TOKEN + num_bytes // _BYTES_PER_TOKEN
+        return Admission.ADMITTED
 
     def penalize(self, peer: bytes, *, now_s: float) -> None:
         """Charges REFUSAL_COST for a message that was admitted but could not be decoded.
@@ -49,11 +70,23 @@ class RateLimit:
     def _bucket(self, peer: bytes, now_s: float) -> _Bucket:
         bucket = self._buckets.get(peer)
         if bucket is None:
-            bucket = self._buckets[peer] = _Bucket(BURST, now_s)
+            bucket = self._buckets[peer] = _Bucket(self._newcomer_tokens(now_s), now_s)
             if len(self._buckets) > MAX_PEERS:
                 self._buckets.popitem(last=False)
         else:
             self._buckets.move_to_end(peer)
-            bucket.tokens = min(BURST, bucket.tokens + (now_s - bucket.at_s) * RATE_PER_S)
-            bucket.at_s = now_s
+            _refill(bucket, now_s, rate_per_s=RATE_PER_S, limit=BURST)
+            if bucket.tokens >= BURST / 2:
+                bucket.num_dropped = 0
         return bucket
+
+    def _newcomer_tokens(self, now_s: float) -> float:
+        _refill(self._pool, now_s, rate_per_s=NEWCOMER_RATE_PER_S, limit=NEWCOMER_POOL)
+        tokens = self._pool.tokens * _NEWCOMER_SHARE
+        self._pool.tokens -= tokens
+        return max(tokens, _NEWCOMER_MIN)
+
+
+def _refill(bucket: _Bucket, now_s: float, *, rate_per_s: float, limit: float) -> None:
+    bucket.tokens = min(limit, bucket.tokens + (now_s - bucket.at_s) * rate_per_s)
+    bucket.at_s = now_s

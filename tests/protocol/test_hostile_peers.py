@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -15,86 +13,81 @@ import zmq.asyncio
 
 from protocol.errors import DataError
 from protocol.keys import AllowList
-from protocol.rate_limit import BURST, MAX_PEERS, RATE_PER_S, REFUSAL_COST, RateLimit
-from protocol.transport import Dealer, Router, Transport, create_client, create_keys
+from protocol.rate_limit import (
+    BURST,
+    FLOODING_AFTER,
+    MAX_PEERS,
+    NEWCOMER_POOL,
+    NEWCOMER_RATE_PER_S,
+    RATE_PER_S,
+    REFUSAL_COST,
+    Admission,
+    RateLimit,
+)
+from protocol.transport import create_client, create_keys
+from tests.protocol.echo import WAIT_S, Open, echoed, echoing
 
-WAIT_S = 20.0
 REFUSED_S = 0.5
-
-Open = Callable[..., Transport]
-
-
-@pytest.fixture
-async def transport() -> AsyncIterator[Open]:
-    opened: list[Transport] = []
-
-    def make(keys: Path | None = None) -> Transport:
-        opened.append(Transport(keys=keys))
-        return opened[-1]
-
-    yield make
-    for each in opened:
-        each.close()
-
-
-@asynccontextmanager
-async def echoing(router: Router) -> AsyncIterator[None]:
-    """Runs a server that echoes every message, and penalizes the sender of a message `bad` instead."""
-
-    async def echo() -> None:
-        while True:
-            peer, frames = await router.recv()
-            if frames and bytes(frames[0]) == b"bad":
-                router.penalize(peer)
-            else:
-                router.send(peer, frames)
-
-    task = asyncio.create_task(echo())
-    yield
-    task.cancel()
-    await asyncio.wait([task])
-
-
-async def echoed(dealer: Dealer, text: bytes, *, timeout_s: float = WAIT_S) -> bool:
-    try:
-        async with asyncio.timeout(timeout_s):
-            await dealer.send([text])
-            return bytes((await dealer.recv())[0]) == text
-    except TimeoutError:
-        return False
 
 
 # --- rate limits ---
 
 
-def test_a_peer_may_spend_its_burst_and_then_its_rate() -> None:
+def num_admitted(limit: RateLimit, peer: bytes, num: int, *, now_s: float, header_bytes: int = 0) -> int:
+    """Sends `num` messages. Returns how many are admitted."""
+    admissions = [limit.admit(peer, header_bytes=header_bytes, now_s=now_s) for _ in range(num)]
+    return admissions.count(Admission.ADMITTED)
+
+
+def rested(peer: bytes) -> RateLimit:
+    """A rate limit that knows `peer`, at the time 0, with a full bucket."""
     limit = RateLimit()
-    admitted = sum(limit.admits(b"a", header_bytes=0, now_s=0.0) for _ in range(int(BURST) + 100))
-    assert admitted == BURST
-    assert limit.admits(b"b", header_bytes=0, now_s=0.0)
-    assert not limit.admits(b"a", header_bytes=0, now_s=0.0)
-    admitted = sum(limit.admits(b"a", header_bytes=0, now_s=0.1) for _ in range(int(BURST)))
-    assert admitted == pytest.approx(0.1 * RATE_PER_S, abs=1)
-    admitted = sum(limit.admits(b"a", header_bytes=0, now_s=1e6) for _ in range(2 * int(BURST)))
-    assert admitted == BURST
+    assert num_admitted(limit, peer, 1, now_s=-1e6) == 1
+    return limit
+
+
+def test_a_peer_may_spend_its_burst_and_then_its_rate() -> None:
+    limit = rested(b"a")
+    assert num_admitted(limit, b"a", int(BURST) + 100, now_s=0.0) == BURST
+    assert num_admitted(limit, b"b", 1, now_s=0.0) == 1
+    assert num_admitted(limit, b"a", int(BURST), now_s=0.1) == pytest.approx(0.1 * RATE_PER_S, abs=1)
+    assert num_admitted(limit, b"a", 2 * int(BURST), now_s=1e6) == BURST
 
 
 def test_long_headers_and_refused_messages_cost_more() -> None:
-    limit = RateLimit()
-    assert sum(limit.admits(b"a", header_bytes=4 << 20, now_s=0.0) for _ in range(1_000)) == -(-BURST // 1025)
-    num = 0
-    while limit.admits(b"b", header_bytes=0, now_s=0.0):
+    assert num_admitted(rested(b"a"), b"a", 1_000, now_s=0.0, header_bytes=4 << 20) == -(-BURST // 1025)
+    limit, num = rested(b"b"), 0
+    while num_admitted(limit, b"b", 1, now_s=0.0):
         limit.penalize(b"b", now_s=0.0)
         num += 1
     assert num == BURST // REFUSAL_COST
-    assert not limit.admits(b"b", header_bytes=0, now_s=0.0)
-    assert limit.admits(b"b", header_bytes=0, now_s=1.0)
+    assert num_admitted(limit, b"b", 1, now_s=0.0) == 0
+    assert num_admitted(limit, b"b", 1, now_s=1.0) == 1
+
+
+def test_peers_that_reconnect_under_new_identities_share_one_bucket() -> None:
+    limit, num = RateLimit(), 0
+    for second in range(10):
+        num += sum(
+            num_admitted(limit, b"%d" % i, 1_000, now_s=float(second)) for i in range(second * 100, 100 + second * 100)
+        )
+    assert num < NEWCOMER_POOL + 10 * NEWCOMER_RATE_PER_S + 4 * 1_000
+    assert num_admitted(limit, b"honest", 1, now_s=10.0) == 1
+
+
+def test_a_peer_that_continues_to_send_while_its_messages_are_dropped_is_flooding() -> None:
+    limit = rested(b"a")
+    num_admitted(limit, b"a", int(BURST) + FLOODING_AFTER, now_s=0.0)
+    assert limit.admit(b"a", header_bytes=0, now_s=0.0) is Admission.FLOODING
+    assert limit.admit(b"a", header_bytes=0, now_s=BURST) is Admission.ADMITTED
+    num_admitted(limit, b"a", int(BURST), now_s=BURST)
+    assert limit.admit(b"a", header_bytes=0, now_s=BURST) is Admission.DROPPED
 
 
 def test_the_number_of_rate_buckets_is_bounded() -> None:
     limit = RateLimit()
     for i in range(30_000):
-        limit.admits(b"%d" % i, header_bytes=0, now_s=0.0)
+        limit.admit(b"%d" % i, header_bytes=0, now_s=0.0)
     assert limit.num_peers == MAX_PEERS
 
 

@@ -1,0 +1,285 @@
+"""Closes connections of bound sockets whose unread bytes, or whose number, exceed a limit. Linux, TCP.
+
+libzmq bounds the unread messages of a connection, but not their bytes, nor the frames of a message whose last frame has
+not arrived. The guard compares the bytes that the kernel has received on each connection (TCP_INFO) with the bytes that
+the application has read, and shuts a connection down that exceeds the limit. It runs in a thread of its own, so it also
+works while the event loop stalls.
+
+    libzmq: accepted, disconnected ──► sweep, every 10 ms or more ──► shutdown(fd)      libzmq then frees the connection
+    Router: bytes read, flooding ────►
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+
+log = logging.getLogger(__name__)
+
+# Bytes on the wire of a frame in addition to its content: at most 9 plain, and 42 with CURVE.
+FRAME_OVERHEAD_BYTES = 64
+_MIN_PERIOD_S = 0.01
+# A sweep may use 1/50 of a core.
+_PERIODS_PER_SWEEP = 50
+_LOG_EVERY_S = 10.0
+# struct tcp_info: tcpi_bytes_received is a u64 at offset 128.
+_BYTES_RECEIVED = struct.Struct("=128xQ")
+
+
+class ConnectionEvent(Enum):
+    ACCEPTED = "accepted"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionLimits:
+    """Limits of one bound socket.
+
+    max_connections         a further connection closes the oldest one that has sent no message, else is closed itself
+    max_unread_bytes        of one connection; a connection with more is closed
+    max_total_unread_bytes  of all connections; while there are more, connections with more than an equal share of it
+                            and new connections are closed
+    """
+
+    max_connections: int = 4_096
+    max_unread_bytes: int = 64 << 20
+    max_total_unread_bytes: int = 1 << 30
+
+
+class _Connection:
+    """One accepted connection.
+
+    num_read      bytes that the application has read, an upper bound; written by the socket's thread only
+    num_received  bytes that the kernel has received
+    """
+
+    __slots__ = ("_excess", "closing", "handle", "num_messages", "num_read", "num_received", "peer")
+
+    def __init__(self, fd: int) -> None:
+        family = socket.AF_INET
+        self.handle = socket.socket(family, socket.SOCK_STREAM, fileno=fd)  # detached, never closed: libzmq owns fd
+        self.peer = self._peer()
+        self.num_read = 0
+        self.num_received = 0
+        self.num_messages = 0
+        self.closing = False
+        self._excess = 0
+
+    @property
+    def num_unread(self) -> int:
+        return self.num_received - (self.num_read - self._excess)
+
+    def _peer(self) -> object:
+        try:
+            return self.handle.getpeername()
+        except OSError:
+            return None
+
+    def update(self) -> int:
+        """Reads the kernel's counter. Returns the number of unread bytes."""
+        num_read = self.num_read
+        with suppress(OSError, struct.error):
+            info = self.handle.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED.size)
+            self.num_received = _BYTES_RECEIVED.unpack(info)[0]
+        self._excess = max(self._excess, num_read - self.num_received)
+        return self.num_received - (num_read - self._excess)
+
+    def shut_down(self) -> None:
+        """Ends the connection; libzmq notices and closes its descriptor."""
+        self.closing = True
+        if self._peer() == self.peer:  # else the descriptor's number already belongs to another connection
+            with suppress(OSError):
+                self.handle.shutdown(socket.SHUT_RDWR)
+
+    def detach(self) -> None:
+        self.handle.detach()
+
+
+class GuardedSocket:
+    """The connections of one bound socket.
+
+    next_event  returns the next event of a connection and its descriptor, None if there is none; called by the guard's
+                thread only
+    """
+
+    def __init__(
+        self,
+        *,
+        address: str,
+        limits: ConnectionLimits,
+        next_event: Callable[[], tuple[ConnectionEvent, int] | None],
+        close: Callable[[], None],
+    ) -> None:
+        self.closed = False
+        self._address = address
+        self._limits = limits
+        self._next_event = next_event
+        self._close = close
+        self._open: dict[int, _Connection] = {}
+        self._unknown: dict[int, int] = {}
+        self._num_unread_of_ended = 0
+        self._num_read_of_ended = 0
+        self._num_subtracted = 0
+        self._num_closed = 0
+        self._logged_s = -_LOG_EVERY_S
+
+    @property
+    def num_connections(self) -> int:
+        return len(self._open)
+
+    @property
+    def num_closed(self) -> int:
+        """Number of connections that were closed because they exceeded a limit."""
+        return self._num_closed
+
+    # --- called by the socket's thread ---
+
+    def on_read(self, fd: int, num_bytes: int) -> None:
+        """Adds a message that the application has read: bytes of its frames, with FRAME_OVERHEAD_BYTES each."""
+        connection = self._open.get(fd)
+        if connection is None:  # it has ended, or its ACCEPTED was not handled yet
+            self._num_read_of_ended += num_bytes
+            self._unknown[fd] = self._unknown.get(fd, 0) + num_bytes
+        else:
+            connection.num_read += num_bytes
+            connection.num_messages += 1
+
+    def disconnect(self, fd: int, reason: str) -> None:
+        """Closes a connection. Messages that libzmq has already received are still delivered."""
+        connection = self._open.get(fd)
+        if connection is not None and not connection.closing:
+            self._shut_down(connection, reason)
+
+    # --- called by the guard's thread ---
+
+    def sweep(self) -> None:
+        """Handles events of connections, then closes those that exceed a limit."""
+        while (event := self._next_event()) is not None:
+            self._on_event(*event)
+        total = self._total_of_ended()
+        unread: list[tuple[int, _Connection]] = []
+        for connection in list(self._open.values()):
+            num = connection.update()
+            total += num
+            if connection.closing:
+                continue
+            if num > self._limits.max_unread_bytes:
+                self._shut_down(
+                    connection, f"it has {num} unread bytes, max_unread_bytes is {self._limits.max_unread_bytes}"
+                )
+            else:
+                unread.append((num, connection))
+        if total > self._limits.max_total_unread_bytes:
+            share = self._limits.max_total_unread_bytes // max(1, len(self._open))
+            for num, connection in unread:
+                if num > share or not connection.num_messages:
+                    self._shut_down(
+                        connection,
+                        f"all connections have {total} unread bytes, max_total_unread_bytes is "
+                        f"{self._limits.max_total_unread_bytes}",
+                    )
+
+    def stop(self) -> None:
+        for connection in self._open.values():
+            connection.detach()
+        self._open.clear()
+        self._close()
+
+    def _on_event(self, kind: ConnectionEvent, fd: int) -> None:
+        ended = self._open.pop(fd, None)
+        if ended is not None:
+            self._num_unread_of_ended += ended.num_unread
+            ended.detach()
+        if kind is ConnectionEvent.ACCEPTED:
+            try:
+                connection = _Connection(fd)
+            except OSError:  # the descriptor is closed already, and ENDED follows
+                return
+            if len(self._open) >= self._limits.max_connections:
+                self._make_room()
+            connection.num_read = self._unknown.pop(fd, 0)
+            self._open[fd] = connection
+            if len(self._open) > self._limits.max_connections:
+                self._shut_down(connection, f"max_connections is {self._limits.max_connections}")
+
+    def _make_room(self) -> None:
+        """Closes the oldest connection that has sent no message."""
+        for fd, connection in self._open.items():
+            if not connection.num_messages and not connection.closing:
+                self._shut_down(connection, f"max_connections is {self._limits.max_connections}, it sent no message")
+                self._open.pop(fd).detach()
+                return
+
+    def _total_of_ended(self) -> int:
+        """Bytes that ended connections have left unread in libzmq; approximate, never negative."""
+        num_read = self._num_read_of_ended
+        self._num_unread_of_ended = max(0, self._num_unread_of_ended - (num_read - self._num_subtracted))
+        self._num_subtracted = num_read
+        return self._num_unread_of_ended
+
+    def _shut_down(self, connection: _Connection, reason: str) -> None:
+        self._num_closed += 1
+        now_s = time.monotonic()
+        if now_s - self._logged_s > _LOG_EVERY_S:
+            self._logged_s = now_s
+            log.warning(
+                "%s: closed the connection of %s (%d closed so far): %s",
+                self._address,
+                connection.peer,
+                self._num_closed,
+                reason,
+            )
+        connection.shut_down()
+
+
+class ConnectionGuard:
+    """The thread that sweeps the guarded sockets of one transport."""
+
+    def __init__(self) -> None:
+        self._sockets: list[GuardedSocket] = []
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @staticmethod
+    def supports(address: str) -> bool:
+        return sys.platform.startswith("linux") and address.startswith("tcp://")
+
+    def add(self, guarded: GuardedSocket) -> None:
+        with self._lock:
+            self._sockets.append(guarded)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="connection-guard", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread, and stops the guarded sockets. Must be called before the sockets are closed."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+        for guarded in self._sockets:
+            guarded.stop()
+        self._sockets.clear()
+
+    def _run(self) -> None:
+        period_s = _MIN_PERIOD_S
+        while not self._stopping.wait(period_s):
+            started_s = time.perf_counter()
+            with self._lock:
+                sockets = list(self._sockets)
+            for guarded in sockets:
+                if guarded.closed:
+                    guarded.stop()
+                    with self._lock:
+                        self._sockets.remove(guarded)
+                else:
+                    guarded.sweep()
+            period_s = max(_MIN_PERIOD_S, _PERIODS_PER_SWEEP * (time.perf_counter() - started_s))
