@@ -29,7 +29,8 @@ class EvaluationPlan(Section):
     policy          names what is evaluated; "" if it is known only by the weight versions that engines state
     limit           number of questions; None: all of the split, 512 if the task has no last question
     version         wait until every engine serves this version of the run
-    wait_s          longest wait for the engines to respond, and for `version`
+    wait_s          longest wait for the engines to respond at the start, and for `version`
+    lost_after_s    after a failed sample: the evaluation ends if no engine responds for so long
     transcripts     also write the text of each context and the memories
     mixed_versions  accept samples of several weight versions
     """
@@ -44,6 +45,7 @@ class EvaluationPlan(Section):
     concurrency: Positive = 128
     version: NonNegative | None = None
     wait_s: Annotated[FiniteFloat, Field(ge=0)] = 0.0
+    lost_after_s: Annotated[FiniteFloat, Field(ge=0)] = 10.0
     transcripts: bool = False
     mixed_versions: bool = False
 

@@ -10,16 +10,16 @@ from protocol.errors import EngineError, EngineUnavailable, UnknownVersion, Unre
 from protocol.types import PolicyTag
 
 _POLL_S = 0.1
-_MIN_WAIT_S = 5.0
 
 
 class EvaluatedEngines:
-    """The engines at `urls`. `wait_s`: longest wait for their responses at the start, and after a failure (>= 5 s)."""
+    """The engines at `urls`. `wait_s`, `lost_after_s`: see `EvaluationPlan`."""
 
-    def __init__(self, urls: Sequence[str], *, api_key: str | None, wait_s: float) -> None:
+    def __init__(self, urls: Sequence[str], *, api_key: str | None, wait_s: float, lost_after_s: float) -> None:
         self._urls = urls
         self._api_key = api_key
         self._wait_s = wait_s
+        self._lost_after_s = lost_after_s
         self._checking = asyncio.Lock()
 
     async def served_versions(self, *, wanted: int | None) -> frozenset[str]:
@@ -32,7 +32,7 @@ class EvaluatedEngines:
     async def check_any_responds(self) -> None:
         """Returns as soon as an engine responds. Raises: UnreachableError if none does in time."""
         async with self._checking:
-            deadline = asyncio.get_running_loop().time() + max(self._wait_s, _MIN_WAIT_S)
+            deadline = asyncio.get_running_loop().time() + self._lost_after_s
             while not any(await asyncio.gather(*map(self._responds, self._urls))):
                 if asyncio.get_running_loop().time() > deadline:
                     raise UnreachableError(

@@ -37,6 +37,7 @@ from protocol.config_file import require_ports
 from protocol.errors import DataError, UnreachableError
 from protocol.evaluation import EvaluationFolder, EvaluationPlan, EvaluationReport
 from protocol.extensions import described
+from protocol.step_progress import StepProgress
 from protocol.types import Question, Trajectory
 
 log = logging.getLogger(__name__)
@@ -47,8 +48,12 @@ _UNLIMITED_TASK_QUESTIONS = 512
 _REPORT_EVERY_S = 1.0
 
 
-async def run_evaluation(config: Config, plan: EvaluationPlan, folder: EvaluationFolder) -> EvaluationReport:
+async def run_evaluation(
+    config: Config, plan: EvaluationPlan, folder: EvaluationFolder, *, lock_wait_s: float = 5.0
+) -> EvaluationReport:
     """Takes the missing samples of the evaluation in `folder`; returns its report, which is also written there.
+
+    `lock_wait_s`: longest wait for another evaluator in `folder` to end.
 
     Raises: UserError (another evaluation in the folder, no port of the retriever, a server that does not respond,
     several weight versions, a full disk, task files, extensions). Samples taken so far are in the folder then.
@@ -56,7 +61,7 @@ async def run_evaluation(config: Config, plan: EvaluationPlan, folder: Evaluatio
     if config.retriever.indexes:
         require_ports(config, "retriever.port")
     folder.root.mkdir(parents=True, exist_ok=True)
-    with SampleFile(folder.samples) as samples:
+    async with SampleFile(folder.samples, lock_wait_s=lock_wait_s) as samples:
         check_identity(folder.identity, evaluation_identity(config, plan))
         task = make_task(config, split=plan.split)
         limit = plan.limit or task.num_questions or _UNLIMITED_TASK_QUESTIONS
@@ -141,6 +146,7 @@ class _Evaluation:
         """Writes the lines to the disk and the report so far, every second."""
         while True:
             self.write_report(complete=False)
+            print(StepProgress(self.tally.num_done, len(self._done), "samples"), flush=True)
             await asyncio.sleep(_REPORT_EVERY_S)
             await asyncio.to_thread(self._samples.sync)
 
@@ -161,7 +167,9 @@ class _Evaluation:
 
 async def _run_missing(config: Config, evaluation: _Evaluation) -> None:
     plan = evaluation.plan
-    engines = EvaluatedEngines(plan.engines, api_key=config.network.api_key(), wait_s=plan.wait_s)
+    engines = EvaluatedEngines(
+        plan.engines, api_key=config.network.api_key(), wait_s=plan.wait_s, lost_after_s=plan.lost_after_s
+    )
     evaluation.check_versions(await engines.served_versions(wanted=plan.version))
     sampling = SamplingParams(temperature=plan.temperature, seed=plan.seed, allow_truncation=True)
     async with AsyncExitStack() as stack:

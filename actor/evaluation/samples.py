@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import BinaryIO
 
-from pydantic import Field, FiniteFloat, ValidationError
+from pydantic import FiniteFloat, ValidationError
 
 from actor.episode import Episode
 from protocol.atomic_write import atomic_path
@@ -19,6 +20,7 @@ from protocol.framing import describe
 from protocol.types import Question, Status, Trajectory
 
 _BLOCK_BYTES = 1 << 16
+_LOCK_POLL_S = 0.1
 
 
 class Sample(Section):
@@ -46,8 +48,8 @@ class Sample(Section):
     versions: tuple[str, ...]
     num_contexts: NonNegative
     num_tokens: NonNegative
-    contexts: Annotated[tuple[str, ...] | None, Field(default=None)]
-    memories: Annotated[tuple[str, ...] | None, Field(default=None)]
+    contexts: tuple[str, ...] | None = None
+    memories: tuple[str, ...] | None = None
 
     @property
     def is_failed(self) -> bool:
@@ -55,7 +57,7 @@ class Sample(Section):
 
     def to_line(self) -> bytes:
         """The line, with its newline."""
-        return self.model_dump_json(exclude_none=False).encode() + b"\n"
+        return self.model_dump_json().encode() + b"\n"
 
 
 def sample_of(
@@ -92,25 +94,29 @@ def failed_sample(question: Question, reason: str, *, cursor: int, sample: int) 
 
 
 class SampleFile:
-    """Appends lines to samples.jsonl, which one process at a time may have open. A context manager.
+    """Appends lines to samples.jsonl, which one process at a time may have open. An async context manager.
 
     Opening cuts a last line without an end, which a killed process left. A line is handed to the kernel by `append`,
-    and is on the disk after `sync`.
+    and is on the disk after `sync`. `lock_wait_s`: longest wait for another process that has the file open; the
+    evaluator of a launcher that was killed takes a moment to end.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, lock_wait_s: float) -> None:
         self._path = path
+        self._lock_wait_s = lock_wait_s
         self._file: BinaryIO | None = None
 
-    def __enter__(self) -> SampleFile:
+    async def __aenter__(self) -> SampleFile:
         """Raises: DataError if the file cannot be written, or another evaluation writes it."""
-        self._open()
+        deadline = asyncio.get_running_loop().time() + self._lock_wait_s
+        while not self._open():
+            if asyncio.get_running_loop().time() >= deadline:
+                raise DataError(f"another evaluation writes {self._path}: wait for it, or choose another folder")
+            await asyncio.sleep(_LOCK_POLL_S)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    async def __aexit__(self, *_: object) -> None:
+        self._close()
 
     def read(self) -> Iterator[Sample]:
         """The lines, one at a time. Raises: DataError if a line is damaged."""
@@ -134,8 +140,9 @@ class SampleFile:
                         kept.write(sample.to_line())
                 kept.flush()
                 os.fsync(kept.fileno())
-            self.__exit__()
-            self._open()
+            self._close()
+            if not self._open():
+                raise DataError(f"another evaluation writes {self._path}")
         return num_failed
 
     def append(self, sample: Sample) -> None:
@@ -159,7 +166,8 @@ class SampleFile:
             raise RuntimeError("SampleFile must be used inside `with`")
         return self._file
 
-    def _open(self) -> None:
+    def _open(self) -> bool:
+        """Opens and locks the file. Returns False if another process has locked it. Raises: DataError."""
         try:
             file = self._path.open("a+b")
         except OSError as error:
@@ -168,9 +176,15 @@ class SampleFile:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise DataError(f"another evaluation writes {self._path}: wait for it, or choose another folder") from None
+            return False
         file.truncate(_end_of_last_line(file))
         self._file = file
+        return True
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def _end_of_last_line(file: BinaryIO) -> int:

@@ -11,7 +11,9 @@ from protocol.failure_counts import failure_line
 
 def report_text(report: EvaluationReport, folder: EvaluationFolder) -> str:
     """One line per number; a mean has its standard error over questions."""
-    return "\n".join(f"{name:<22}{value}".rstrip() for name, value in _rows(report, folder))
+    rows = list(_rows(report, folder))
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join(f"{name:<{width}}{value}".rstrip() for name, value in rows)
 
 
 def _rows(report: EvaluationReport, folder: EvaluationFolder) -> Iterator[tuple[str, str]]:

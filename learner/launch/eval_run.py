@@ -33,6 +33,8 @@ from protocol.evaluation import EvaluationFolder, EvaluationPlan, EvaluationRepo
 
 # An engine that loads a large model, or a retriever that loads a large index, takes minutes.
 _START_TIMEOUT_S = 900.0
+# Engines that are not started here: they are lost if none responds for so long.
+_LOST_AFTER_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,7 @@ async def evaluate_run(request: Request) -> tuple[EvaluationReport, EvaluationFo
             seed=seed,
             concurrency=request.concurrency,
             wait_s=_START_TIMEOUT_S if policy.model else 0.0,
+            lost_after_s=_START_TIMEOUT_S if policy.model else _LOST_AFTER_S,
             transcripts=request.transcripts,
             mixed_versions=request.mixed_versions,
         )

@@ -22,7 +22,10 @@ from protocol.transport import Transport
 
 
 class ScriptedEngine:
-    """Implements SGLang's HTTP API. `reply` queues the tokens of a response; `requests` are all received requests."""
+    """Implements SGLang's HTTP API. `reply` queues the tokens of a response; `requests` are all received requests.
+
+    With `has_ended`, it answers as if its process had ended; a hanging request is refused.
+    """
 
     def __init__(self) -> None:
         self.requests: list[dict] = []
@@ -31,6 +34,7 @@ class ScriptedEngine:
         self.weight_version = "run:1:0"
         self.hang = asyncio.Event()
         self.hanging = asyncio.Event()
+        self.has_ended = False
         self._replies: deque[tuple[int, object]] = deque()
 
     def reply(
@@ -83,10 +87,12 @@ class ScriptedEngine:
         if status == 0:
             self.hanging.set()
             await self.hang.wait()
-            return web.Response(status=500)
+            return web.Response(status=404 if self.has_ended else 500)
         return web.json_response(body, status=status)
 
     async def model_info(self, _: web.Request) -> web.Response:
+        if self.has_ended:
+            return web.Response(status=503)
         return web.json_response({"model_path": "m", "weight_version": self.weight_version})
 
     async def abort(self, request: web.Request) -> web.Response:
