@@ -16,7 +16,7 @@ the learner: by free slots, and by its staleness bound. So that bound also limit
 
 Heartbeats are sent every heartbeat_s, and without delay if slots are free and the learner does not know of any. It
 knows of free slots from the last heartbeat, less `group_size` for each lease since. So there is at most one additional
-heartbeat for each lease, and at most one in a tenth of heartbeat_s.
+heartbeat for each lease, and none earlier than min_heartbeat_s after the last.
 
 No task waits for the learner to read a message: while it is absent, heartbeats are dropped and groups are kept. If it
 is slow, a group is sent again only after a RunStatus has arrived since the group was last sent.
@@ -46,9 +46,6 @@ Rollout = Callable[[Lease, Callable[[], None]], Awaitable[TrajectoryGroup]]
 """Rolls out the group of a lease. Calls its second argument at the end of each trajectory: its slot is free."""
 
 DRAINED = "stopped by a signal; its leases were given back"
-
-# Shortest time between two heartbeats, as a fraction of heartbeat_s.
-_MIN_HEARTBEAT = 0.1
 
 
 @dataclass(slots=True)
@@ -90,6 +87,7 @@ class Runner:
         counters: Callable[[], dict[str, float]],
         failures: Callable[[], Mapping[str, int]] = dict,
         heartbeat_s: float,
+        min_heartbeat_s: float = 0.05,
         resend_s: float = 5.0,
         drain: asyncio.Event | None = None,
         drain_s: float = 0.0,
@@ -104,6 +102,7 @@ class Runner:
         self._counters = counters
         self._failures = failures
         self._heartbeat_s = heartbeat_s
+        self._min_heartbeat_s = min(min_heartbeat_s, heartbeat_s)
         self._resend_s = resend_s
         self._drain = drain or asyncio.Event()
         self._drain_s = drain_s
@@ -253,9 +252,9 @@ class Runner:
             for group in list(self._unacknowledged.values()):
                 if self._must_send(group):
                     self._try_send(group)
-            await asyncio.sleep(_MIN_HEARTBEAT * self._heartbeat_s)
+            await asyncio.sleep(self._min_heartbeat_s)
             try:
-                async with asyncio.timeout((1 - _MIN_HEARTBEAT) * self._heartbeat_s):
+                async with asyncio.timeout(self._heartbeat_s - self._min_heartbeat_s):
                     await self._heartbeat_due.wait()
             except TimeoutError:
                 pass

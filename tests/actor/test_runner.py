@@ -3,105 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
 
-import numpy as np
 import pytest
 
-from actor.runner import Runner
-from protocol.codec import decode_group
 from protocol.errors import MalformedMessage
-from protocol.framing import Message, decode, encode
-from protocol.messages import (
-    Drain,
-    EngineFields,
-    Goodbye,
-    Heartbeat,
-    Lease,
-    RunStatus,
-    SubmitGroup,
-    SubmitReply,
-)
-from protocol.transport import Transport
-from protocol.types import Context, Question, Trajectory, TrajectoryGroup, VersionSpan
-
-WAIT_S = 20.0
-STATUS = RunStatus(run_id="run", step=0, num_steps=1, engines=[])
-
-
-@dataclass
-class RunnerUnderTest:
-    """A runner, the coordinator's socket, and a rollout that ends when the test calls `finish`.
-
-    If `rollout_error` is set, the rollout raises it. `num_heartbeats` includes heartbeats that could not be sent.
-    """
-
-    resend_s: float
-    transport: Transport = field(default_factory=Transport)
-    engines: list[Sequence[EngineFields]] = field(default_factory=list)
-    gates: dict[int, asyncio.Event] = field(default_factory=dict)
-    question_id: str = "q"
-    rollout_error: Exception | None = None
-    peer: bytes = b""
-    num_heartbeats: int = 0
-    num_received: int = 0
-
-    def __post_init__(self) -> None:
-        self.router = self.transport.router("tcp://127.0.0.1:0")
-        self.runner = Runner(
-            name="actor-0",
-            capacity=3,
-            dealer=self.transport.dealer(self.router.address),
-            rollout=self._rollout,
-            on_engines=self.engines.append,
-            counters=self._counters,
-            heartbeat_s=0.02,
-            resend_s=self.resend_s,
-        )
-        self.running = asyncio.create_task(self.runner.run())
-
-    def _counters(self) -> dict[str, float]:
-        """Called by the runner once per heartbeat, also if the heartbeat cannot be sent."""
-        self.num_heartbeats += 1
-        return {"busy": 1.0}
-
-    async def _rollout(self, lease: Lease) -> TrajectoryGroup:
-        if self.rollout_error is not None:
-            raise self.rollout_error
-        await self.gates.setdefault(lease.lease_id, asyncio.Event()).wait()
-        context = Context(
-            token_ids=np.array([1, 2], dtype=np.int32),
-            loss_mask=np.array([False, True]),
-            behavior_logprobs=np.array([0.0, -1.0], dtype=np.float32),
-            policy_versions=(VersionSpan(1, 2, 0, 1),),
-        )
-        question = Question(self.question_id, "who?", ("a",))
-        return TrajectoryGroup("run", lease.cursor, lease.attempt, question, (Trajectory((context,), 1.0),))
-
-    def finish(self, lease_id: int) -> None:
-        self.gates.setdefault(lease_id, asyncio.Event()).set()
-
-    async def receive(self, kind: type[Message], *, held: list[int] | None = None) -> Message:
-        """Receives the next message of `kind`; if `held` is given, the next heartbeat with these leases."""
-        async with asyncio.timeout(WAIT_S):
-            while True:
-                self.peer, frames = await self.router.recv()
-                self.num_received += 1
-                message, payload = decode(frames)
-                if isinstance(message, SubmitGroup):
-                    decode_group(message, payload)
-                if not isinstance(message, kind):
-                    continue
-                if held is None or (isinstance(message, Heartbeat) and message.held == held):
-                    return message
-
-    async def send(self, message: Message) -> None:
-        assert self.router.send(self.peer, [encode(message)])
-
-    async def lease(self, lease_id: int) -> None:
-        cursor = lease_id + 100
-        await self.send(Lease(lease_id=lease_id, run_id="run", cursor=cursor, attempt=0, group_size=1, min_version=0))
+from protocol.framing import decode, encode
+from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, RunStatus, SubmitGroup, SubmitReply
+from tests.actor.runner_stage import STATUS, WAIT_S, RunnerUnderTest, open_stage
 
 
 @pytest.fixture
@@ -112,11 +21,8 @@ def resend_s() -> float:
 
 @pytest.fixture
 async def stage(resend_s: float) -> AsyncIterator[RunnerUnderTest]:
-    stage = RunnerUnderTest(resend_s)
-    yield stage
-    stage.running.cancel()
-    await asyncio.wait([stage.running])
-    stage.transport.close()
+    async with open_stage(resend_s=resend_s) as stage:
+        yield stage
 
 
 async def test_heartbeats_state_capacity_leases_and_counters_and_engines_are_passed_on(stage: RunnerUnderTest) -> None:
