@@ -18,15 +18,20 @@ from learner.training.checkpoint import (
     TrainingProgress,
     latest_checkpoint,
     list_checkpoints,
+    newest_folder,
+    oldest_fallback_step,
     restore_checkpoint,
     save_checkpoint,
+    set_aside,
 )
+from learner.training.checkpoint_manifest import DamagedCheckpoint
 from learner.training.trainer import Trainer
 from protocol.errors import DataError
 from protocol.learner_config import LearnerConfig, OptimizerConfig
 from protocol.types import TrajectoryGroup
 from tests.learner.configs import loss_config
 from tests.learner.tiny import group, save_tiny_model
+from tests.store.small_disk import fill, limited_file_size, small_disk
 
 CONFIG = LearnerConfig(
     num_steps=4,
@@ -125,9 +130,96 @@ def test_the_newest_checkpoints_are_kept_and_the_newest_complete_one_is_found(tr
     assert list_checkpoints(root) == folders[1:]
     (folders[2] / "model.safetensors").write_bytes(b"cut short")
     assert latest_checkpoint(root) == folders[1]
-    with pytest.raises(DataError, match="is not complete"):
+    with pytest.raises(DataError, match=r"model\.safetensors must have 83624 bytes, got 9"):
         restore_checkpoint(folders[2], policy=trainer.policy, optimizer=trainer.optimizer)
     assert save(trainer, root, 10) == latest_checkpoint(root)
+
+
+def flip_bytes(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    middle = slice(len(data) // 2, len(data) // 2 + 1000)
+    data[middle] = bytes(byte ^ 0xFF for byte in data[middle])
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped": (flip_bytes, "the content of {name} does not have its checksum"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-9]), r"{name} must have \d+ bytes, got \d+"),
+    "empty": (lambda path: path.write_bytes(b""), r"{name} must have \d+ bytes, got 0"),
+    "missing": (Path.unlink, "{name} cannot be read: No such file or directory"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "{name} "),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damaged_file_is_named_before_anything_is_loaded(trainer: Trainer, tmp_path: Path, damage: str) -> None:
+    trainer.train_step(groups_of(0), step=0)
+    whole = save(trainer, tmp_path / "checkpoints", 1)
+    names = [str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file() and path.name != "state.json"]
+    assert len([name for name in names if name.endswith(".safetensors")]) == 2
+    change, message = DAMAGES[damage]
+    other = Trainer(policy=load_policy(whole), config=CONFIG)
+    before = [parameter.clone() for parameter in other.policy.model.parameters()]
+    for name in names:
+        folder = shutil.copytree(whole, tmp_path / "torn" / "step-00000001")
+        change(folder / name)
+        with pytest.raises(DamagedCheckpoint, match=rf"checkpoint {folder}: .*" + message.format(name=name)):
+            restore_checkpoint(folder, policy=other.policy, optimizer=other.optimizer)
+        shutil.rmtree(folder)
+    assert all(torch.equal(a, b) for a, b in zip(before, other.policy.model.parameters(), strict=True))
+    restore_checkpoint(whole, policy=other.policy, optimizer=other.optimizer)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"training": {"step": 1}, "files": {}}', '{"training": 3}', "\xff"]
+)
+def test_a_bad_manifest_is_damage(trainer: Trainer, tmp_path: Path, text: str) -> None:
+    folder = save(trainer, tmp_path, 1)
+    (folder / "state.json").write_bytes(text.encode("latin-1"))
+    assert latest_checkpoint(tmp_path) is None
+    with pytest.raises(DamagedCheckpoint, match=r"state\.json"):
+        restore_checkpoint(folder, policy=trainer.policy, optimizer=trainer.optimizer)
+
+
+def test_a_damaged_checkpoint_is_renamed_and_the_older_one_is_next(trainer: Trainer, tmp_path: Path) -> None:
+    folders = [save(trainer, tmp_path, step) for step in (1, 2)]
+    assert newest_folder(tmp_path) == folders[1]
+    assert set_aside(folders[1]).name == "damaged-step-00000002"
+    assert newest_folder(tmp_path) == folders[0]
+    assert set_aside(save(trainer, tmp_path, 2)).name == "damaged-step-00000002-2"
+
+
+def test_the_oldest_fallback_is_the_start_until_all_checkpoints_exist(trainer: Trainer, tmp_path: Path) -> None:
+    found = []
+    for step in (2, 4, 6):
+        save(trainer, tmp_path, step, keep=2, keep_every_steps=2)
+        found.append(oldest_fallback_step(tmp_path, keep=2))
+    assert found == [0, 2, 4]
+
+
+@pytest.mark.parametrize("num_bytes", [0, 2000, 50_000, 90_000])
+def test_a_save_without_room_removes_what_it_wrote_and_keeps_the_older_one(
+    trainer: Trainer, tmp_path: Path, num_bytes: int
+) -> None:
+    root = tmp_path / "checkpoints"
+    older = save(trainer, root, 1)
+    with limited_file_size(num_bytes), pytest.raises(OSError, match="File too large"):
+        save(trainer, root, 2)
+    assert list(root.iterdir()) == [older]
+    assert save(trainer, root, 2) == latest_checkpoint(root)
+
+
+@pytest.mark.parametrize("left_kb", [0, 150, 220])
+def test_a_full_disk_ends_a_save_with_an_os_error(trainer: Trainer, tmp_path: Path, left_kb: int) -> None:
+    """0: no folder can be written. 150: training/ has no room. 220: model.safetensors has none."""
+    with small_disk(tmp_path / "disk", num_bytes=1 << 20) as disk:
+        older = save(trainer, disk, 1)
+        ballast = fill(disk, num_bytes_left=left_kb << 10)
+        with pytest.raises(OSError, match=r"(?i)no space left on device"):
+            save(trainer, disk, 2)
+        assert sorted(disk.iterdir()) == [ballast, older]
+        ballast.unlink()
+        assert save(trainer, disk, 2) == latest_checkpoint(disk)
 
 
 def test_multiples_of_keep_every_steps_are_never_deleted(trainer: Trainer, tmp_path: Path) -> None:
