@@ -78,7 +78,7 @@ def _pieces(top_n: int) -> list[str]:
     nothing = Passage("", "", "")
     return [
         rendering.prompt("", ""),
-        *(rendering.write_action_search(thought, [""]) for thought in (NOTHING_YET,)),
+        rendering.write_action_search(NOTHING_YET, [""]),
         rendering.observation([Result(ToolCall(""), Observation(passages=(nothing,) * top_n))]),
         rendering.write_memory(""),
         rendering.write_answer(ENOUGH, ""),

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "wiki_pool"
 sys.path.insert(0, str(EXAMPLE))
 
-from bpe import CONTROL, END, TAGS, train_tokenizer, word_ids, write_tokenizer  # noqa: E402
+from bpe import CONTROL, END, TAGS, fixed_ids, train_tokenizer, word_ids, write_tokenizer  # noqa: E402
 from script import NOTHING_YET, Example, GoldScript, OffScript, find_spelling  # noqa: E402
 from search_tool import chat_rendering  # noqa: E402
 from traces import Traces, read_examples, record  # noqa: E402
@@ -107,6 +107,14 @@ def test_tokenizer_folder_is_read_by_transformers(tokenizer: Tokenizer, tmp_path
     words = word_ids(fast)
     assert words.start == 259
     assert fast.id_to_token(words.stop) == TAGS[0]
+
+
+def test_fixed_ids_have_the_words_of_every_fixed_text() -> None:
+    """A thought is one text: iterated by characters, its words would be missing."""
+    fast = train_tokenizer([NOTHING_YET] * 50, vocab_size=900, top_n=2)
+    action = chat_rendering(2).write_action_search(NOTHING_YET, [""])
+    assert set(fast.encode(action).ids) <= fixed_ids(fast, top_n=2)
+    assert not fixed_ids(fast, top_n=2).isdisjoint(word_ids(fast))
 
 
 def test_script_searches_then_remembers_then_answers() -> None:
