@@ -26,6 +26,12 @@ call without     10 passages                               the search tool's `to
 `top_n`
 too long an      ends the trajectory                       passages are shortened so that the memory fits
 observation
+limits that      `question_tokens` 695,                    none: only `context_tokens` limits a context,
+are not set      `response_tokens` 6,024                   its prompt included
+
+`response_tokens` counts a context's tokens after its prompt, as the original does; `context_tokens` limits it as well,
+so it must leave room for the prompt. The original leaves longer questions out of its training data. A workflow gets one
+question and cannot replace it, so it cuts the question at `question_tokens`.
 """
 
 from __future__ import annotations
@@ -34,9 +40,6 @@ import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
-
-from pydantic import Field
 
 from actor.chat.chatml import ChatRendering
 from actor.chat.fit_observation import fit_observation
@@ -46,8 +49,8 @@ from actor.chat.toy import ToyRendering
 from actor.episode import Episode
 from actor.session import BudgetExceeded, Generation, Session
 from actor.tools.tool import Tool
+from actor.workflows.memsearcher_options import MemSearcherOptions
 from actor.workflows.workflow import Workflow
-from protocol.config_base import Options, Positive
 from protocol.errors import ConfigError
 from protocol.types import Edge, Question, Status
 
@@ -56,25 +59,6 @@ MAX_CALLS = 8
 _PAPER_TOP_N = 10
 # Placeholder for a memory when the tokens around it are counted; the text around a memory never contains it.
 _PROBE = "\N{WHITE SQUARE}"
-
-
-class MemSearcherOptions(Options):
-    """Options of the workflow memsearcher. Budgets are in tokens of the model's own tokenizer."""
-
-    rendering: Literal["chat", "toy"] = Field(
-        default="chat", description="Texts: `chat` is ChatML with JSON tool calls, `toy` the toy world's words."
-    )
-    fidelity: Literal["mended", "paper"] = Field(
-        default="mended", description="`paper` reproduces the defects of the original code, for comparison."
-    )
-    max_turns: Positive = Field(default=5, description="Maximum number of turns of an episode.")
-    action_tokens: Positive = Field(
-        default=512, description="Maximum tokens of an action: a thought with tool calls or an answer."
-    )
-    memory_tokens: Positive = Field(default=1024, description="Maximum tokens of a memory.")
-    memory_overflow: Literal["truncate", "fail"] = Field(
-        default="truncate", description="A memory above its limit is truncated, or ends the trajectory."
-    )
 
 
 class MemSearcher(Workflow):
@@ -93,6 +77,13 @@ class MemSearcher(Workflow):
                 f"{context_tokens}, got {options.action_tokens} + {options.memory_tokens}: raise context_tokens, which "
                 "holds the prompt, an action, an observation and a memory"
             )
+        limit = options.response_limit
+        if limit is not None and options.action_tokens + options.memory_tokens >= limit:
+            raise ConfigError(
+                f"workflow.response_tokens must be > workflow.action_tokens + workflow.memory_tokens = "
+                f"{options.action_tokens} + {options.memory_tokens}, got {limit}: a context holds an action, an "
+                "observation and a memory after its prompt"
+            )
         if not tools:
             raise ConfigError("workflow.tools must name at least one tool for memsearcher, got none")
         self.functions = {tool.schema["name"]: tool for tool in tools.values()}
@@ -105,6 +96,9 @@ class MemSearcher(Workflow):
     def check(self, tokenizer: Tokenizer) -> None:
         """Raises: DataError if the tokenizer lacks the end token of the rendering."""
         tokenizer.token_id(self.rendering.end_token)
+
+    def first_prompt(self, question: Question) -> str:
+        return self.rendering.prompt(question.text, "")
 
     async def run(self, question: Question, session: Session) -> Episode:
         return await _Run(workflow=self, question=question, session=session).run()
@@ -134,18 +128,26 @@ class _Run:
         self._memories: list[str] = []
         self._fault = ""
         self._counts: Counter[str] = Counter(
-            num_searches=0, num_bad_calls=0, num_shortened_observations=0, num_truncated_memories=0
+            num_searches=0,
+            num_bad_calls=0,
+            num_shortened_observations=0,
+            num_truncated_memories=0,
+            num_truncated_questions=0,
         )
+        self._reserved = 0
         self._memory_limit = self._options.action_tokens
         if self._mended:
             self._memory_limit = self._options.memory_tokens + frame_tokens(self._rendering, session.tokenizer)
 
     async def run(self) -> Episode:
         end, memory, num_turns = None, "", self._options.max_turns
+        question = self._cut(self._question.text)
         try:
             for turn in range(num_turns):
                 edge = Edge.START if turn == 0 else Edge.MEMORY_RESET
-                self._session.open_context(self._rendering.prompt(self._question.text, memory), turn=turn, edge=edge)
+                self._session.open_context(self._rendering.prompt(question, memory), turn=turn, edge=edge)
+                limit = self._options.response_limit
+                self._reserved = 0 if limit is None else max(0, self._session.room - limit)
                 outcome = await self._turn(is_last=turn + 1 == num_turns)
                 self._session.close_context()
                 if isinstance(outcome, _End):
@@ -169,9 +171,28 @@ class _Run:
             stats={name: float(count) for name, count in self._counts.items()},
         )
 
+    def _cut(self, question: str) -> str:
+        """The question, at most `question_tokens` of it."""
+        limit = self._options.question_limit
+        kept = question if limit is None else self._session.tokenizer.truncate(question, limit)
+        self._counts.update(num_truncated_questions=int(kept != question))
+        return kept
+
+    @property
+    def _room(self) -> int:
+        """How many more tokens the open context can hold, by `context_tokens` and by `response_tokens`."""
+        return self._session.room - self._reserved
+
+    async def _generate(self, max_new_tokens: int) -> Generation:
+        """Raises: BudgetExceeded if the open context is full."""
+        if self._reserved > 0 and self._room < 1:
+            limit = self._options.response_limit
+            raise BudgetExceeded(f"a context must have at most workflow.response_tokens = {limit} after its prompt")
+        return await self._session.generate(min(max_new_tokens, max(1, self._room)), self._stop)
+
     async def _turn(self, *, is_last: bool) -> str | _End:
         """Runs one turn in the open context. Returns the next turn's memory, or the trajectory's end."""
-        generation = await self._session.generate(self._options.action_tokens, self._stop)
+        generation = await self._generate(self._options.action_tokens)
         if (stopped := _end_if_illegal_stop(generation)) is not None:
             return stopped
         if generation.finish == "length":
@@ -195,12 +216,12 @@ class _Run:
         self._counts.update(num_searches=len(results) - num_bad, num_bad_calls=num_bad)
         if not self._mended:
             observation = self._session.tokenizer.encode(self._rendering.observation(results))
-            fitted = (observation, False) if len(observation) < self._session.room else None
+            fitted = (observation, False) if len(observation) < self._room else None
         else:
-            room = self._session.room - self._memory_limit
+            room = self._room - self._memory_limit
             fitted = fit_observation(self._rendering, self._session.tokenizer, results, room)
         if fitted is None:
-            return _End(Status.OVER_BUDGET, f"an observation does not fit into {self._session.room} tokens of room")
+            return _End(Status.OVER_BUDGET, f"an observation does not fit into {self._room} tokens of room")
         observation, shortened = fitted
         self._counts.update(num_shortened_observations=int(shortened))
         self._session.append(observation)
@@ -216,7 +237,7 @@ class _Run:
 
     async def _remember(self) -> str | _End:
         """Samples a memory. Returns it within its token limit, or the trajectory's end."""
-        generation = await self._session.generate(self._memory_limit, self._stop)
+        generation = await self._generate(self._memory_limit)
         if (stopped := _end_if_illegal_stop(generation)) is not None:
             return stopped
         cut_off = generation.finish == "length"

@@ -128,6 +128,7 @@ ROLLOUT_METRICS = (
             ),
             ("num_bad_calls", _MISTAKES, "calls", "tool calls that could not be parsed", "near 0"),
             ("num_truncated_memories", _MISTAKES, "memories", "memories cut at their length limit", "near 0"),
+            ("num_truncated_questions", "", "questions", "questions cut at their length limit", "near 0"),
             (
                 "num_shortened_observations",
                 _MISTAKES,

@@ -365,6 +365,65 @@ async def test_an_observation_that_cannot_fit_ends_the_trajectory(
     assert "does not fit" in episode.reason
 
 
+@pytest.mark.parametrize("fidelity", ["paper", "mended"])
+async def test_response_tokens_count_from_the_end_of_the_prompt(
+    chat: Stage, retriever: ScriptedRetriever, fidelity: str
+) -> None:
+    """The observation fits into the context of 6,000 tokens, and not into 400 tokens after the prompt."""
+    retriever.text = "{query} " + "the answer and the question " * 100
+    chat.queue(chat.rendering.write_action_search("t", ["a"]), chat.rendering.write_memory("m"))
+    chat.queue(chat.rendering.write_answer("t", "x"))
+    episode, _ = await chat.play(response_tokens=400, action_tokens=100, memory_tokens=100, fidelity=fidelity)
+    if fidelity == "paper":
+        assert episode.status == Status.OVER_BUDGET
+        assert "an observation does not fit into" in episode.reason
+        return
+    assert episode.stats["num_shortened_observations"] == 1
+    prompt = len(chat.tokenizer.encode(chat.rendering.prompt(QUESTION.text, "")))
+    room = chat.engine.requests[1]["sampling_params"]["max_new_tokens"]
+    assert len(chat.engine.requests[1]["input_ids"]) + room <= prompt + 400
+
+
+async def test_a_memory_that_fills_the_response_tokens_is_cut_off(chat: Stage, retriever: ScriptedRetriever) -> None:
+    """Fidelity `paper` keeps no room for the memory: its generation gets what the observation leaves."""
+    retriever.text = "the answer"
+    action = chat.rendering.write_action_search("t", ["a"])
+    chat.queue(action, chat.rendering.write_memory("m"))
+    await chat.play(response_tokens=10_000, max_turns=2, fidelity="paper")
+    used = len(chat.engine.requests[1]["input_ids"]) - len(chat.engine.requests[0]["input_ids"])
+    chat.queue(action, "<memory>\nthe question")
+    options = {"action_tokens": 10, "memory_tokens": used - 20, "fidelity": "paper"}
+    episode, _ = await chat.play(response_tokens=used + 3, **options)
+    assert chat.engine.requests[-1]["sampling_params"]["max_new_tokens"] == 3
+    assert episode.status == Status.OVER_BUDGET
+
+
+async def test_fidelity_paper_has_the_limits_of_the_paper() -> None:
+    paper, mended = (MemSearcherOptions.model_validate({"fidelity": each}) for each in ("paper", "mended"))
+    assert (paper.question_limit, paper.response_limit) == (695, 6_024)
+    assert (mended.question_limit, mended.response_limit) == (None, None)
+    own = MemSearcherOptions(fidelity="paper", question_tokens=10, response_tokens=4_000)
+    assert (own.question_limit, own.response_limit) == (10, 4_000)
+    with pytest.raises(ConfigError, match=r"workflow\.response_tokens must be > .* 512 \+ 1024, got 1500"):
+        MemSearcher(
+            MemSearcherOptions(response_tokens=1_500),
+            tools={"search": search_tool()},
+            context_tokens=CONTEXT_TOKENS,
+        )
+
+
+async def test_a_long_question_is_cut_in_every_context(chat: Stage, retriever: ScriptedRetriever) -> None:
+    chat.queue(chat.rendering.write_action_search("t", ["a"]), chat.rendering.write_memory("m"))
+    chat.queue(chat.rendering.write_answer("t", "x"))
+    long = Question("q", "the answer and the question " * 50, ("x",))
+    episode, contexts = await chat.play(long, question_tokens=9)
+    cut = chat.tokenizer.truncate(long.text, 9)
+    for context, memory in zip(contexts, ("", "m"), strict=True):
+        assert chat.tokenizer.decode(context.token_ids.tolist()).startswith(chat.rendering.prompt(cut, memory))
+    assert episode.stats["num_truncated_questions"] == 1
+    assert episode.status == Status.COMPLETED
+
+
 async def test_a_prompt_that_fills_the_context_ends_the_trajectory(toy: Stage) -> None:
     episode, contexts = await toy.play(context_tokens=8, action_tokens=4, memory_tokens=3)
     assert episode.status == Status.OVER_BUDGET
