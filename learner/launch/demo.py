@@ -66,12 +66,9 @@ def demo(
     supervised warm start on scripted, noisy demonstrations teaches it the format. RL then makes it reliable; RL teaches
     no new skill here. About four minutes on two cores.
     """
-    import logging
-
     from learner.launch.demo_run import DemoRun, DemoSettings, choose_folder
     from protocol.role_startup import run_async
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     settings = DemoSettings(
         seed=seed,
         num_steps=steps,
@@ -96,37 +93,41 @@ async def _run(run: DemoRun) -> None:
     from learner.launch.command_line import relative
     from learner.launch.demo_report import write_report
     from learner.launch.demo_stages import evaluate, make_data_and_model
-    from learner.launch.live_view import show_while, view_of
+    from learner.launch.live_view import FINISHED, TRAINING, view_of
     from learner.launch.phase_timer import PhaseTimer
-    from learner.launch.process_plan import plan
+    from learner.launch.process_plan import plan, with_ports
     from learner.launch.supervisor import Supervisor
     from protocol.atomic_write import atomic_write
     from protocol.config_file import save_config
 
     click.echo(f"demo: seed {run.settings.seed}, {run.settings.num_steps} steps, in {relative(run.run_dir)}")
+    config = _config(run)
     async with Supervisor(run.run_dir) as supervisor:
-        atomic_write(run.settings_path, json.dumps(asdict(run.settings)) + "\n")
-        timer = PhaseTimer(run.seconds)
-        with timer.measure("warm_start_s"):
-            await make_data_and_model(run, supervisor)
-        config = _config(run)
-        save_config(config, run.folder.config)
-        processes = plan(config, config_path=run.folder.config)
-        await supervisor.start([spec for spec in processes if spec.role != "actor"])
-        with timer.measure("eval_s"):
-            await evaluate(run, config, supervisor, when="before", version=0)
-        with timer.measure("rl_s"):
-            await supervisor.start([spec for spec in processes if spec.role == "actor"])
-            view = view_of(config, supervisor.states, quiet=run.quiet)
-            await show_while(view, supervisor.wait("learner"))
-        with timer.measure("eval_s"):
-            await evaluate(run, config, supervisor, when="after", version=run.settings.num_steps)
+        view = view_of(config, supervisor.states, quiet=run.quiet)
+        async with view.shown():
+            atomic_write(run.settings_path, json.dumps(asdict(run.settings)) + "\n")
+            timer = PhaseTimer(run.seconds)
+            with timer.measure("warm_start_s"):
+                await make_data_and_model(run, supervisor, view)
+            config = with_ports(config)
+            save_config(config, run.folder.config)
+            processes = plan(config, config_path=run.folder.config)
+            view.phase = "starting the learner, the retriever and the engine"
+            await supervisor.start([spec for spec in processes if spec.role != "actor"])
+            with timer.measure("eval_s"):
+                await evaluate(run, config, supervisor, view, when="before", version=0)
+            with timer.measure("rl_s"):
+                view.phase = TRAINING
+                await supervisor.start([spec for spec in processes if spec.role == "actor"])
+                await supervisor.wait("learner")
+            with timer.measure("eval_s"):
+                await evaluate(run, config, supervisor, view, when="after", version=run.settings.num_steps)
+            view.phase = FINISHED
     click.echo(write_report(run, config, seconds=timer.seconds))
 
 
 def _config(run: DemoRun) -> Config:
-    """The demo's config. Learning rate, batch size and schedule were tuned on a prototype (docs/log.md)."""
-    from learner.launch.process_plan import with_ports
+    """The config without ports. Learning rate, batch size and schedule were tuned on a prototype (docs/log.md)."""
     from protocol.config_file import parse_config
 
     indexes = {f"world-{world}": str(run.index(world)) for world in run.all_worlds}
@@ -171,4 +172,4 @@ def _config(run: DemoRun) -> Config:
             "checkpoint": {"every_steps": 20, "keep": 2},
         },
     }
-    return with_ports(parse_config(tree, source="the demo's config"))
+    return parse_config(tree, source="the demo's config")

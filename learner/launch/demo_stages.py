@@ -11,6 +11,7 @@ import sys
 import click
 
 from learner.launch.demo_run import DemoRun
+from learner.launch.live_view import LiveView
 from learner.launch.process_plan import ProcessSpec, evaluator
 from learner.launch.supervisor import RunFailed, Supervisor
 from protocol.config import Config
@@ -22,8 +23,9 @@ TEMPERATURES = {"sampled": 1.0, "greedy": 0.0}
 _ENGINE_TIMEOUT_S = 60.0
 
 
-async def make_data_and_model(run: DemoRun, supervisor: Supervisor) -> None:
+async def make_data_and_model(run: DemoRun, supervisor: Supervisor, view: LiveView) -> None:
     """Makes corpora, tokenizer and demonstrations; then the indexes and the warm start concurrently."""
+    view.phase = "making worlds and demonstrations"
     if not (run.data / "demonstrations.safetensors").is_file():
         worlds = [argument for world in run.worlds for argument in ("--world", str(world))]
         worlds += ["--eval-world", str(run.eval_world)]
@@ -31,10 +33,13 @@ async def make_data_and_model(run: DemoRun, supervisor: Supervisor) -> None:
         await _run_module(
             supervisor, "data", "actor.tasks.toy.command", "--out", str(run.data), "--seed", seed, *worlds
         )
+    view.phase = "warm start: supervised training on scripted, noisy demonstrations"
     await asyncio.gather(_build_indexes(run, supervisor), _warm_start(run, supervisor))
 
 
-async def evaluate(run: DemoRun, config: Config, supervisor: Supervisor, *, when: str, version: int) -> None:
+async def evaluate(
+    run: DemoRun, config: Config, supervisor: Supervisor, view: LiveView, *, when: str, version: int
+) -> None:
     """Evaluates policy `version` on the unseen world, on the run's engine, sampled at T = 1 and greedy concurrently.
 
     Raises: RunFailed if every sample failed.
@@ -55,7 +60,7 @@ async def evaluate(run: DemoRun, config: Config, supervisor: Supervisor, *, when
     if not missing:
         return
     num_questions = run.settings.num_eval_questions
-    click.echo(f"demo: evaluating version {version} on {num_questions} questions about an unseen world …")
+    view.phase = f"evaluating version {version} on {num_questions} questions about an unseen world"
     for folder in missing:
         folder.write_plan(plans[folder])
         save_config(config, folder.config)
@@ -89,9 +94,6 @@ async def _build_indexes(run: DemoRun, supervisor: Supervisor) -> None:
 async def _warm_start(run: DemoRun, supervisor: Supervisor) -> None:
     if run.model.is_dir():
         return
-    click.echo(
-        "demo: warm start (about a minute): supervised training on scripted, deliberately noisy demonstrations …"
-    )
     arguments = ["--data", str(run.data), "--out", str(run.model), "--seed", str(run.settings.seed)]
     await _run_module(supervisor, "warm-start", "learner.warmstart", *arguments)
 

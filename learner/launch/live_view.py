@@ -1,33 +1,85 @@
-"""The live view of a run, from RUN/metrics.jsonl: reward, staleness, throughput, waiting times."""
+"""The live view of a run: the phase, what it waits for, failures, metrics, processes.
+
+launcher ──phase──┐      RUN/progress.json  the learner: what it waits for, failures by reason
+supervisor ─states┤      RUN/metrics.jsonl  the learner: one line per step
+                  ▼      RUN/logs/NAME.log  processes that run once: `progress: 450/700 …`
+              LiveView ◄──────────┘
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
+from rich.measure import Measurement
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from learner.launch.step_log import StepLog, StepMetrics
+from learner.launch.view_text import (
+    States,
+    duration,
+    printable,
+    process_text,
+    remaining_s,
+    rows,
+    sparkline,
+)
+from learner.metrics.progress import Progress, progress_lines
 from learner.store.run_folder import RunFolder
 from protocol.config import Config
+from protocol.step_progress import StepProgress
 
-_BARS = "▁▂▃▄▅▆▇█"
 _REFRESH_S = 0.5
 _PRINT_EVERY_STEPS = 10
+_PRINT_EVERY_S = 60.0
 
-States = Mapping[str, tuple[str, int]]
-"""process name → (its state, restarts so far)"""
+TRAINING = "training"
+"""The phase in which the learner waits for batches and trains. All others are shown by their name and the progress of
+their processes."""
+FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStatus:
+    """What the view shows.
+
+    elapsed_s   since the launcher started
+    now         seconds since the epoch
+    bound       the staleness bound
+    steps       step → metrics, of the steps that are trained
+    stages      process name → progress, of running processes that end by themselves
+    learner     the learner's progress.json, in the phase TRAINING
+    """
+
+    title: str
+    phase: str
+    elapsed_s: float
+    now: float
+    num_steps: int
+    bound: int
+    states: States = field(default_factory=dict)
+    steps: Mapping[int, StepMetrics] = field(default_factory=dict)
+    stages: Mapping[str, StepProgress] = field(default_factory=dict)
+    learner: Progress | None = None
+
+    @property
+    def num_done(self) -> int:
+        """Steps that are trained."""
+        return max(self.steps) + 1 if self.steps else 0
 
 
 class LiveView:
-    """Shows the progress of a run. On a terminal it redraws a panel; otherwise it prints a line for every tenth step
-    and the last one. With `quiet` it shows nothing.
+    """Shows a run until it ends. On a terminal it redraws a panel. Otherwise it prints a line for each phase, for every
+    tenth step and the last one, and, if there was none for a minute, what the run waits for. `quiet`: it shows nothing.
 
     states: returns the state of each process
     """
@@ -36,69 +88,89 @@ class LiveView:
         self,
         *,
         title: str,
-        metrics: Path,
+        run_dir: Path,
         num_steps: int,
         staleness_bound: int,
         states: Callable[[], States],
-        quiet: bool,
+        quiet: bool = False,
+        console: Console | None = None,
     ) -> None:
         self._title = title
-        self._steps = StepLog(metrics)
+        self._folder = RunFolder(run_dir)
+        self._log = StepLog(self._folder.metrics)
         self._num_steps = num_steps
         self._bound = staleness_bound
         self._states = states
         self._quiet = quiet
-        self._console = Console()
-        self._printed = -1
+        self._console = console or Console()
+        self._started_s = time.monotonic()
+        self._lines = _Lines()
+        self.phase = TRAINING
+        """Set by the launcher."""
 
-    async def run(self) -> None:
-        """Runs until cancelled."""
-        if self._quiet or not self._console.is_terminal:
-            while True:
-                self._print_lines()
-                await asyncio.sleep(_REFRESH_S)
-        with Live(console=self._console, auto_refresh=False, transient=False) as live:
+    @contextlib.asynccontextmanager
+    async def shown(self) -> AsyncIterator[None]:
+        """Shows the view while the block runs."""
+        showing = asyncio.create_task(self._show(), name="live view")
+        try:
+            yield
+        finally:
+            showing.cancel()
+            await asyncio.gather(showing, return_exceptions=True)
+
+    def status(self) -> RunStatus:
+        """Reads the run's folder."""
+        self._log.refresh()
+        states = self._states()
+        logs = {name: self._folder.log(name) for name, (state, _) in states.items() if state == "running"}
+        stages = {name: found for name, log in logs.items() if (found := StepProgress.last_in(log)) is not None}
+        return RunStatus(
+            title=printable(self._title),
+            phase=self.phase,
+            elapsed_s=time.monotonic() - self._started_s,
+            now=time.time(),
+            num_steps=self._num_steps,
+            bound=self._bound,
+            states=states,
+            steps=self._log.by_step,
+            stages=stages,
+            learner=Progress.read(self._folder.progress) if self.phase == TRAINING else None,
+        )
+
+    async def _show(self) -> None:
+        if self._quiet:
+            return
+        if not self._console.is_terminal:
+            await self._print_lines()
+        with Live(console=self._console, auto_refresh=False) as live:
+            size = self._console.size
             try:
                 while True:
-                    live.update(self.render(), refresh=True)
+                    if self._console.size != size:  # the terminal has wrapped the lines of the last panel
+                        size = self._console.size
+                        self._console.clear()
+                    live.update(render(self.status()), refresh=True)
                     await asyncio.sleep(_REFRESH_S)
             finally:
-                live.update(self.render(), refresh=True)
+                live.update(render(self.status()), refresh=True)
 
-    def render(self) -> RenderableType:
-        """The panel for the newest step in metrics.jsonl."""
-        self._steps.refresh()
-        last = self._steps.last
-        processes = Text("  ".join(_state(name, *state) for name, state in self._states().items()), style="dim")
-        if last is None:
-            return Panel(Group(Text("waiting for the first batch …"), processes), title=self._title)
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="bold")
-        table.add_column()
-        for name, value in rows(last, bound=self._bound):
-            table.add_row(name, value)
-        rewards = [step["reward/mean"] for _, step in sorted(self._steps.by_step.items())]
-        table.add_row("curve", sparkline(rewards, width=60))
-        progress = ProgressBar(total=self._num_steps, completed=int(last["step"]) + 1, width=60)
-        head = f"{self._title}   step {int(last['step']) + 1}/{self._num_steps}"
-        return Panel(Group(progress, table, processes), title=head, width=100)
+    async def _print_lines(self) -> None:
+        try:
+            while True:
+                self._print_new_lines()
+                await asyncio.sleep(_REFRESH_S)
+        finally:
+            self._print_new_lines()
 
-    def _print_lines(self) -> None:
-        self._steps.refresh()
-        for number in sorted(self._steps.by_step):
-            due = number % _PRINT_EVERY_STEPS == 0 or number + 1 == self._num_steps
-            if number > self._printed and due and not self._quiet:
-                facts = "  ".join(
-                    f"{name}: {value}" for name, value in rows(self._steps.by_step[number], bound=self._bound)
-                )
-                self._console.print(f"step {number + 1}/{self._num_steps}  {facts}", highlight=False, soft_wrap=True)
-                self._printed = number
+    def _print_new_lines(self) -> None:
+        for line in self._lines.new(self.status()):
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def view_of(config: Config, states: Callable[[], States], *, quiet: bool) -> LiveView:
     return LiveView(
         title=config.run.name,
-        metrics=RunFolder(config.run.dir).metrics,
+        run_dir=config.run.dir,
         num_steps=config.learner.num_steps,
         staleness_bound=config.learner.staleness_bound,
         states=states,
@@ -108,55 +180,108 @@ def view_of(config: Config, states: Callable[[], States], *, quiet: bool) -> Liv
 
 async def show_while(view: LiveView, awaited: Awaitable[None]) -> None:
     """Shows `view` until `awaited` ends; raises its exception."""
-    viewing = asyncio.create_task(view.run())
-    try:
+    async with view.shown():
         await awaited
-    finally:
-        viewing.cancel()
-        await asyncio.gather(viewing, return_exceptions=True)
+        view.phase = FINISHED
 
 
-def rows(step: StepMetrics, *, bound: int) -> list[tuple[str, str]]:
-    """(label, text) for each row of the panel, from one step's metrics. `bound`: the staleness bound."""
-    busy_s = step["learner/step_s"] + step["learner/publish_s"]
-    waiting = step["learner/wait_s"] / max(1e-9, busy_s + step["learner/wait_s"])
-    waits = f"learner waits for trajectories {waiting:.0%} of its time"
-    free = step.get("queue/credits_free", 0.0)
-    if free > 0:
-        waits += f"; actors wait for leases of {free:.0f} groups (staleness bound)"
-    reward = f"{step['reward/mean']:.3f}"
-    if "reward/em" in step:
-        reward += f"   EM {step['reward/em']:.3f}"
+def render(status: RunStatus) -> RenderableType:
+    """The panel, as wide as the terminal. Long texts are wrapped; nothing is cut."""
+    shows_steps = bool(status.steps) or status.phase == TRAINING
+    parts: list[RenderableType] = [_bar(status.num_done, status.num_steps)] if shows_steps else []
+    table = Table.grid(padding=(0, 2), expand=True)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(ratio=1, overflow="fold")
+    table.add_row("phase", Text(status.phase + (f", step {status.num_done}/{status.num_steps}" if shows_steps else "")))
+    table.add_row("time", Text(_time(status)))
+    for name, stage in status.stages.items():
+        table.add_row(printable(name), _bar(stage.num_done, stage.num_total))
+        table.add_row("", Text(f"{stage.num_done:,} of {stage.num_total:,} {printable(stage.text)}"))
+    if status.phase == TRAINING:
+        for label, text in _now(status):
+            table.add_row(label, Text(text, style="" if label == "now" else "yellow"))
+    if status.steps:
+        rewards = [status.steps[step]["reward/mean"] for step in sorted(status.steps)]
+        table.add_row("rewards", _Curve(rewards))
+        for label, text in rows(status.steps[max(status.steps)], bound=status.bound):
+            table.add_row(label, Text(text))
+    if status.states:
+        table.add_row("processes", Text(process_text(status.states), style="dim"))
+    return Panel(Group(*parts, table), title=Text(status.title))
+
+
+def _time(status: RunStatus) -> str:
+    left_s = remaining_s(status.steps, num_steps=status.num_steps) if status.phase == TRAINING else None
+    left = "" if left_s is None else f", about {duration(left_s)} left"
+    return f"{duration(status.elapsed_s)} elapsed{left}"
+
+
+def _now(status: RunStatus) -> list[tuple[str, str]]:
+    """(label, text): what the learner does, failures, warnings."""
+    first, *others = map(printable, progress_lines(status.learner, now=status.now))
+    warning = "warning: "
     return [
-        ("reward", f"{reward}   entropy {step['policy/entropy']:.3f}"),
-        ("staleness", f"mean {step['staleness/mean']:.2f}, max {step['staleness/max']:.0f} (bound {bound})"),
-        (
-            "tokens/s",
-            f"sampled {step['rollout/tokens_per_s']:,.0f}, learner {step['learner/tokens_per_s']:,.0f} (step "
-            f"{step['learner/step_s']:.2f} s)",
-        ),
-        (
-            "contexts",
-            f"{step['rollout/contexts']:.2f} per trajectory, {step['rollout/context_tokens']:.0f} tokens each",
-        ),
-        (
-            "queue",
-            f"{step.get('queue/running', 0):.0f} groups running, {step.get('queue/buffered', 0):.0f} buffered, "
-            f"{step.get('queue/expired', 0):.0f} leases expired",
-        ),
-        ("waits", waits),
+        ("now", first),
+        *(("warning", line.removeprefix(warning)) if line.startswith(warning) else ("failed", line) for line in others),
     ]
 
 
-def sparkline(values: list[float], *, width: int) -> str:
-    """At most `width` bars on the scale 0 to max(1, largest bar). Each bar is the mean of consecutive values."""
-    if not values:
-        return ""
-    size = -(-len(values) // width)
-    means = [sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
-    top = max(1.0, *means)
-    return "".join(_BARS[min(len(_BARS) - 1, max(0, int(mean / top * len(_BARS))))] for mean in means)
+def _bar(num_done: int, num_total: int) -> RenderableType:
+    """A progress bar on a line of its own, with the percentage at its end."""
+    line = Table.grid(padding=(0, 1), expand=True)
+    line.add_column(ratio=1)
+    line.add_column(no_wrap=True, justify="right")
+    line.add_row(ProgressBar(total=max(1, num_total), completed=num_done), f"{num_done / max(1, num_total):4.0%}")
+    return line
 
 
-def _state(name: str, state: str, num_restarts: int) -> str:
-    return f"{name} {state}" + (f" ({num_restarts} restarts)" if num_restarts else "")
+class _Curve:
+    """A sparkline that is as wide as its place."""
+
+    def __init__(self, values: list[float]) -> None:
+        self._values = values
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(sparkline(self._values, width=options.max_width))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(1, options.max_width)
+
+
+class _Lines:
+    """The lines that a view prints where there is no terminal."""
+
+    def __init__(self) -> None:
+        self._phase = ""
+        self._step = -1
+        self._warnings: set[str] = set()
+        self._printed_s = 0.0
+
+    def new(self, status: RunStatus) -> list[str]:
+        """The lines that were not returned before."""
+        lines = []
+        if status.phase != self._phase:
+            self._phase = status.phase
+            lines.append(f"{status.title}: {status.phase} ({duration(status.elapsed_s)} elapsed)")
+        lines[:0] = self._steps(status)
+        if status.phase == TRAINING:
+            warnings = [f"warning: {text}" for label, text in _now(status) if label == "warning"]
+            lines += [text for text in warnings if text not in self._warnings]
+            self._warnings.update(warnings)
+        if lines:
+            self._printed_s = status.elapsed_s
+        elif status.elapsed_s - self._printed_s >= _PRINT_EVERY_S:
+            self._printed_s = status.elapsed_s
+            lines += [f"{label}: {text}" for label, text in _now(status)] if status.phase == TRAINING else []
+            lines += [f"{printable(name)}: {stage}" for name, stage in status.stages.items()]
+        return lines
+
+    def _steps(self, status: RunStatus) -> list[str]:
+        lines = []
+        for number in sorted(status.steps):
+            due = number % _PRINT_EVERY_STEPS == 0 or number + 1 == status.num_steps
+            if number > self._step and due:
+                facts = "  ".join(f"{label}: {text}" for label, text in rows(status.steps[number], bound=status.bound))
+                lines.append(f"step {number + 1}/{status.num_steps}  {facts}")
+                self._step = number
+        return lines

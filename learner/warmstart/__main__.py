@@ -21,16 +21,17 @@ def main(data: Path, out: Path, seed: int) -> None:
     """Train the toy task's initial policy on DATA/demonstrations.safetensors. OUT is created when it is complete."""
     import torch
 
-    from learner.warmstart.recipe import warm_start
+    from learner.warmstart.recipe import NUM_STEPS, warm_start
     from protocol.atomic_write import atomic_path
     from protocol.role_startup import start_role
+    from protocol.step_progress import StepProgress
 
     start_role("warm-start")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
     def report(phase: str, step: int, loss: float) -> None:
-        if step % 50 == 0:
-            click.echo(f"{phase} step {step} loss {loss:.3f}")
+        if step % 10 == 0:
+            click.echo(StepProgress(step, NUM_STEPS[phase], f"steps of {phase}, loss {loss:.3f}"))
 
     demonstrations, tokenizer = data / "demonstrations.safetensors", data / "tokenizer"
     with atomic_path(out) as unfinished:

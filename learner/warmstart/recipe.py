@@ -12,8 +12,11 @@ from learner.warmstart.sft import Demonstrations, OnProgress, supervised_finetun
 from protocol.errors import DataError
 from protocol.learner_config import OptimizerConfig
 
+DISTINCT_STEPS = 300
 REPEATED_STEPS = 400
 IMITATION_STEPS = 800
+NUM_STEPS = {"copying": DISTINCT_STEPS + REPEATED_STEPS, "imitation": IMITATION_STEPS}
+"""Phase of `OnProgress` → its steps at most."""
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=50)
 
 
@@ -69,6 +72,7 @@ def warm_start(
     induction_pretrain(
         model,
         symbols=examples.symbols,
+        max_distinct_steps=DISTINCT_STEPS,
         repeated_steps=repeated_steps,
         optimizer=OPTIMIZER,
         seed=seed,
