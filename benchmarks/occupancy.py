@@ -2,7 +2,7 @@
 
     python benchmarks/occupancy.py [--quick] [--table] [--rounds 3] [--mean-s 1.0]
 
-    NetworkThread + store (a process) ◄── ZeroMQ ──► 4 × (Runner, GroupRollout, Episodes, Session) ──► a waiting generator
+    NetworkThread + store (a process) ◄── ZeroMQ ──► 4 × (Runner, GroupRollout, Episodes, Session) ──► waiting generator
 
 Everything but the generator is the code of a run. An episode is one generation that lasts a log-uniform time; `spread`
 is the ratio of the longest to the shortest. Lengths are the same for both rules. A slot is busy while an episode runs
