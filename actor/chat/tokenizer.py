@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer as FastTokenizer
 
 from protocol.errors import DataError
+
+# Bounds of the cache of encoded texts: about 2,048 texts of at most 4,096 characters.
+_NUM_CACHED_TEXTS = 2_048
+_MAX_CACHED_CHARS = 4_096
 
 
 class Tokenizer:
@@ -19,6 +24,7 @@ class Tokenizer:
         self._source = source
         self.eos_token = eos_token
         self.eos_token_id = self.token_id(eos_token)
+        self._cached_encode = lru_cache(_NUM_CACHED_TEXTS)(self._encode)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -43,6 +49,10 @@ class Tokenizer:
         return max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
+        """The ids of `text`. Short texts are cached: the trajectories of a group share their first prompt."""
+        return list(self._cached_encode(text)) if len(text) <= _MAX_CACHED_CHARS else self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
         return self._fast.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -106,7 +106,6 @@ def parse_completion(body: bytes, *, seen_version: str | None, engine: str) -> t
     finish = _finish(meta.finish_reason, engine)
     ids = np.asarray(response.output_ids, dtype=np.int32)
     logprobs = np.asarray([entry[0] for entry in meta.output_token_logprobs], dtype=np.float32)
-    logged_ids = np.asarray([entry[1] for entry in meta.output_token_logprobs], dtype=np.int32)
     if not num_tokens == len(logprobs) == meta.completion_tokens or num_tokens == 0:
         raise EngineError(
             f"{engine} /generate: output_ids, output_token_logprobs and completion_tokens must agree and be >= 1, got "
@@ -114,7 +113,7 @@ def parse_completion(body: bytes, *, seen_version: str | None, engine: str) -> t
         )
     if meta.prompt_tokens < 1:
         raise EngineError(f"{engine} /generate: prompt_tokens must be >= 1, got {meta.prompt_tokens}")
-    if not np.array_equal(ids, logged_ids):
+    if response.output_ids != [entry[1] for entry in meta.output_token_logprobs]:
         raise EngineError(f"{engine} /generate: output_ids differ from the ids of output_token_logprobs")
     if not np.isfinite(logprobs).all():
         raise EngineError(f"{engine} /generate: log-probs must be finite, got {logprobs[~np.isfinite(logprobs)][:3]}")

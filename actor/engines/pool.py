@@ -147,19 +147,24 @@ class EnginePool:
         return {url for url, e in self._engines.items() if e.version >= min_version}
 
     async def _choose(self, min_version: int, prefer: str, failed: set[str]) -> str:
+        eligible = self._eligible(min_version) or await self._wait_for_eligible(min_version)
+        candidates = (eligible - failed) or eligible
+        if prefer in candidates:
+            return prefer
+        return min(candidates, key=lambda url: (self._in_flight[url], url))
+
+    async def _wait_for_eligible(self, min_version: int) -> set[str]:
+        """Waits until an engine has committed `min_version`. Raises: EngineUnavailable after `wait_s`."""
         try:
             async with asyncio.timeout(self._wait_s):
                 while not (eligible := self._eligible(min_version)):
                     await self._changed.wait()
+                return eligible
         except TimeoutError:
             known = ", ".join(f"{e.url} at {e.version}" for e in self._engines.values())
             raise EngineUnavailable(
                 f"no engine committed version {min_version} in {self._wait_s:g} s; known: {known or 'none'}"
             ) from None
-        candidates = (eligible - failed) or eligible
-        if prefer in candidates:
-            return prefer
-        return min(candidates, key=lambda url: (self._in_flight[url], url))
 
     def _check_versions(self, completion: Completion, min_version: int) -> None:
         if self._run_id is None:

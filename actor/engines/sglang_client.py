@@ -8,12 +8,13 @@ dropped, so no token is counted twice. HTTP 4xx raises `EngineRefused` with the 
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal, TypeVar
 from urllib.parse import urlsplit
-from uuid import uuid4
 
 import aiohttp
 import orjson
@@ -104,6 +105,8 @@ class SGLangClient:
         self._http = http
         self._owns_http = http is None
         self._seen_version: str | None = None
+        self._rid_suffix = f"{secrets.token_hex(8)}."
+        self._num_requests = count()
 
     async def __aenter__(self) -> SGLangClient:
         if self._http is None:
@@ -120,7 +123,7 @@ class SGLangClient:
 
         Raises: EngineRefused, EngineUnavailable, UnknownVersion, EngineError.
         """
-        rid = f"{rid or 'r'}-{uuid4().hex}"
+        rid = f"{rid or 'r'}-{self._rid_suffix}{next(self._num_requests)}"
         if self._seen_version is None:
             await self.model_info()
         seen_version = self._seen_version
