@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -176,13 +176,6 @@ def view_of(config: Config, states: Callable[[], States], *, quiet: bool) -> Liv
         states=states,
         quiet=quiet,
     )
-
-
-async def show_while(view: LiveView, awaited: Awaitable[None]) -> None:
-    """Shows `view` until `awaited` ends; raises its exception."""
-    async with view.shown():
-        await awaited
-        view.phase = FINISHED
 
 
 def render(status: RunStatus) -> RenderableType:

@@ -31,15 +31,12 @@ def up(run: Path, overrides: tuple[str, ...], dry_run: bool, quiet: bool, check_
     Ctrl-C stops them; the same command resumes the run. The run's folder contains logs/, tensorboard/ and
     checkpoints/.
     """
-    import logging
-
     from learner.launch.command_line import command_line
     from learner.launch.process_plan import plan, with_ports
     from learner.store.run_folder import RunFolder
     from protocol.config_file import load_config
     from protocol.role_startup import run_async
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if check_drift:
         overrides = (*overrides, "learner.check_drift=true")
     config = with_ports(load_config(run, overrides))
@@ -106,7 +103,7 @@ async def run_all(config: Config, processes: list[ProcessSpec], *, quiet: bool) 
 
     Raises: UserError, TrainingStopped, RunFailed.
     """
-    from learner.launch.live_view import show_while, view_of
+    from learner.launch.live_view import FINISHED, TRAINING, view_of
     from learner.launch.process_plan import extension_checks
     from learner.launch.supervisor import Supervisor
     from learner.store.run_folder import RunFolder
@@ -119,7 +116,12 @@ async def run_all(config: Config, processes: list[ProcessSpec], *, quiet: bool) 
             save_config(config, path)
         except OSError as error:
             raise DataError(f"{path} cannot be written: {error.strerror}") from error
-        for check_process in extension_checks(config, config_path=path):
-            await supervisor.run(check_process)
-        await supervisor.start(processes)
-        await show_while(view_of(config, supervisor.states, quiet=quiet), supervisor.wait("learner"))
+        view = view_of(config, supervisor.states, quiet=quiet)
+        async with view.shown():
+            view.phase = "checking the extensions"
+            for check_process in extension_checks(config, config_path=path):
+                await supervisor.run(check_process)
+            view.phase = TRAINING
+            await supervisor.start(processes)
+            await supervisor.wait("learner")
+            view.phase = FINISHED

@@ -7,14 +7,14 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from learner.launch.live_view import FINISHED, TRAINING, LiveView, RunStatus, render, show_while
+from learner.launch.live_view import FINISHED, TRAINING, LiveView, RunStatus, render
 from learner.launch.step_log import StepLog
 from learner.launch.view_text import duration, process_text, remaining_s, rows, sparkline
 from learner.metrics.jsonl import format_line
@@ -230,6 +230,13 @@ def test_a_sparkline_spans_zero_to_one() -> None:
     assert sparkline([-3.0, 4.0], width=5) == "▁█"
 
 
+async def show(view: LiveView, run: Awaitable[None]) -> None:
+    """Shows the view while `run` changes what it shows, then the finished run."""
+    async with view.shown():
+        await run
+        view.phase = FINISHED
+
+
 def view_in(folder: Path, console: Console, *, num_steps: int = 12, quiet: bool = False) -> LiveView:
     states = {"learner": ("running", 0), "warm-start": ("running", 0)}
     return LiveView(
@@ -252,7 +259,7 @@ def test_without_a_terminal_it_prints_phases_and_every_tenth_step(tmp_path: Path
         (tmp_path / "metrics.jsonl").write_text(lines)
         await output.contains("step 12/12")
 
-    asyncio.run(show_while(view, run()))
+    asyncio.run(show(view, run()))
     lines = [line.partition(" (0:")[0] for line in output.getvalue().splitlines()]
     assert lines[:2] == ["my run: warm start", "my run: training"]
     assert [line.partition("  ")[0] for line in lines if line.startswith("step ")] == [
@@ -284,7 +291,7 @@ def test_quiet_shows_nothing(tmp_path: Path) -> None:
     async def run() -> None:
         await asyncio.sleep(0)
 
-    asyncio.run(show_while(view_in(tmp_path, Console(file=output, force_terminal=True), quiet=True), run()))
+    asyncio.run(show(view_in(tmp_path, Console(file=output, force_terminal=True), quiet=True), run()))
     assert output.getvalue() == ""
 
 
@@ -300,6 +307,6 @@ def test_a_terminal_is_cleared_when_its_size_changes(tmp_path: Path) -> None:
         console.size = (80, 40)
         await output.contains(clear)
 
-    asyncio.run(show_while(view_in(tmp_path, console), run()))
+    asyncio.run(show(view_in(tmp_path, console), run()))
     last = output.getvalue().rpartition(clear)[2]
     assert {len(line) for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", last).split("\n") if "│" in line} == {80}
