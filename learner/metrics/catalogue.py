@@ -1,8 +1,8 @@
 """The declarations of all metrics of a run. `learner.metrics.document` generates docs/metrics.md from them.
 
-    declarations                          module, which also computes the values
+    declarations                          module, which also computes the values (step_catalogue: step_metrics does)
     reward/, rollout/                     rollout_metrics
-    staleness/, learner/                  step_metrics; loop_metrics for those that the loop and the writer measure
+    staleness/, learner/                  step_catalogue; loop_metrics for those that the loop and the writer measure
     policy/, the losses in learner/       learner.algorithms.token_metrics
     queue/, actor/, engine/               peer_metrics; coordinator, actors and weight agents compute the values
 
@@ -19,7 +19,7 @@ from learner.algorithms.token_metrics import TOKEN_METRICS
 from learner.metrics.loop_metrics import LOOP_METRICS
 from learner.metrics.peer_metrics import ACTOR_METRICS, ENGINE_METRICS, QUEUE_METRICS
 from learner.metrics.rollout_metrics import REWARD_METRICS, ROLLOUT_METRICS
-from learner.metrics.step_metrics import STALENESS_METRICS, STEP_METRICS
+from learner.metrics.step_catalogue import STALENESS_METRICS, STEP_METRICS
 from protocol.metric import Metric
 
 SECTIONS = ("reward", "staleness", "policy", "rollout", "learner", "queue", "actor", "engine", "trajectories")
