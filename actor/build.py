@@ -98,26 +98,7 @@ async def _start(extensions: Extensions, stack: AsyncExitStack) -> None:
         stack.push_async_callback(extension.stop)
 
 
-def check_extensions(config: Config) -> None:
-    """Imports and creates the run's workflow, task, reward and tools, and checks the workflow with the tokenizer.
-
-    Nothing is started and no socket is opened. Raises: UserError (one sentence).
-    """
-    tokenizer = Tokenizer.load(config.model.path)
-    check_model(config.model.path, tokenizer=tokenizer, context_tokens=config.workflow.context_tokens)
-    has_retriever = bool(config.retriever.indexes or config.retriever.port)
-    services = Services(searcher=_NoSearch() if has_retriever else None)
-    make_extensions(config, split="train", services=services).workflow.check(tokenizer)
-
-
-class _NoSearch:
-    """Replaces the retriever's client in `check_extensions`: every search raises."""
-
-    async def search(self, queries: Sequence[str], *, top_n: int, collection: str = "") -> list[list]:
-        raise RuntimeError("extensions must not search before they are started")
-
-
-async def run_actor(config: Config, *, name: str, drain: asyncio.Event) -> None:
+async def run_actor(config: Config, *, name: str, drain: asyncio.Event | None = None) -> None:
     """Runs until the learner ends the run, or until the actor has drained after `drain` was set.
 
     Raises: UserError (bad config, task files, tokenizer, keys, extensions).

@@ -62,6 +62,7 @@ from learner.store.run_folder import RunFolder
 from learner.store.store import Store
 from protocol.config import NetworkConfig
 from protocol.config_base import Options
+from protocol.errors import PalimpsestError
 from protocol.messages import EngineFields, Lease
 from protocol.transport import Transport
 from protocol.types import PolicyTag, Question, Trajectory, TrajectoryGroup
@@ -114,7 +115,7 @@ def learn(connection: Connection, setting: Setting) -> None:
 
 def train(network: NetworkThread) -> None:
     """Takes, logs and publishes batches until the network thread ends."""
-    with suppress(CancelledError):
+    with suppress(CancelledError, PalimpsestError):
         for version in range(1, 1 << 20):
             groups = network.run(network.coordinator.next_batch())
             network.run(network.coordinator.commit_batch([group.cursor for group in groups]))
@@ -138,15 +139,16 @@ class WaitingEngine:
 
     def __init__(self, setting: Setting, mean_s: float) -> None:
         self._setting, self._mean_s = setting, mean_s
-        self._tag = ""
+        self._newest = EngineFields(name="none", url="", version=-1, publication=-1)
+        self._updated = asyncio.Event()
         self._num_busy = 0
         self._changed_s = 0.0
         self.busy_s = 0.0
         self.num_done = 0
 
     def set_engines(self, engines: Sequence[EngineFields]) -> None:
-        for engine in engines:
-            self._tag = str(PolicyTag(RUN, engine.publication, engine.version))
+        self._newest = max([*engines, self._newest], key=lambda engine: engine.version)
+        self._updated.set()
 
     def read_busy_s(self) -> float:
         """Sum over slots of the seconds in which they were busy."""
@@ -156,8 +158,11 @@ class WaitingEngine:
     async def generate(
         self, input_ids: Sequence[int], sampling: SamplingParams, *, min_version: int, prefer: str = "", rid: str = ""
     ) -> Completion:
+        while self._newest.version < min_version:
+            self._updated.clear()
+            await self._updated.wait()
         self._count(1)
-        tag = self._tag
+        tag = str(PolicyTag(RUN, self._newest.publication, self._newest.version))
         try:
             await asyncio.sleep(self._setting.duration(rid, self._mean_s))
         finally:
