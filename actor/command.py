@@ -13,7 +13,7 @@ _SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", he
 @click.command()
 @_CONFIG
 @click.option("--name", help="Unique among the run's actors.  [default: actor-HOSTNAME-PID]")
-@click.option("--check", is_flag=True, help="Load workflow, task, reward and tools, report the first error, and exit.")
+@click.option("--check", is_flag=True, help="Check tokenizer, workflow, task, reward and tools, and exit.")
 @click.option("--drain-s", type=click.FloatRange(0), help="Set actor.drain_s: how long running groups may finish.")
 @_SET
 def actor(config: Path, name: str | None, check: bool, drain_s: float | None, overrides: tuple[str, ...]) -> None:
@@ -26,7 +26,9 @@ def actor(config: Path, name: str | None, check: bool, drain_s: float | None, ov
     """
     import asyncio
 
-    from actor.build import check_extensions, run_actor
+    from actor.build import run_actor
+    from actor.check import check_actor
+    from protocol.check_result import raise_first_failure
     from protocol.config_file import load_config
     from protocol.role_name import role_name
     from protocol.role_startup import run_async, start_role
@@ -37,7 +39,9 @@ def actor(config: Path, name: str | None, check: bool, drain_s: float | None, ov
         overrides = (*overrides, f"actor.drain_s={drain_s}")
     loaded = load_config(config, overrides)
     if check:
-        check_extensions(loaded)
+        results = list(check_actor(loaded))
+        click.echo("\n".join(map(str, results)))
+        raise_first_failure(results)
         click.echo(f"workflow {loaded.workflow.use}, task {loaded.task.use}, reward {loaded.reward.use}: ready to run")
         return
     drain = asyncio.Event()

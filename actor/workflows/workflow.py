@@ -38,6 +38,10 @@ class Workflow(ABC):
     def check(self, tokenizer: Tokenizer) -> None:
         """Called once at start-up. Raises: UserError if the workflow cannot run with this tokenizer."""
 
+    def first_prompt(self, question: Question) -> str:
+        """The prompt of an episode's first context, for `palimpsest check`, which counts its tokens. Empty: unknown."""
+        return ""
+
     @abstractmethod
     async def run(self, question: Question, session: Session) -> Episode:
         """Runs one episode: opens contexts, samples, calls tools, and returns how the episode ended."""

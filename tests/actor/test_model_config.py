@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from actor.build import check_extensions, open_parts
+from actor.build import open_parts
 from actor.chat.check_model import ModelLimits, check_model, read_limits
 from actor.chat.tokenizer import Tokenizer
+from actor.check import check_actor
 from actor.engines.sampling import SamplingParams
 from actor.tasks.toy.tokenizer import write_tokenizer
 from actor.workflows.memsearcher import MemSearcher, MemSearcherOptions
+from protocol.check_result import raise_first_failure
 from protocol.config import Config
 from protocol.errors import ConfigError, DataError
 from tests.actor.search_tool import search_tool
@@ -94,7 +96,7 @@ async def test_an_actor_refuses_contexts_longer_than_the_models_positions(tmp_pa
     with pytest.raises(ConfigError, match=r"max_position_embeddings = 64 .*, got 65"):
         await open_for_training(config)
     with pytest.raises(ConfigError, match=r"max_position_embeddings = 64 .*, got 65"):
-        check_extensions(config)
+        raise_first_failure(check_actor(config))
 
 
 async def test_an_actor_refuses_a_tokenizer_without_the_end_token(tmp_path: Path) -> None:
@@ -102,8 +104,8 @@ async def test_an_actor_refuses_a_tokenizer_without_the_end_token(tmp_path: Path
     config = make_config(tmp_path, retriever={"port": 1}, rendering="chat")
     with pytest.raises(DataError, match=r"no token '<\|im_end\|>'"):
         await open_for_training(config)
-    with pytest.raises(DataError, match=r"no token '<\|im_end\|>'"):
-        check_extensions(config)
+    with pytest.raises(ConfigError, match=r"no token '<\|im_end\|>'"):
+        raise_first_failure(check_actor(config))
 
 
 async def test_an_actor_whose_tools_search_needs_a_retriever(tmp_path: Path) -> None:
@@ -112,11 +114,11 @@ async def test_an_actor_whose_tools_search_needs_a_retriever(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"the tool search needs a retriever"):
         await open_for_training(config)
     with pytest.raises(ConfigError, match=r"the tool search needs a retriever"):
-        check_extensions(config)
+        raise_first_failure(check_actor(config))
 
 
 async def test_a_config_without_faults_is_accepted(tmp_path: Path) -> None:
     write_model(tmp_path, vocab_size=98, max_position_embeddings=64)
     config = make_config(tmp_path, retriever={"port": 1})
-    check_extensions(config)
+    raise_first_failure(check_actor(config))
     await open_for_training(config)
