@@ -36,7 +36,18 @@ class NetworkConfig(Section):
     weights_port: Port = Field(default=0, description="Weights. 0: a free port is chosen at launch.")
     announce_port: Port = Field(default=0, description="Announcements of versions. 0: a free port is chosen at launch.")
     keys: Path | None = Field(default=None, description="Folder of CURVE keys; required beyond loopback.")
-    api_key_file: Path | None = Field(default=None, description="File with the bearer token for HTTP to engines.")
+    api_key_file: Path | None = Field(
+        default=None,
+        description="File with the bearer token for HTTP to engines. Unset: `palimpsest up` makes one, for loopback.",
+    )
+    max_peers: Annotated[int, Field(ge=2)] = Field(
+        default=2_048, description="Most connections to each port of the learner, and most actors."
+    )
+    max_engines: Positive = Field(default=256, description="Most engines whose weight agents the learner accepts.")
+    max_unread_mb: Annotated[int, Field(ge=64)] = Field(
+        default=1_024,
+        description="Most MiB of received but unread messages at each port of the learner; 64 of them per connection.",
+    )
 
     @property
     def control_address(self) -> str:

@@ -19,7 +19,9 @@ from protocol.errors import IncompatibleVersion, MalformedMessage, MessageTooLar
 
 PROTOCOL_VERSION = 3
 MAX_HEADER_BYTES = 4 << 20
-MAX_FRAME_BYTES = 256 << 20
+# In all frames of a message. The connection guard closes a connection with 64 MiB of unread bytes.
+MAX_MESSAGE_BYTES = 48 << 20
+MAX_FRAME_BYTES = MAX_MESSAGE_BYTES
 MAX_FRAMES = 8
 _MAX_PROBLEMS = 1_000
 
@@ -90,9 +92,8 @@ def check_sizes(frames: Sequence[Buffer]) -> None:
         raise MalformedMessage(f"a message has 1 to {MAX_FRAMES} frames, got {len(frames)}")
     if len(frames[0]) > MAX_HEADER_BYTES:
         raise MessageTooLarge(f"a header has at most {MAX_HEADER_BYTES} bytes, got {len(frames[0])}")
-    for frame in frames[1:]:
-        if len(frame) > MAX_FRAME_BYTES:
-            raise MessageTooLarge(f"a frame has at most {MAX_FRAME_BYTES} bytes, got {len(frame)}")
+    if (num_bytes := sum(map(len, frames))) > MAX_MESSAGE_BYTES:
+        raise MessageTooLarge(f"a message has at most {MAX_MESSAGE_BYTES} bytes, got {num_bytes}")
 
 
 def expect(message: Message, cls: type[M]) -> M:

@@ -20,6 +20,8 @@ MAX_QUESTION_CHARS = 65_536
 MAX_ANSWER_CHARS = 4_096
 MAX_NAME_CHARS = 128
 MAX_SECTIONS = 64
+MAX_HELD = 65_536
+MAX_PARTS = 256
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -59,7 +61,7 @@ class Heartbeat(Message):
     incarnation: Name
     capacity: Count
     free_slots: Count
-    held: list[Id]
+    held: Annotated[list[Id], Field(max_length=MAX_HELD), FailFast()]
     draining: bool = False
     counters: Annotated[dict[Name, float], Field(max_length=64)] = Field(default_factory=dict)
     failures: Annotated[dict[Reason, Count], Field(max_length=MAX_SENT_REASONS)] = Field(default_factory=dict)
@@ -125,8 +127,8 @@ class SubmitGroup(Message):
     rewards: Annotated[list[float], FailFast()]
     statuses: Annotated[list[Literal["completed", "format_error", "over_budget", "failed"]], FailFast()]
     answers: Annotated[list[str], FailFast()]
-    reward_parts: dict[Name, Annotated[list[float | None], FailFast()]]
-    stats: dict[Name, Annotated[list[float | None], FailFast()]]
+    reward_parts: Annotated[dict[Name, Annotated[list[float | None], FailFast()]], Field(max_length=MAX_PARTS)]
+    stats: Annotated[dict[Name, Annotated[list[float | None], FailFast()]], Field(max_length=MAX_PARTS)]
     num_contexts: Counts
     context_lengths: Counts
     context_num_spans: Counts
@@ -135,8 +137,8 @@ class SubmitGroup(Message):
     context_policies: Counts
     context_edges: Annotated[list[Literal["start", "memory_reset", "sub_agent"]], FailFast()]
     context_rewards: Annotated[list[float], FailFast()]
-    role_names: list[Name]
-    policy_names: list[Name]
+    role_names: Annotated[list[Name], Field(max_length=MAX_PARTS)]
+    policy_names: Annotated[list[Name], Field(max_length=MAX_PARTS)]
 
 
 class SubmitReply(Message):

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from protocol.framing import Message
 from protocol.messages import Checksum, Count, EngineFields, Id, Name
 
+MAX_ERROR_CHARS = 1_000
+
 
 class EngineReport(Message):
     """The state of an engine, sent by its weight agent every second and on each change."""
@@ -21,7 +23,7 @@ class EngineReport(Message):
     request_id: Id
     engine: EngineFields
     state: Literal["joining", "serving", "updating", "quarantined"]
-    error: str = ""
+    error: Annotated[str, Field(max_length=MAX_ERROR_CHARS)] = ""
     counters: Annotated[dict[Name, float], Field(max_length=64)] = Field(default_factory=dict)
 
 
@@ -58,7 +60,7 @@ class TensorFields(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: Annotated[str, Field(max_length=512)]
-    shape: list[Count]
+    shape: Annotated[list[Count], Field(max_length=16)]
     dtype: Literal["F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL"]
     offset: Id
     num_bytes: Id
@@ -75,7 +77,7 @@ class PartFields(BaseModel):
     publication: Count
     num_bytes: Id
     checksum: Checksum
-    chunk_checksums: list[Checksum]
+    chunk_checksums: Annotated[list[Checksum], Field(max_length=1 << 20)]
 
 
 class CanaryFields(BaseModel):
@@ -103,8 +105,8 @@ class Manifest(Message):
     num_bytes: Id
     word_bytes: Literal[2, 4]
     chunk_bytes: Annotated[int, Field(ge=1)]
-    tensors: list[TensorFields]
-    parts: list[PartFields]
+    tensors: Annotated[list[TensorFields], Field(max_length=1 << 16)]
+    parts: Annotated[list[PartFields], Field(max_length=4_096)]
     canary: CanaryFields | None = None
 
 

@@ -41,11 +41,9 @@ from protocol.messages import EngineFields
 from protocol.request_client import RequestClient
 from protocol.transport import Subscriber
 from protocol.types import PolicyTag
-from protocol.weight_messages import EngineReply, EngineReport
+from protocol.weight_messages import MAX_ERROR_CHARS, EngineReply, EngineReport
 
 log = logging.getLogger(__name__)
-
-_MAX_ERROR_CHARS = 1_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +205,7 @@ class WeightAgent:
                 "request_id": self._requests.next_id(),
                 "engine": fields,
                 "state": self._state(),
-                "error": self._error[:_MAX_ERROR_CHARS],
+                "error": self._error[:MAX_ERROR_CHARS],
                 "counters": {
                     "updates": float(self.num_updates),
                     "failures": float(self.num_failures),

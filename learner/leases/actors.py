@@ -5,6 +5,8 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, field
 
+_MIN_COMPACTED = 64
+
 
 @dataclass(slots=True)
 class Actor:
@@ -31,9 +33,24 @@ class Actor:
 class Actors(dict[str, Actor]):
     """Actors by name. `queue` and `take` maintain a priority queue of the actors with free slots."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_actors: int = 2_048) -> None:
         super().__init__()
+        self._max_actors = max_actors
         self._heap: list[tuple[int, str]] = []
+
+    @property
+    def num_queued(self) -> int:
+        """Entries of the queue, stale ones included; fewer than 2 for each actor, and _MIN_COMPACTED."""
+        return len(self._heap)
+
+    def has_room(self) -> bool:
+        """Whether one more actor may connect."""
+        return len(self) < self._max_actors
+
+    def longest_silent(self, *, silent_since_s: float) -> str | None:
+        """The actor whose last heartbeat is the oldest, and older than `silent_since_s`; None if there is none."""
+        name = min(self, key=lambda name: self[name].seen_s, default=None)
+        return name if name is not None and self[name].seen_s < silent_since_s else None
 
     def queue(self, name: str, *, free_slots: int) -> None:
         """Updates the actor's place in the queue. `free_slots` <= 0: it has none.
@@ -48,6 +65,13 @@ class Actors(dict[str, Actor]):
             actor.queued_slots = free
             if free:
                 heapq.heappush(self._heap, (-free, name))
+                self._compact()
+
+    def _compact(self) -> None:
+        """Removes stale entries if they are the majority: actors that report other numbers leave one each time."""
+        if len(self._heap) > max(_MIN_COMPACTED, 2 * len(self)):
+            self._heap = [(-actor.queued_slots, name) for name, actor in self.items() if actor.queued_slots]
+            heapq.heapify(self._heap)
 
     def take(self) -> str | None:
         """Removes the actor with the most free slots from the queue and returns its name; None if there is none."""

@@ -31,15 +31,27 @@ def version_to_lease_by(serving: Sequence[EngineFields], *, step: int, staleness
 class Engines:
     """Engines by name. An engine serves if it has committed a publication and its agent still reports."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_engines: int = 256) -> None:
+        self._max_engines = max_engines
         self._known: dict[str, _Known] = {}
 
-    def report(self, report: EngineReport, *, now_s: float) -> None:
-        """Stores the report as the engine's last one, received at `now_s`."""
-        self._known[report.engine.name] = _Known(report, now_s)
+    def report(self, report: EngineReport, *, now_s: float) -> bool:
+        """Stores the report as the engine's last one, received at `now_s`.
+
+        If there are `max_engines` others, the longest silent one is forgotten. Returns False, and stores nothing, if
+        all of them still report.
+        """
+        name = report.engine.name
+        if name not in self._known and len(self._known) >= self._max_engines:
+            silent = min(self._known, key=lambda other: self._known[other].seen_s)
+            if now_s - self._known[silent].seen_s < SILENT_AFTER_S:
+                return False
+            del self._known[silent]
+        self._known[name] = _Known(report, now_s)
+        return True
 
     def reports(self) -> list[EngineReport]:
-        """The last report of every engine, including engines that no longer report."""
+        """The last report of every known engine, including engines that no longer report."""
         return [known.report for known in self._known.values()]
 
     def serving(self, *, now_s: float) -> list[EngineFields]:

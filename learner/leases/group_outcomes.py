@@ -18,8 +18,8 @@ from protocol.messages import SubmitGroup
 from protocol.types import Status
 
 # Reports of more actors than this are forgotten, the oldest first. A forgotten actor is counted again if it reports.
-_MAX_ACTORS = 4_096
-_MAX_REASONS_PER_ACTOR = 64
+_MAX_ACTORS = 2_048
+_MAX_REASONS_PER_ACTOR = 32
 _MAX_FATAL_QUESTIONS = 4
 
 
@@ -112,7 +112,8 @@ class GroupOutcomes:
 def _new_failures(known: _Reported, failures: Mapping[str, int]) -> dict[str, int]:
     """Reason → how many more than in `known`, which is updated. The rest of the increase of the total is OTHER.
 
-    A reason that an actor no longer names, because others are more frequent, keeps its last count.
+    A reason that an actor no longer names, because others are more frequent, keeps its last count. If the actor names
+    it again, the failures that were counted as OTHER meanwhile are its own: OTHER is negative then.
     """
     new = {}
     for reason, count in failures.items():
@@ -121,7 +122,7 @@ def _new_failures(known: _Reported, failures: Mapping[str, int]) -> dict[str, in
             known.counts[reason] = count
     while len(known.counts) > _MAX_REASONS_PER_ACTOR:
         del known.counts[min(known.counts, key=known.counts.__getitem__)]
-    total = sum(failures.values())
+    total = max(known.total, sum(failures.values()))
     unnamed = total - known.total - sum(new.values())
-    known.total = max(known.total, total)
-    return new if unnamed <= 0 else {**new, OTHER: unnamed}
+    known.total = total
+    return {**new, OTHER: unnamed} if unnamed else new

@@ -51,6 +51,11 @@ from protocol.messages import (
 
 log = logging.getLogger(__name__)
 
+# Incarnations that another one of the same name has replaced; a forgotten one replaces its successor if it reports.
+_MAX_SUPERSEDED = 1_024
+# If there are too many actors, one that has missed this many seconds of heartbeats makes room for a new one.
+_SILENT_AFTER_S = 5.0
+
 
 class Scheduler:
     """Every public method is one event. `now_s`: seconds on a clock that never goes back.
@@ -71,10 +76,11 @@ class Scheduler:
         num_failures: Mapping[int, int],
         started_s: float,
         outcomes: GroupOutcomes | None = None,
+        max_actors: int = 2_048,
     ) -> None:
         self.lease_table = lease_table
         self.outcomes = outcomes or GroupOutcomes()
-        self.actors = Actors()
+        self.actors = Actors(max_actors=max_actors)
         self.serving: list[EngineFields] = []
         self.groups = ReceivedGroups(
             rules=rules, publications=publications, num_failures=num_failures, outcomes=self.outcomes
@@ -115,9 +121,13 @@ class Scheduler:
                 return decision
             log.warning("actor %s was restarted: its old leases expire and are issued again", name)
             self._superseded[name] = known.incarnation
+            if len(self._superseded) > _MAX_SUPERSEDED:
+                del self._superseded[next(iter(self._superseded))]
             self._remove_actor(decision, name, died=True)
             known = None
         if known is None:
+            if not self._make_room(decision, name, now_s=now_s):
+                return decision
             known = self.actors[name] = Actor(peer, message.incarnation)
         known.peer, known.seen_s = peer, now_s
         known.counters = dict(message.counters)
@@ -269,6 +279,17 @@ class Scheduler:
                 engines=list(self.serving),
             )
         return known
+
+    def _make_room(self, decision: Decision, name: str, *, now_s: float) -> bool:
+        """Removes the longest silent actor if there are too many. Returns False if all are alive: no reply is sent."""
+        if self.actors.has_room():
+            return True
+        silent = self.actors.longest_silent(silent_since_s=now_s - _SILENT_AFTER_S)
+        if silent is None or self._paused:
+            log.warning("actor %s cannot join: %d actors are connected (network.max_peers)", name, len(self.actors))
+            return False
+        self._remove_actor(decision, silent, died=True)
+        return True
 
     def _extend_deadlines_after_stall(self, now_s: float) -> None:
         """Extends the actors' deadlines by the time that the event loop stalled: the tick interval minus max_tick_s."""

@@ -37,7 +37,7 @@ from learner.leases.wait_cause import RunState
 from learner.store.retention import drop_tokens, expired_steps
 from learner.store.store import Store
 from protocol.errors import NoProgressError, ProtocolError, StoreFullError
-from protocol.fault_injection import fault_point
+from protocol.fault_injection import fault_point, wall_clock_s
 from protocol.framing import Buffer, Message, decode, encode
 from protocol.messages import Drain, EngineFields, Goodbye, Heartbeat, Lease, SubmitGroup, SubmitReply
 from protocol.transport import Router
@@ -70,6 +70,7 @@ class Coordinator:
         full_retry_s: float,
         identity: Mapping[str, str],
         outcomes: GroupOutcomes | None = None,
+        max_actors: int = 2_048,
     ) -> None:
         self._router = router
         self._store = store
@@ -77,7 +78,7 @@ class Coordinator:
         self._identity_check = IdentityCheck(identity)
         # Times are seconds since the epoch, because grant times of leases are stored and must be valid after a restart.
         # They advance with the monotonic clock, so that a change of the system clock does not expire all leases.
-        self._epoch_s = time.time() - time.monotonic()
+        self._epoch_s = wall_clock_s() - time.monotonic()
         self._scheduler = Scheduler(
             lease_table,
             rules=rules,
@@ -86,6 +87,7 @@ class Coordinator:
             num_failures=store.num_failures(),
             started_s=self._now_s(),
             outcomes=outcomes,
+            max_actors=max_actors,
         )
         self._groups: dict[int, TrajectoryGroup] = {}
         self._batch_ready = asyncio.Event()
@@ -288,6 +290,7 @@ class Coordinator:
                     groups_per_batch=lease_table.groups_per_batch,
                     staleness_bound=lease_table.staleness_bound,
                     num_steps=lease_table.num_steps,
+                    now_s=self._now_s(),
                 ),
                 num_failures=self._store.num_failures(),
             )

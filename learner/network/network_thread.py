@@ -31,6 +31,7 @@ from learner.network.publisher import MAX_REQUEST_BYTES, Publisher
 from learner.network.weight_deltas import Series
 from learner.store.store import Store
 from protocol.config import NetworkConfig
+from protocol.connection_guard import ConnectionLimits
 from protocol.errors import PalimpsestError
 from protocol.transport import Transport
 from protocol.weight_messages import CanaryFields
@@ -81,7 +82,7 @@ class NetworkThread:
         self._stop = asyncio.Event()
         self._error: BaseException | None = None
         self._series = Series(rules.run_id)
-        self.engines = Engines()
+        self.engines = Engines(max_engines=network.max_engines)
         self.coordinator: Coordinator
         self.publisher: Publisher
 
@@ -161,9 +162,12 @@ class NetworkThread:
 
     async def _serve(self) -> None:
         transport = Transport(keys=self._network.keys)
+        limits = ConnectionLimits(
+            max_connections=self._network.max_peers, max_total_unread_bytes=self._network.max_unread_mb << 20
+        )
         try:
             self.coordinator = Coordinator(
-                router=transport.router(self._network.control_address),
+                router=transport.router(self._network.control_address, limits=limits),
                 store=self._store,
                 lease_table=self._lease_table,
                 engines=self.engines,
@@ -172,9 +176,12 @@ class NetworkThread:
                 full_retry_s=self._full_retry_s,
                 identity=self._identity,
                 outcomes=self._outcomes,
+                max_actors=self._network.max_peers,
             )
             self.publisher = Publisher(
-                router=transport.router(self._network.weights_address, max_frame_bytes=MAX_REQUEST_BYTES),
+                router=transport.router(
+                    self._network.weights_address, max_frame_bytes=MAX_REQUEST_BYTES, limits=limits
+                ),
                 announcements=transport.publisher(self._network.announce_address),
                 engines=self.engines,
                 run_id=self._rules.run_id,

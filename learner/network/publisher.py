@@ -92,7 +92,9 @@ class Publisher:
     def _answer(self, message: Message) -> tuple[Message, list[memoryview]]:
         match message:
             case EngineReport():
-                self._engines.report(message, now_s=time.monotonic())
+                if not self._engines.report(message, now_s=time.monotonic()):
+                    error = "too many engines report (network.max_engines): this one is not used"
+                    return ErrorReply(request_id=message.request_id, error=error), []
                 self._on_engines_changed()
                 newest = self._publications.newest
                 reply = EngineReply(

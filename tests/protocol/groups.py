@@ -106,6 +106,8 @@ def _tree(schema: dict, definitions: dict) -> st.SearchStrategy:
     if "anyOf" in schema:
         return st.one_of([_tree(part, definitions) for part in schema["anyOf"]])
     match schema["type"]:
+        case "boolean":
+            return st.booleans()
         case "null":
             return st.none()
         case "object" if "properties" in schema:

@@ -364,9 +364,9 @@ def test_spans_that_are_not_ascending_are_refused() -> None:
 def test_too_large_headers_and_frames_and_too_many_frames_are_refused() -> None:
     with pytest.raises(MessageTooLarge, match=r"header has at most .* bytes"):
         decode([b"\x80" * (framing.MAX_HEADER_BYTES + 1)])
-    large = bytes(framing.MAX_FRAME_BYTES + 1)
-    with pytest.raises(MessageTooLarge, match=r"frame has at most .* bytes"):
-        decode([encode(KINDS["drain"]()), large])
+    large = bytes(framing.MAX_MESSAGE_BYTES // 2)
+    with pytest.raises(MessageTooLarge, match=r"a message has at most .* bytes"):
+        decode([encode(KINDS["drain"]()), large, large])
     for frames in ([], [b""] * (framing.MAX_FRAMES + 1)):
         with pytest.raises(MalformedMessage, match="1 to 8 frames"):
             decode(frames)
