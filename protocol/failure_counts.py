@@ -59,9 +59,9 @@ class FailureCounts:
         return sum(self._counts.values()) + self.num_other
 
     def add(self, reason: str, count: int = 1) -> None:
-        """Counts `count` trajectories that failed for `reason`."""
+        """Counts `count` trajectories that failed for `reason`. For OTHER, `count` may be negative."""
         if reason == OTHER:
-            self.num_other += count
+            self.num_other = max(0, self.num_other + count)
             return
         reason = clean_reason(reason)
         key = reason_key(reason)

@@ -28,6 +28,7 @@ class SearchClient:
         self, *, transport: Transport, address: str, timeout_s: float = 30.0, resend_s: float = RESEND_S
     ) -> None:
         self._requests = RequestClient(transport.dealer(address))
+        self._address = address
         self._timeout_s = timeout_s
         self._resend_s = resend_s
 
@@ -49,7 +50,9 @@ class SearchClient:
             )
         except ValidationError as error:
             raise SearchFailed(f"search failed: {describe(error)}") from error
-        except (TimeoutError, RemoteError, ProtocolError) as error:
+        except TimeoutError as error:
+            raise SearchFailed(f"the retriever at {self._address} did not answer in {self._timeout_s:g} s") from error
+        except (RemoteError, ProtocolError) as error:
             raise SearchFailed(f"search failed: {error}") from error
         if len(reply.results) != len(queries):
             raise SearchFailed(f"search failed: {len(queries)} queries got {len(reply.results)} results")

@@ -98,6 +98,8 @@ class ProgressReporter:
         try:
             yield
         finally:
+            self._refresh()
+            self._report()
             with self._writing:
                 self._run_parts = None
 
