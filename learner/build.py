@@ -26,15 +26,19 @@ from learner.model.lora import add_adapters
 from learner.model.parallel import World, checkpoint_activations, join
 from learner.network.network_thread import NetworkThread
 from learner.network.progress_reporter import ProgressReporter
+from learner.store.disk_room import wait_for_room
 from learner.store.folder_lock import locked
 from learner.store.resume_key import changes, resume_key
+from learner.store.retention import check_resumable
 from learner.store.run_folder import RunFolder
 from learner.store.store import Store
-from learner.training.checkpoint import latest_checkpoint, restore_checkpoint
+from learner.training.checkpoint import newest_folder, restore_checkpoint, set_aside
+from learner.training.checkpoint_manifest import DamagedCheckpoint
 from learner.training.trainer import Trainer
 from protocol.config import Config
 from protocol.config_file import require_ports
 from protocol.errors import DataError
+from protocol.fault_injection import wall_clock_s
 from protocol.run_identity import actor_identity
 
 log = logging.getLogger(__name__)
@@ -95,12 +99,10 @@ def check_algorithms(config: Config) -> None:
 
 
 def load_trainer(config: Config, world: World) -> tuple[Trainer, int]:
-    """Loads `model.path`, then the newest checkpoint if there is one. Returns (trainer, step). Raises: UserError."""
+    """Loads `model.path`, then the newest intact checkpoint, if any. Returns (trainer, step). Raises: UserError."""
     learner = config.learner
     torch.set_num_threads(learner.torch_threads)
     torch.manual_seed(config.run.seed)
-    newest = latest_checkpoint(config.run.dir / "checkpoints") if world.rank == 0 else None
-    checkpoint = world.broadcast(str(newest or "").encode()).decode()
     policy = load_policy(config.model.path, device=str(world.device))
     if learner.lora is not None:
         add_adapters(policy.model, learner.lora)
@@ -117,33 +119,51 @@ def load_trainer(config: Config, world: World) -> tuple[Trainer, int]:
         world=world,
         base_dir=config.run.base_dir,
     )
-    if not checkpoint:
-        return trainer, 0
-    progress = restore_checkpoint(
-        Path(checkpoint),
-        policy=policy,
-        optimizer=trainer.optimizer,
-        value_head=trainer.scorer.value_head,
-        world=world,
-    )
-    trainer.guard.num_skipped = progress.num_skipped_updates
-    trainer.guard.num_consecutive = progress.num_consecutive_skips
-    log.info("resumed from %s", checkpoint)
-    return trainer, progress.step
+    return trainer, _restore_newest(RunFolder(config.run.dir).checkpoints, trainer)
+
+
+def _restore_newest(root: Path, trainer: Trainer) -> int:
+    """Loads the newest intact checkpoint into `trainer`; sets damaged ones aside. Returns its step; 0 without one.
+
+    Raises: DataError if a checkpoint belongs to another model or a damaged one cannot be renamed.
+    """
+    world = trainer.world
+    while True:
+        newest = newest_folder(root) if world.rank == 0 else None
+        if not (text := world.broadcast(str(newest or "").encode()).decode()):
+            return 0
+        try:
+            progress = restore_checkpoint(
+                Path(text),
+                policy=trainer.policy,
+                optimizer=trainer.optimizer,
+                value_head=trainer.scorer.value_head,
+                world=world,
+            )
+        except DamagedCheckpoint as error:
+            if world.rank == 0:
+                log.warning("%s: it is now %s; the run resumes from an older one", error, set_aside(Path(text)).name)
+            continue
+        trainer.guard.num_skipped = progress.num_skipped_updates
+        trainer.guard.num_consecutive = progress.num_consecutive_skips
+        log.info("resumed from %s", text)
+        return progress.step
 
 
 def _start_live_source(
     config: Config, trainer: Trainer, progress: ProgressReporter, stack: ExitStack, *, step: int
 ) -> tuple[BatchSource, MetricsWriter]:
     """Opens the store and starts the network thread, on rank 0. `step`: step of the loaded checkpoint."""
-    store = stack.enter_context(closing(Store(RunFolder(config.run.dir).store)))
-    store.claim(resume_key(config))
+    path, key = RunFolder(config.run.dir).store, resume_key(config)
+    store = stack.enter_context(closing(wait_for_room(lambda: Store(path), what=path.name)))
+    wait_for_room(lambda: store.claim(key), what=path.name)
     num_recorded = store.num_batches()
     if step > num_recorded:
         raise DataError(
             f"the newest checkpoint in {config.run.dir} is of step {step}, but its store has {num_recorded} batches: "
             "they belong to different runs; choose another run.dir"
         )
+    check_resumable(store, step=step)
     require_ports(config, "network.control_port", "network.weights_port", "network.announce_port")
     trainer.world.broadcast(str(num_recorded).encode())
     network_thread = stack.enter_context(
@@ -167,6 +187,7 @@ def _network_thread(config: Config, store: Store, *, vocab_size: int) -> Network
         groups_per_batch=learner.groups_per_batch,
         staleness_bound=learner.staleness_bound,
         num_steps=learner.num_steps,
+        now_s=wall_clock_s(),
     )
     rules = Rules(
         run_id=config.run.name,

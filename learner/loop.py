@@ -13,7 +13,8 @@ batch       `BatchSource`              groups of step k             the batch's 
 train_step  groups, version k          version k + 1, StepMetrics   collectives with ranks   the other ranks
 metrics     StepMetrics, gauges        a line of metrics.jsonl      the network thread       its event loop
 log         the batch's cursors        a row in the store's log     room on the disk         the coordinator's retry
-checkpoint  version, optimizer state   a folder                     the disk                 -
+checkpoint  version, optimizer state   a folder; if the disk is     the disk                 room on the disk
+                                       full, the next step tries    (the last one)
 publish     version k + 1, canary      an offer to the engines      the network thread       its event loop
 
 Step k takes version k to k + 1. A batch is in the log before any engine can see its version, so after a crash at any
@@ -25,7 +26,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,8 +40,9 @@ from learner.metrics.progress import Phase
 from learner.metrics.step_metrics import StepMetrics
 from learner.model.export import canary, published_weights
 from learner.network.progress_reporter import ProgressReporter
+from learner.store.disk_room import wait_for_room
 from learner.store.run_folder import RunFolder
-from learner.training.checkpoint import TrainingProgress, save_checkpoint
+from learner.training.checkpointer import Checkpointer
 from learner.training.trainer import Trainer
 from protocol.atomic_write import atomic_path
 from protocol.codec import pack_groups
@@ -76,6 +78,13 @@ class Loop:
         self._step = step
         self._dtype = getattr(torch, config.learner.dtype)
         self._folder = RunFolder(config.run.dir)
+        self._checkpointer = Checkpointer(
+            trainer,
+            self._folder.checkpoints,
+            config=config.learner.checkpoint,
+            dtype=self._dtype,
+            on_saved=lambda step: source.drop_old_tokens(checkpoint_step=step),
+        )
 
     def run(self, *, num_steps: int) -> None:
         """Trains the recorded batches after the checkpoint, then new ones until step `num_steps`.
@@ -102,10 +111,12 @@ class Loop:
                 stepped = self._trainer.train_step(groups, step=self._step)
             self._step += 1
             self._record(groups, stepped, wait_s=wait_s, publish_s=publish_s)
-            if self._step % self._config.learner.checkpoint.every_steps == 0:
-                self._save()
+            if self._checkpointer.is_due(self._step):
+                self._enter("checkpoint")
+                self._checkpointer.try_save(self._step)
             publish_s = self._publish()
-        self._save()
+        self._enter("checkpoint")
+        self._checkpointer.save_last(self._step)
         self._finish()
 
     def _enter(self, phase: Phase) -> None:
@@ -124,7 +135,10 @@ class Loop:
         """Writes the groups of a batch whose step failed. `protocol.codec.unpack_groups` reads the file."""
         path = self._folder.failed_batch(self._step)
         if self._trainer.world.rank == 0:
-            path.write_bytes(pack_groups(groups))
+            try:
+                path.write_bytes(pack_groups(groups))
+            except OSError as error:  # the error of the step is more important
+                log.error("%s cannot be written: %s", path, error)
         return path
 
     def _publish(self) -> float:
@@ -138,26 +152,6 @@ class Loop:
             if weights:
                 self._source.publish(save_safetensors(weights), version=self._step, canary=proof)
         return time.perf_counter() - started
-
-    def _save(self) -> None:
-        self._enter("checkpoint")
-        trainer, policy = self._trainer, self._config.learner.checkpoint
-        save_checkpoint(
-            self._folder.checkpoints,
-            policy=trainer.policy,
-            optimizer=trainer.optimizer,
-            progress=TrainingProgress(
-                step=self._step,
-                num_skipped_updates=trainer.guard.num_skipped,
-                num_consecutive_skips=trainer.guard.num_consecutive,
-            ),
-            keep=policy.keep,
-            keep_every_steps=policy.keep_every_steps,
-            value_head=trainer.scorer.value_head,
-            world=trainer.world,
-            dtype=self._dtype,
-        )
-        self._source.drop_old_tokens(checkpoint_step=self._step)
 
     def _record(
         self, groups: Sequence[TrajectoryGroup], stepped: StepMetrics, *, wait_s: float, publish_s: float
@@ -176,7 +170,7 @@ class Loop:
     def _report_drift(self) -> None:
         """Writes RUN/drift.txt. Raises: DriftError."""
         drift = Drift.read(self._folder.metrics)
-        self._folder.drift.write_text(f"{drift}\n")
+        wait_for_room(lambda: self._folder.drift.write_text(f"{drift}\n"), what=self._folder.drift.name)
         print(drift, flush=True)
         if not drift.is_flat:
             raise DriftError(f"log-probs of engines and learner drift apart although no step changed weights: {drift}")
@@ -193,6 +187,9 @@ class Loop:
             if self._config.learner.check_drift:
                 self._report_drift()
             summary = {"step": self._step, "num_skipped_updates": self._trainer.guard.num_skipped}
-            with atomic_path(self._folder.finished) as temporary:
-                temporary.write_text(json.dumps(summary) + "\n")
-                fault_point("run.finished")
+            wait_for_room(lambda: self._write_finished(summary), what=self._folder.finished.name)
+
+    def _write_finished(self, summary: Mapping[str, int]) -> None:
+        with atomic_path(self._folder.finished) as temporary:
+            temporary.write_text(json.dumps(summary) + "\n")
+            fault_point("run.finished")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from protocol.errors import ConfigError
 
@@ -45,6 +47,28 @@ FAULT_POINTS = {
     "actor.sent": "actor: the group is sent, not yet acknowledged",
     "actor.acknowledged": "actor: the acknowledgement is received",
 }
+
+
+CLOCK_VARIABLE = "PALIMPSEST_CLOCK_SHIFT_S"
+CLOCK_FILE = "clock-shift-s"
+
+
+def wall_clock_s() -> float:
+    """Seconds since the epoch, plus the shift of this process's clock, if a test sets one."""
+    return time.time() + _clock_shift_s()
+
+
+@cache
+def _clock_shift_s() -> float:
+    """PALIMPSEST_CLOCK_SHIFT_S, or the number in the file that chaos writes into the TMPDIR of a launcher's roles."""
+    if text := os.environ.get(CLOCK_VARIABLE):
+        return float(text)
+    if "PALIMPSEST_LAUNCHER_PID" not in os.environ or "TMPDIR" not in os.environ:
+        return 0.0
+    try:
+        return float((Path(os.environ["TMPDIR"]) / CLOCK_FILE).read_text())
+    except (OSError, ValueError):
+        return 0.0
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from learner.metrics.jsonl import format_line, open_lines
+from learner.metrics.jsonl import LineWriter, format_line
 from learner.metrics.loop_metrics import TEXT_EVERY_STEPS
 from learner.metrics.rollout_metrics import rollout_metrics
 from learner.metrics.step_metrics import StepMetrics
@@ -24,7 +24,8 @@ class MetricsWriter:
     """A context manager that appends to the metrics in `run_dir`. `step`: the first step that it will record.
 
     If a learner was killed after it recorded a step but before the step was logged in the store, metrics.jsonl gets two
-    lines of that step; readers use the last one.
+    lines of that step; readers use the last one. While the disk is full, TensorBoard events are dropped, and lines of
+    metrics.jsonl are kept in memory.
 
     Raises: DataError if `tokenizer_folder` has no tokenizer.json.
     """
@@ -36,7 +37,7 @@ class MetricsWriter:
         tokenizer = Tokenizer.from_file(str(path))
         folder = RunFolder(run_dir)
         self._writer = TensorBoardWriter(folder.tensorboard, purge_step=step)
-        self._lines = open_lines(folder.metrics)
+        self._lines = LineWriter(folder.metrics)
         self._tokenizer = tokenizer
         self._staleness_bound = staleness_bound
         self._last = time.perf_counter()
@@ -46,7 +47,7 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self._writer.close()
-        self._lines.close()
+        self._lines.flush()
 
     def record(
         self,
@@ -78,7 +79,7 @@ class MetricsWriter:
         if stepped.step % TEXT_EVERY_STEPS == 0:
             self._write_trajectories(groups, step=stepped.step)
         counts = {"tokens_by_age": stepped.tokens_by_age, "tokens_by_context": stepped.tokens_by_context}
-        self._lines.write(format_line({"time": time.time(), "step": stepped.step, **values}, counts))
+        self._lines.append(format_line({"time": time.time(), "step": stepped.step, **values}, counts))
         return values
 
     def text(self, tag: str, markdown: str, step: int) -> None:

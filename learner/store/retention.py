@@ -1,7 +1,8 @@
 """Retention: which trained batches may lose their tokens, and the counts (`Tally`) that replace dropped tokens.
 
-Leases, decisions and the log of batches are never deleted. Tokens are dropped only for steps that a durable checkpoint
-covers; a `Tally` of each group is kept for the audit.
+Leases, decisions and the log of batches are never deleted. Tokens are dropped only for steps that the oldest of the
+newest `learner.checkpoint.keep` checkpoints covers, so that a run can fall back to it if the others are damaged; a
+`Tally` of each group is kept for the audit.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass
 
 from learner.store.resume_key import run_facts
 from learner.store.store import Store
+from protocol.errors import DataError
 from protocol.types import Status, TrajectoryGroup
 
 
@@ -49,7 +51,8 @@ def expired_steps(
 ) -> Iterator[int]:
     """Steps whose tokens may be dropped, oldest first.
 
-    checkpoint_step  step of a durable checkpoint; batches from this step on would be trained again after a crash
+    checkpoint_step  step of the oldest checkpoint to which the run may fall back: it would train the batches from this
+                     step on again
     keep_steps       number of steps before `checkpoint_step` whose tokens are kept; None: no limit by steps
     keep_bytes       the oldest steps are dropped until all stored groups have at most this size; None: no limit
 
@@ -67,6 +70,22 @@ def expired_steps(
             return
         total -= num_bytes
         yield step
+
+
+def check_resumable(store: Store, *, step: int) -> None:
+    """Checks that the tokens of all batches from `step` on are stored, so that they can be trained again.
+
+    Raises: DataError. It is possible only if more checkpoints are damaged than `learner.checkpoint.keep` provides for.
+    """
+    dropped = store.query(
+        "SELECT min(step), max(step) FROM batches JOIN groups USING (cursor) WHERE step >= ? AND num_bytes = 0", step
+    )[0]
+    if dropped[0] is not None:
+        raise DataError(
+            f"the run can be resumed from step {step} only, but the tokens of the steps {dropped[0]} to {dropped[1]} "
+            "were dropped (learner.retention), because newer checkpoints had been written: restore the newest "
+            "checkpoint from a backup, or start a new run from the weights of an older one"
+        )
 
 
 def drop_tokens(store: Store, step: int) -> None:

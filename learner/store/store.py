@@ -6,12 +6,15 @@ The groups of each trained batch can be read and trained again until `learner.re
 
 from __future__ import annotations
 
+import os
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import astuple
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from learner.leases.decisions import (
     ACTOR_DIED,
@@ -32,6 +35,9 @@ from protocol.fault_injection import fault_point
 from protocol.types import TrajectoryGroup
 
 SCHEMA_VERSION = 3
+
+# SQLite reports a write that a quota or a limit on the size of files ends as one of these, not as SQLITE_FULL.
+_NO_ROOM_CODES = (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_TRUNCATE)
 
 _OPEN = "state IN ('running', 'waiting', 'buffered')"
 
@@ -66,7 +72,7 @@ CREATE TABLE publications (
 class Store:
     """Opens or creates the store at `path`. Not thread-safe.
 
-    Raises: DataError if it cannot be opened, StoreError if a read or write fails.
+    Raises: DataError if it cannot be opened, StoreFullError if there is no room, StoreError if a read or write fails.
     """
 
     def __init__(
@@ -75,23 +81,26 @@ class Store:
         self._path = path
         self._fault_point = fault_point
         self._wal_checkpointer: WalCheckpointer | None = None
-        mode = "ro" if read_only else "rwc"
+        self._copy: TemporaryDirectory[str] | None = None
         try:
-            self._db = sqlite3.connect(
-                f"file:{path}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=30.0
-            )
+            self._db = self._connect_read_only() if read_only else _connect(f"file:{path}?mode=rwc")
             if not read_only:
                 self._db.execute("PRAGMA journal_mode=WAL")
                 self._db.execute("PRAGMA synchronous=FULL")
                 self._create()
             self._query("SELECT count(*) FROM meta")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, StoreError) as error:
+            if hasattr(self, "_db"):
+                self._db.close()
+            failure = self._error(error) if isinstance(error, sqlite3.Error) else error
+            if isinstance(failure, StoreFullError):
+                raise failure from error
             raise DataError(f"store {path} cannot be opened: {error}; give a run's folder") from error
-        except StoreError as error:
-            raise DataError(f"{error}; give a run's folder") from error
 
     def close(self) -> None:
         self._db.close()
+        if self._copy is not None:
+            self._copy.cleanup()
 
     @contextmanager
     def wal_checkpointing(self) -> Iterator[None]:
@@ -133,8 +142,7 @@ class Store:
                     self._db.execute("ROLLBACK")
                 raise
         except sqlite3.Error as error:
-            full = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL
-            raise (StoreFullError if full else StoreError)(f"store {self._path}: {error}") from error
+            raise self._error(error) from error
         if self._wal_checkpointer is not None:
             self._wal_checkpointer.committed()
         for name in names:
@@ -188,13 +196,20 @@ class Store:
 
     # --- reading back ---
 
-    def restore_lease_table(self, *, groups_per_batch: int, staleness_bound: int, num_steps: int) -> LeaseTable:
-        """The lease table as of the last commit."""
+    def restore_lease_table(
+        self, *, groups_per_batch: int, staleness_bound: int, num_steps: int, now_s: float
+    ) -> LeaseTable:
+        """The lease table as of the last commit.
+
+        now_s  seconds since the epoch. A lease that was granted later, by a clock that was set back since, counts as
+               granted now; else it would not expire before the clock is there again.
+        """
         entries = self._query(
             f"SELECT cursor, slot, attempt, state, first_slot FROM entries WHERE {_OPEN} ORDER BY cursor"
         )
         leases = self._query(
-            "SELECT lease_id, cursor, slot, attempt, actor, granted_at FROM leases WHERE outcome = 'running'"
+            "SELECT lease_id, cursor, slot, attempt, actor, min(granted_at, ?) FROM leases WHERE outcome = 'running'",
+            now_s,
         )
         return LeaseTable.restore(
             groups_per_batch=groups_per_batch,
@@ -246,6 +261,21 @@ class Store:
         return self._query(sql, *parameters)
 
     # --- inside ---
+
+    def _connect_read_only(self) -> sqlite3.Connection:
+        """Opens an existing store, also on a read-only disk, where SQLite cannot create the index of a log.
+
+        There the database is read without its log if that is empty; else both are copied to a temporary folder.
+        """
+        path, wal = self._path, Path(f"{self._path}-wal")
+        if os.access(path.parent, os.W_OK):
+            return _connect(f"file:{path}?mode=ro")
+        if not wal.exists() or not wal.stat().st_size:
+            return _connect(f"file:{path}?mode=ro&immutable=1")
+        self._copy = TemporaryDirectory(prefix="palimpsest-store-")
+        for file in (path, wal):
+            shutil.copy(file, self._copy.name)
+        return _connect(f"file:{Path(self._copy.name) / path.name}?mode=rw")
 
     def _create(self) -> None:
         version = self._query("PRAGMA user_version")[0][0]
@@ -312,4 +342,13 @@ class Store:
             with closing(self._db.execute(sql, parameters)) as cursor:
                 return cursor.fetchall()
         except sqlite3.Error as error:
-            raise StoreError(f"store {self._path}: {error}") from error
+            raise self._error(error) from error
+
+    def _error(self, error: sqlite3.Error) -> StoreError:
+        code = getattr(error, "sqlite_errorcode", 0)
+        is_full = code & 0xFF == sqlite3.SQLITE_FULL or code in _NO_ROOM_CODES
+        return (StoreFullError if is_full else StoreError)(f"store {self._path}: {error}")
+
+
+def _connect(uri: str) -> sqlite3.Connection:
+    return sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=30.0)

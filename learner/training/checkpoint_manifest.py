@@ -76,11 +76,15 @@ def check_sizes(folder: Path) -> Manifest:
     return manifest
 
 
-def check_content(folder: Path) -> Manifest:
-    """Returns the manifest if every file has its size and checksum; reads all files. Raises: DamagedCheckpoint."""
+def check_content(folder: Path, *, policy_only: bool = False) -> Manifest:
+    """Returns the manifest if every file has its size and checksum; reads the files. Raises: DamagedCheckpoint.
+
+    `policy_only`: reads the files of the Hugging Face folder, and not the training state.
+    """
     manifest = check_sizes(folder)
+    names = [name for name in manifest.files if not (policy_only and "/" in name)]
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        digests = [(name, threads.submit(_digest, folder / name)) for name in manifest.files]
+        digests = [(name, threads.submit(_digest, folder / name)) for name in names]
     for name, digest in digests:
         try:
             found = digest.result()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from learner.launch.step_log import StepLog
-from learner.metrics.jsonl import last_step, open_lines
+from learner.metrics.jsonl import LineWriter, last_step
 from tests.launch.metrics_lines import metrics_line
 
 
@@ -32,11 +32,8 @@ def test_a_partial_line_of_a_killed_learner_is_skipped(tmp_path: Path) -> None:
     assert last_step(path) == -1
     path.write_text(metrics_line(0, 0.1) + "\n" + metrics_line(1, 0.2)[:20])
     assert last_step(path) == 0
-    with open_lines(path) as lines:
-        assert last_step(path) == 0
-        lines.write(metrics_line(1, 0.3) + "\n")
-    with open_lines(path) as lines:
-        lines.write(metrics_line(2, 0.4) + "\n")
+    LineWriter(path).append(metrics_line(1, 0.3) + "\n")
+    LineWriter(path).append(metrics_line(2, 0.4) + "\n")
     steps = StepLog(path)
     steps.refresh()
     assert sorted(steps.by_step) == [0, 1, 2]

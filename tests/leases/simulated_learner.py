@@ -201,7 +201,10 @@ class SimulatedLearner:
     def _stored_lease_table(self) -> LeaseTable:
         shape = self.world.shape
         return self.store.restore_lease_table(
-            groups_per_batch=shape.groups_per_batch, staleness_bound=shape.staleness_bound, num_steps=shape.num_steps
+            groups_per_batch=shape.groups_per_batch,
+            staleness_bound=shape.staleness_bound,
+            num_steps=shape.num_steps,
+            now_s=self.world.now_s,
         )
 
     # --- the loop ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -64,6 +65,7 @@ def open_network(
             groups_per_batch=setting.groups_per_batch,
             staleness_bound=setting.staleness_bound,
             num_steps=setting.num_steps,
+            now_s=time.time(),
         )
         deaths: list[str] = []
         network = NetworkThread(

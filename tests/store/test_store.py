@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -14,13 +15,14 @@ import pytest
 from learner.leases.decisions import Ended, EntryChanged, Granted, SlotChanged, Trained
 from learner.leases.lease_table import Entry, LeaseRecord, State
 from learner.store.audit import audit_run
-from learner.store.retention import drop_tokens, expired_steps
+from learner.store.retention import check_resumable, drop_tokens, expired_steps
 from learner.store.run_folder import RunFolder
 from learner.store.store import Store
 from protocol.errors import DataError, StoreError, StoreFullError
 from protocol.messages import Lease
 from tests.leases.groups import GROUP_SIZE, RUN, arrived, make_group
 from tests.store.full_disk import fill_up, make_room
+from tests.store.small_disk import limited_file_size, small_disk
 
 RESUME_KEY = {"run_id": RUN, "groups_per_batch": "2", "group_size": str(GROUP_SIZE), "staleness_bound": "1"}
 WAIT_S = 20.0
@@ -168,3 +170,62 @@ def test_a_transaction_is_all_or_nothing(tmp_path: Path) -> None:
     assert store.batch(1) == []
     assert store.num_batches() == 1
     store.close()
+
+
+def test_a_lease_granted_in_the_future_counts_as_granted_now(store: Store) -> None:
+    """The clock was set back by an hour between two lives of the learner."""
+    now_s = 1_000_000.0
+    granted = {13: now_s + 3600.0, 14: now_s - 5.0}
+    for cursor, granted_s in granted.items():
+        lease = LeaseRecord(cursor + 1, cursor, cursor, 0, "actor", granted_s)
+        store.commit([Granted(lease, 0), EntryChanged(Entry(cursor, cursor, 0, State.RUNNING, cursor))])
+    table = store.restore_lease_table(groups_per_batch=2, staleness_bound=1, num_steps=9, now_s=now_s)
+    assert {lease.cursor: lease.granted_s for lease in table.leases.values()} == {13: now_s, 14: now_s - 5.0}
+
+
+def test_a_run_resumes_only_where_no_token_was_dropped(store: Store) -> None:
+    for step in (0, 1, 2):
+        drop_tokens(store, step)
+    check_resumable(store, step=3)
+    check_resumable(store, step=NUM_STEPS)
+    with pytest.raises(DataError, match="resumed from step 1 only, but the tokens of the steps 1 to 2 were dropped"):
+        check_resumable(store, step=1)
+
+
+def write_until_full(store: Store) -> None:
+    while True:
+        store.new_publication(7)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 4096, 100_000])
+def test_a_quota_or_a_file_size_limit_is_a_full_disk(store: Store, num_bytes: int) -> None:
+    """SQLite reports them as I/O errors. After the write that failed, the store can be read and written."""
+    before = store.publications()
+    with limited_file_size(num_bytes), pytest.raises(StoreFullError):
+        write_until_full(store)
+    made = store.publications()
+    assert made.items() >= before.items()
+    assert store.new_publication(8) == max(made) + 1
+
+
+def test_a_store_cannot_be_created_on_a_full_disk_and_can_be_later(tmp_path: Path) -> None:
+    with limited_file_size(0), pytest.raises(StoreFullError):
+        Store(tmp_path / "store.sqlite")
+    store = Store(tmp_path / "store.sqlite")
+    store.claim(RESUME_KEY)
+    store.close()
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_a_run_on_a_read_only_disk_is_audited(store: Store, tmp_path: Path, is_closed: bool) -> None:
+    """Also if the learner was killed, so that the newest commits are only in the write-ahead log."""
+    wanted = audit_run(tmp_path)
+    if is_closed:
+        store.close()
+    else:
+        assert (tmp_path / "store.sqlite-wal").stat().st_size > 0
+    with small_disk(tmp_path / "disk", num_bytes=4 << 20) as disk:
+        for file in ("store.sqlite", *(() if is_closed else ("store.sqlite-wal",))):
+            shutil.copy(tmp_path / file, disk)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert audit_run(disk) == wanted
