@@ -29,7 +29,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -144,7 +144,7 @@ class Rollout:
     def __init__(self, pool: EnginePool) -> None:
         self._pool = pool
 
-    async def __call__(self, lease: Lease) -> TrajectoryGroup:
+    async def __call__(self, lease: Lease, _: Callable[[], None]) -> TrajectoryGroup:
         lengths, rewards = draw(lease.cursor)
         episodes = [self._episode(length, min_version=lease.min_version) for length in lengths]
         contexts = await asyncio.gather(*episodes)
@@ -179,7 +179,7 @@ async def roll_out(addresses: Addresses, *, staleness_bound: int, mean_s: float)
             Runner(
                 name=f"actor-{i}",
                 # One batch more than the leases that the bound allows.
-                capacity=2 * (staleness_bound + 2) * GROUPS_PER_BATCH // NUM_RUNNERS,
+                capacity=2 * (staleness_bound + 2) * GROUPS_PER_BATCH * GROUP_SIZE // NUM_RUNNERS,
                 dealer=transport.dealer(addresses.control),
                 rollout=Rollout(pool),
                 on_engines=lambda engines: pool.set_engines([EngineInfo(each.url, each.version) for each in engines]),

@@ -4,7 +4,7 @@
 
 One process is the learner: a real NetworkThread, a store in a folder, and a loop that takes each complete batch and
 logs it, without training. The other process simulates the actors, each with its own socket: 8 leases of 8 trajectories,
-so 64,000 trajectories are in flight; heartbeats twice a second and after each acknowledgement; groups of 38,697 tokens,
+so 64,000 trajectories are in flight; heartbeats twice a second and after each group; groups of 38,697 tokens,
 sent at a constant rate, oldest lease first. `lease_p99_ms`: time from sending a group to receiving the next lease; the
 group is stored durably in between. `cores`: processor time of the learner's process
 divided by wall time, sockets and SQLite included. The last line is one JSON object.
@@ -112,6 +112,7 @@ class Actor:
         self._dealer = transport.dealer(address)
         self._fleet = fleet
         self._held: set[int] = set()
+        self._num_running = 0
         self._freed_s: deque[float] = deque()
 
     async def receive(self) -> None:
@@ -120,6 +121,7 @@ class Actor:
             match message:
                 case Lease():
                     self._held.add(message.lease_id)
+                    self._num_running += 1
                     if self._freed_s:
                         self._fleet.waits_s.append(time.perf_counter() - self._freed_s.popleft())
                     self._fleet.leased(self, message)
@@ -127,11 +129,15 @@ class Actor:
                     assert message.outcome == "accepted", message.reason
                     self._held.discard(message.lease_id)
                     self._fleet.num_stored += 1
-                    await self.heartbeat()
 
     async def heartbeat(self) -> None:
         message = Heartbeat(
-            actor=self._name, incarnation="1", capacity=LEASES_EACH, held=sorted(self._held), counters={"running": 64.0}
+            actor=self._name,
+            incarnation="1",
+            capacity=LEASES_EACH * NUM_TRAJECTORIES,
+            free_slots=(LEASES_EACH - self._num_running) * NUM_TRAJECTORIES,
+            held=sorted(self._held),
+            counters={"running": 64.0},
         )
         await self._dealer.send([encode(message)])
 
@@ -146,6 +152,8 @@ class Actor:
         frames = encode_group(group, lease_id=lease.lease_id)
         self._freed_s.append(time.perf_counter())
         await self._dealer.send(frames)
+        self._num_running -= 1
+        await self.heartbeat()
 
 
 class Fleet:

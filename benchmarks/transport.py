@@ -148,7 +148,7 @@ def receive_ours(num: int, connection: Connection, *, judged: bool = False, view
 
 
 def receive_durable(num: int, connection: Connection) -> float:
-    """Grants leases to a runner by its credits; waits for one batch of all groups."""
+    """Grants leases to a runner by its free slots; waits for one batch of all groups."""
     with tempfile.TemporaryDirectory() as folder:
         store = Store(RunFolder(Path(folder)).store)
         lease_table = LeaseTable(groups_per_batch=num, staleness_bound=0, num_steps=1)

@@ -13,14 +13,14 @@ import numpy as np
 import zmq
 
 from actor.runner import Runner
-from benchmarks.common.synthetic import make_group
+from benchmarks.common.synthetic import NUM_TRAJECTORIES, make_group
 from protocol.codec import encode_group
 from protocol.framing import Buffer
 from protocol.messages import Lease
 from protocol.transport import Transport
 from protocol.types import TrajectoryGroup
 
-# The maximum of unacknowledged groups, like an actor's credits. Receivers acknowledge every ACK_EVERY-th group; those
+# The maximum of unacknowledged groups. Receivers acknowledge every ACK_EVERY-th group; those
 # that store groups acknowledge each one.
 IN_FLIGHT = 32
 ACK_EVERY = 16
@@ -106,19 +106,20 @@ def _send_ours(group: TrajectoryGroup, address: str, num: int) -> None:
 def _send_durable(group: TrajectoryGroup, address: str, num: int) -> None:
     """Runs a real runner with instant rollouts until the coordinator drains it."""
 
-    async def rollout(lease: Lease) -> TrajectoryGroup:
+    async def rollout(lease: Lease, _: Callable[[], None]) -> TrajectoryGroup:
         return replace(group, run_id=lease.run_id, cursor=lease.cursor, attempt=lease.attempt)
 
     async def send() -> None:
         transport = Transport()
         runner = Runner(
             name="actor",
-            capacity=IN_FLIGHT,
+            capacity=IN_FLIGHT * NUM_TRAJECTORIES,
             dealer=transport.dealer(address),
             rollout=rollout,
             on_engines=lambda _: None,
             counters=dict,
             heartbeat_s=0.5,
+            min_heartbeat_s=0.0,
         )
         await runner.run()
         transport.close()
