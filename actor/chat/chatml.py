@@ -123,11 +123,14 @@ def parse_call(body: str, *, names: Sequence[str]) -> ToolCall | BadCall:
     """Parses the text between a pair of tool-call tags. `names`: the functions that can be called."""
     try:
         call = json.loads(body)
-    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or an integer with too many digits
+        json.dumps(call, ensure_ascii=False, allow_nan=False).encode()  # raises for values that no peer could receive
+    except UnicodeEncodeError:  # an escape such as \ud800
+        return BadCall("the tool call has half of a surrogate pair", breaks_format=True)
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer with too many digits, NaN, 1e999
         return BadCall(f"the tool call is not valid JSON: {error}", breaks_format=True)
     if not isinstance(call, dict) or not {"name", "arguments"} <= call.keys():
         return BadCall("a tool call is a JSON object with `name` and `arguments`", breaks_format=True)
-    if call["name"] not in names:
+    if not isinstance(call["name"], str) or call["name"] not in names:
         known = f"the only one is {names[0]}" if len(names) == 1 else f"there are {', '.join(names)}"
         return BadCall(f"there is no tool {call['name']!r:.80}; {known}")
     if not isinstance(call["arguments"], dict):
