@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from learner.store.run_folder import RunFolder
+from learner.training.checkpoint_manifest import DamagedCheckpoint, check_content, check_sizes
 from protocol.atomic_write import atomic_path
 from protocol.config import Config
 from protocol.errors import DataError
@@ -18,6 +19,7 @@ class EvaluatedPolicy:
     """Either `engines` that run, or the folder `model` that an engine of the evaluation serves.
 
     text            what is evaluated, for messages
+    warnings        about checkpoints that are damaged
     name            part of the evaluation's identity; "" for engines: their weight versions identify them
     step            the number of batches that the policy was trained on; `model` only
     is_kept         False if the run may delete `model`, which is an old checkpoint then
@@ -25,6 +27,7 @@ class EvaluatedPolicy:
     """
 
     text: str
+    warnings: tuple[str, ...] = ()
     engines: tuple[str, ...] = ()
     model: Path | None = None
     name: str = ""
@@ -33,27 +36,28 @@ class EvaluatedPolicy:
     weight_version: str = ""
 
 
-def choose_checkpoint(config: Config, root: Path, step: int | None) -> EvaluatedPolicy:
-    """The checkpoint of `step`, by default the newest. Step 0 is model.path.
+def choose_checkpoint(config: Config, root: Path, step: int | None, *, is_run: bool) -> EvaluatedPolicy:
+    """The checkpoint of `step`, by default the newest of the run in `root`. Step 0 is model.path.
 
-    Raises: DataError if the run has no complete checkpoint of this step.
+    `is_run`: the user named the run's folder, so that model.path is not what a run without checkpoints stands for.
+    Raises: DataError if the run has no undamaged checkpoint of this step.
     """
-    from learner.training.checkpoint import list_checkpoints
-
-    folders = {int(folder.name.rpartition("-")[2]): folder for folder in list_checkpoints(RunFolder(root).checkpoints)}
-    known = {0: config.model.path, **folders}
-    chosen = max(known) if step is None else step
-    if chosen not in known:
+    folders, damage = _checkpoints(RunFolder(root).checkpoints)
+    known = folders if step is None and (is_run or damage) else {0: config.model.path, **folders}
+    chosen = max(known, default=None) if step is None else step
+    if chosen is None or chosen not in known:
+        missing = "no checkpoint" if chosen is None else f"no checkpoint of step {chosen}"
+        found = "; ".join([", ".join(map(str, sorted(folders))) or "none", *damage])
         raise DataError(
-            f"{RunFolder(root).checkpoints} has no checkpoint of step {chosen}; it has "
-            f"{', '.join(map(str, sorted(folders))) or 'none'}, and step 0 is model.path"
+            f"{RunFolder(root).checkpoints} has {missing}; it has {found}; --checkpoint 0 evaluates model.path"
         )
     model = known[chosen]
     if not (model / "config.json").is_file():
         raise DataError(f"model folder {model} does not exist or has no config.json; choose another --checkpoint")
-    what = "model.path" if chosen not in folders else f"checkpoint {chosen}"
+    what = f"checkpoint {chosen}" if chosen in folders else f"model.path, {model},"
     return EvaluatedPolicy(
         text=f"evaluating {what} of {config.run.name}",
+        warnings=tuple(damage),
         model=model,
         name=f"{config.run.name} step {chosen}",
         step=chosen,
@@ -62,11 +66,23 @@ def choose_checkpoint(config: Config, root: Path, step: int | None) -> Evaluated
     )
 
 
+def _checkpoints(root: Path) -> tuple[dict[int, Path], list[str]]:
+    """(step → folder of each complete checkpoint, what is wrong with each other one)"""
+    folders: dict[int, Path] = {}
+    damage: list[str] = []
+    for folder in sorted(root.glob("step-*")):
+        try:
+            folders[check_sizes(folder).training["step"]] = folder
+        except (DamagedCheckpoint, KeyError) as error:
+            damage.append(str(error))
+    return folders, damage
+
+
 def linked_model(policy: EvaluatedPolicy, links: Path) -> Path:
     """A folder with the policy's files that stays while the evaluation is not complete, also if the run goes on.
 
     A run deletes old checkpoints; the files are therefore linked (or copied, on another file system) to a folder in
-    `links`. Training state is not. Raises: DataError if the checkpoint is deleted meanwhile.
+    `links`, the training state is not. Raises: DataError if the checkpoint is damaged, or is deleted meanwhile.
     """
     assert policy.model is not None
     if policy.is_kept:
@@ -75,6 +91,7 @@ def linked_model(policy: EvaluatedPolicy, links: Path) -> Path:
     if folder.is_dir():
         return folder
     try:
+        check_content(policy.model, policy_only=True)
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             for file in policy.model.iterdir():

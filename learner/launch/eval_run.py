@@ -85,6 +85,8 @@ async def evaluate_run(request: Request) -> tuple[EvaluationReport, EvaluationFo
         )
         folder.write_plan(plan)
         save_config(config, folder.config)
+        for warning in policy.warnings:
+            click.echo(f"eval: skipped: {warning}", err=True)
         click.echo(f"eval: {policy.text}; results in {relative(folder.root)}", err=True)
         if not request.live:
             weight_version = policy.weight_version if policy.model else None
@@ -113,7 +115,7 @@ def _policy(request: Request, config: Config, root: Path) -> EvaluatedPolicy:
     if request.engines:
         return EvaluatedPolicy(engines=request.engines, text=f"evaluating what {', '.join(request.engines)} serves")
     if not request.live:
-        return choose_checkpoint(config, root, request.checkpoint)
+        return choose_checkpoint(config, root, request.checkpoint, is_run=request.run.is_dir())
     folder = RunFolder(root)
     if not is_locked(folder.launcher_lock) and not is_locked(folder.learner_lock):
         raise DataError(f"{root} does not run now: without --live, its newest checkpoint is evaluated")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_a_config_without_a_run_evaluates_model_path(tiny: TinyRun, tmp_path: Pa
     report = EvaluationFolder(output).read_report()
     assert report.complete
     assert report.versions == {"tiny:step-0": 4}
-    assert "evaluating model.path of tiny" in printed
+    assert f"evaluating model.path, {tiny.model}, of tiny" in printed
     assert "tiny step 0" in printed
     assert str(output / "samples.jsonl") in printed
     assert not (output / "processes.json").exists()
@@ -131,14 +132,32 @@ def test_checkpoints_and_defaults(finished: Path, tmp_path: Path) -> None:
     evaluate(log, finished, "--limit", "2", "--checkpoint", "0", "--split", "train")
     folder = EvaluationFolder(finished / "evaluations" / "step-0-train-greedy")
     assert folder.read_report().versions == {"tiny:step-0": 2}
+    assert {line["id"] for line in samples(folder)} == {"world-1/0", "world-1/1"}
     printed = evaluate(log, finished, "--limit", "2", "--checkpoint", "7", status=2)
-    assert "has no checkpoint of step 7; it has 2, and step 0 is model.path" in printed
+    assert "has no checkpoint of step 7; it has 2; --checkpoint 0 evaluates model.path" in printed
     printed = evaluate(log, finished, "--limit", "2", "--output", folder.root, status=2)
     assert "evaluation.policy: it has" in printed
     evaluate(log, finished, "--limit", "2", "--output", folder.root, "--overwrite")
     assert folder.read_report().versions == {"tiny:step-2": 2}
     printed = evaluate(log, finished, "--live", status=2)
     assert "does not run now: without --live, its newest checkpoint is evaluated" in printed
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_not_evaluated(finished: Path, tmp_path: Path) -> None:
+    """A run's only checkpoint is damaged: model.path is not evaluated in its place."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("evaluations"))
+    weights = run / "checkpoints" / "step-00000002" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    printed = evaluate(tmp_path / "log", run, status=2)
+    assert "the content of model.safetensors does not have its checksum" in printed
+    weights.write_bytes(content[:-1])
+    printed = evaluate(tmp_path / "log", run, status=2)
+    assert "has no checkpoint; it has none; checkpoint" in printed
+    assert "model.safetensors must have" in printed
 
 
 @pytest.mark.slow
