@@ -140,9 +140,11 @@ def _run_stages(options: Options) -> None:
             continue
         click.echo(f"{name} …")
         stage(options)
+    from learner.launch.command_line import command_line
+
     click.echo(f"prepared in {time.monotonic() - started_s:.0f} s. Next:")
-    sets = "".join(f" --set '{override}'" for override in options.overrides)
-    click.echo(f"  palimpsest up {os.path.relpath(RUN_TOML)}{sets}")
+    sets = [argument for override in options.overrides for argument in ("--set", override)]
+    click.echo(f"  {command_line('palimpsest', 'up', RUN_TOML, *sets)}")
 
 
 def copy_questions(options: Options) -> None:

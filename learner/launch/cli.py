@@ -15,6 +15,7 @@ _COMMANDS = {
         "Run the whole system on this machine for about four minutes and see the reward rise.",
     ),
     "up": ("learner.launch.up:up", "Start and supervise all roles of a run; the same command resumes it."),
+    "check": ("learner.launch.check:check", "Check everything that can be known before a run is started."),
     "learner": ("learner.command:learner", "One role: lease questions, train, publish weights."),
     "actor": ("actor.command:actor", "One role: roll out trajectories."),
     "engine": ("actor.engine_command:engine", "One role: serve the policy (or attach to an SGLang server)."),
@@ -78,7 +79,9 @@ def main() -> None:
         if reported is None:
             raise
         message, code = reported
-        click.echo(f"error: {message}", err=True)
+        from learner.launch.command_line import with_runnable_commands
+
+        click.echo(f"error: {with_runnable_commands(message)}", err=True)
         sys.exit(code)
     sys.exit(status if isinstance(status, int) else 0)  # the argument of ctx.exit()
 

@@ -16,15 +16,20 @@ def command_line(program: str, *arguments: str | Path, argv0: str | None = None)
     folder are relative. `argv0` defaults to sys.argv[0].
     """
     called = Path(sys.argv[0] if argv0 is None else argv0)
-    if called.name == "__main__.py":  # python -m learner.launch
-        called = Path(sys.executable)
     script = called.with_name(program)
+    if not script.exists():  # python -m learner.launch, or python some/script.py
+        script = Path(sys.executable).with_name(program)
     if _is_same_file(shutil.which(program), script):
         command = program
     else:
         path = relative(script)
         command = f"./{path}" if path.parent == Path() else str(path)
     return shlex.join([command, *(str(relative(each)) if isinstance(each, Path) else each for each in arguments)])
+
+
+def with_runnable_commands(text: str) -> str:
+    """Returns a message in which every "`palimpsest …`" begins with a path if the shell does not find `palimpsest`."""
+    return text.replace("`palimpsest ", f"`{command_line('palimpsest')} ")
 
 
 def relative(path: Path) -> Path:

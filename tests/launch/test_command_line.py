@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.launch.command_line import command_line, relative
+from learner.launch.command_line import command_line, relative, with_runnable_commands
 
 
 @pytest.fixture
@@ -66,3 +66,19 @@ def test_a_script_in_the_current_folder_and_odd_paths_are_quoted(
 def test_only_paths_below_the_current_folder_become_relative(checkout: Path) -> None:
     assert relative(checkout / "runs") == Path("runs")
     assert relative(checkout.parent) == checkout.parent
+
+
+def test_a_script_of_another_folder_names_the_scripts_beside_the_interpreter(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(checkout / ".venv/bin/python"))
+    assert command_line("palimpsest", "up", argv0="examples/prepare.py") == ".venv/bin/palimpsest up"
+
+
+def test_commands_in_messages_can_be_pasted(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [".venv/bin/palimpsest"])
+    shown = with_runnable_commands("run `palimpsest keys DIR`, then `palimpsest up` with `network.keys`")
+    assert shown == "run `.venv/bin/palimpsest keys DIR`, then `.venv/bin/palimpsest up` with `network.keys`"
+    assert with_runnable_commands(shown) == shown
+    monkeypatch.setenv("PATH", str(checkout / ".venv" / "bin"), prepend=os.pathsep)
+    assert with_runnable_commands("run `palimpsest keys DIR`") == "run `palimpsest keys DIR`"
