@@ -67,7 +67,15 @@ async def serve_engine(
     `frozen`: run no weight agent, and serve model.path as this weight version.
     """
     from actor.engine.server import EngineServer
+    from actor.engine.update_source import UpdateSource
+    from protocol.config_file import require_ports
+    from protocol.errors import ConfigError
 
+    if frozen is None:
+        try:
+            require_ports(config, "network.weights_port", "network.announce_port")
+        except ConfigError as error:
+            raise ConfigError(f"{error}; to serve model.path alone, without a learner, use --frozen") from error
     server = EngineServer(
         model_path=config.model.path,
         host=host,
@@ -79,6 +87,8 @@ async def serve_engine(
         torch_threads=config.engine.torch_threads,
         seed=random_engine_seed(config.run.seed, name),
         weight_version=frozen or "default",
+        advertised=advertise,
+        update_source=UpdateSource(_update_folder(config, name), config.run.name),
     )
     await server.start()
     try:
@@ -92,6 +102,11 @@ async def serve_engine(
         )
     finally:
         await server.stop()
+
+
+def _update_folder(config: Config, name: str) -> Path:
+    """Where the weight agent of engine `name` writes publications, and the only place that its engine reads them."""
+    return config.run.dir / "engines" / name
 
 
 def random_engine_seed(run_seed: int, name: str) -> int:
@@ -126,7 +141,7 @@ async def run_weight_agent(
     api_key = config.network.api_key()
     check_url(advertise or url, api_key=api_key)
     check_advertised(advertise or url, network_host=config.network.host)
-    folder = config.run.dir / "engines" / name
+    folder = _update_folder(config, name)
     shutil.rmtree(folder, ignore_errors=True)
     transport = Transport(keys=config.network.keys)
     try:

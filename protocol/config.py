@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from protocol.config_base import ExtensionSection, NonNegative, Port, Positive, Seconds, Section, Use
-from protocol.errors import DataError
+from protocol.errors import DataError, SecurityError
 from protocol.learner_config import LearnerConfig
 
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,63}$")]
@@ -62,13 +63,20 @@ class NetworkConfig(Section):
         return f"tcp://{self.host}:{self.announce_port}"
 
     def api_key(self) -> str | None:
-        """The bearer token for HTTP. Raises: DataError."""
-        if self.api_key_file is None:
+        """The bearer token for HTTP. Raises: DataError, SecurityError (other users can read the file)."""
+        path = self.api_key_file
+        if path is None:
             return None
         try:
-            return self.api_key_file.read_text().strip()
-        except OSError as error:
-            raise DataError(f"network.api_key_file {self.api_key_file} cannot be read: {error.strerror}") from error
+            if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+                raise SecurityError(f"network.api_key_file {path} can be read by others: run `chmod 600 {path}`")
+            key = path.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise DataError(f"network.api_key_file {path} cannot be read: {reason}") from error
+        if not key or not key.isascii() or not key.isprintable() or " " in key:
+            raise DataError(f"network.api_key_file {path} must hold one word of printable ASCII characters")
+        return key
 
 
 class ModelConfig(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from dataclasses import dataclass
 
@@ -11,8 +12,10 @@ from aiohttp.typedefs import Handler, Middleware
 
 from actor.engine.engine import Engine
 from actor.engine.request_bodies import AbortBody, ContinueBody, GenerateBody, PauseBody, UpdateBody, parse_body
+from actor.engine.request_origin import OriginCheck
 from actor.engine.request_validation import is_batch
 from actor.engine.response_body import GenerateResponse, generate_response
+from actor.engine.update_source import UpdateSource
 from protocol.errors import EngineRefused, EngineUnavailable
 
 # Largest body: a batch of this number of full contexts, ten bytes for each token, and some parameters. The bound is low
@@ -35,11 +38,21 @@ class ServerProperties:
     max_total_tokens: int
 
 
-def build_app(*, engine: Engine, properties: ServerProperties, api_key: str | None) -> web.Application:
-    """Builds the app. If `api_key` is set, every route except /health needs `Authorization: Bearer <api_key>`."""
+def build_app(
+    *,
+    engine: Engine,
+    properties: ServerProperties,
+    api_key: str | None,
+    origin: OriginCheck,
+    update_source: UpdateSource | None,
+) -> web.Application:
+    """Builds the app. If `api_key` is set, every route except /health needs `Authorization: Bearer <api_key>`.
+
+    `update_source` None: weights of any folder and version may be installed.
+    """
     max_body_bytes = _MAX_CONTEXTS_PER_BODY * properties.context_length * _BYTES_PER_TOKEN + _MAX_OTHER_BYTES
-    app = web.Application(client_max_size=max_body_bytes, middlewares=[_auth_and_errors(api_key)])
-    routes = _Routes(engine=engine, properties=properties)
+    app = web.Application(client_max_size=max_body_bytes, middlewares=[_auth_and_errors(api_key, origin)])
+    routes = _Routes(engine=engine, properties=properties, update_source=update_source)
     app.router.add_get("/health", routes.health)
     app.router.add_get("/model_info", routes.model_info)
     app.router.add_get("/server_info", routes.server_info)
@@ -54,7 +67,8 @@ def build_app(*, engine: Engine, properties: ServerProperties, api_key: str | No
 
 
 class _Routes:
-    def __init__(self, *, engine: Engine, properties: ServerProperties) -> None:
+    def __init__(self, *, engine: Engine, properties: ServerProperties, update_source: UpdateSource | None) -> None:
+        self._update_source = update_source
         self._engine = engine
         self._properties = properties
 
@@ -108,7 +122,10 @@ class _Routes:
 
     async def update_weights_from_disk(self, request: web.Request) -> web.Response:
         try:
-            num_paused = await self._engine.update_weights(parse_body(UpdateBody, await request.read()))
+            body = parse_body(UpdateBody, await request.read())
+            if self._update_source is not None:
+                await asyncio.to_thread(self._update_source.check, body)
+            num_paused = await self._engine.update_weights(body)
         except EngineRefused as error:
             return _update_response(success=False, message=str(error), num_paused_requests=0, status=400)
         return _update_response(
@@ -140,12 +157,14 @@ class _Routes:
         return web.Response(text="Cache flushed.\n")
 
 
-def _auth_and_errors(api_key: str | None) -> Middleware:
-    """Returns a middleware that checks the bearer token and turns exceptions into JSON errors."""
+def _auth_and_errors(api_key: str | None, origin: OriginCheck) -> Middleware:
+    """Returns a middleware that checks origin and bearer token, and turns exceptions into JSON errors."""
     expected = f"Bearer {api_key}".encode() if api_key is not None else None
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if (refusal := origin.refusal(request)) is not None:
+            return _error(refusal[1], status=refusal[0])
         if expected is not None and request.path != "/health":
             given = request.headers.get("Authorization", "").encode()
             if not hmac.compare_digest(given, expected):

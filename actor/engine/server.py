@@ -12,8 +12,10 @@ from aiohttp import web
 
 from actor.engine.engine import Engine
 from actor.engine.http_routes import ServerProperties, build_app
+from actor.engine.request_origin import OriginCheck
 from actor.engine.request_validation import RequestLimits
 from actor.engine.scheduler import MIN_QUEUE_CAPACITY, Scheduler
+from actor.engine.update_source import UpdateSource
 from protocol.addresses import is_loopback_host
 from protocol.errors import ConfigError, SecurityError, UnreachableError
 
@@ -32,6 +34,8 @@ class EngineServer:
     seed                seeds the requests without `sampling_seed`
     weight_version      stated for the weights of `model_path`; SGLang's default is "default"
     min_queue_capacity  lower bound of the queue's capacity in requests; further requests are refused (HTTP 503)
+    advertised          the server's URL for actors, if it is not its own address
+    update_source       which weights may be installed; None: any
     """
 
     def __init__(
@@ -48,6 +52,8 @@ class EngineServer:
         seed: int = 0,
         weight_version: str = "default",
         min_queue_capacity: int = MIN_QUEUE_CAPACITY,
+        advertised: str | None = None,
+        update_source: UpdateSource | None = None,
     ) -> None:
         for name, value in {
             "max_running_requests": max_running_requests,
@@ -70,6 +76,8 @@ class EngineServer:
         self._seed = seed
         self._weight_version = weight_version
         self._min_queue_capacity = min_queue_capacity
+        self._advertised = advertised
+        self._update_source = update_source
         self._app_runner: web.AppRunner | None = None
         self._engine: Engine | None = None
         self._loop_task: asyncio.Task[None] | None = None
@@ -88,7 +96,13 @@ class EngineServer:
         listener = self._listen()
         try:
             engine, properties = self._load()
-            app = build_app(engine=engine, properties=properties, api_key=self._api_key)
+            app = build_app(
+                engine=engine,
+                properties=properties,
+                api_key=self._api_key,
+                origin=OriginCheck(self._host, self._port, self._advertised),
+                update_source=self._update_source,
+            )
             self._app_runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
             await self._app_runner.setup()
             await web.SockSite(self._app_runner, listener, backlog=_BACKLOG).start()

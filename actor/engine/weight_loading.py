@@ -26,8 +26,11 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise WeightsError(f"{index} is not an index of safetensors files: {error!r}") from error
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+                raise WeightsError(f"{index}: weight_map must name files in {folder}, got {name!r:.200}")
         return [folder / name for name in sorted(names)]
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]

@@ -63,7 +63,8 @@ async def test_invalid_requests_are_refused_and_the_server_keeps_serving(client:
     ):
         assert (await client.post(path, body)).status == 400, path
     for raw in (b"{", b"\xff\xfe", b"null"):
-        async with client.http.post(client.url + "/generate", data=raw) as response:
+        headers = {"Content-Type": "application/json"}
+        async with client.http.post(client.url + "/generate", data=raw, headers=headers) as response:
             assert response.status == 400
             assert "error" in await response.json()
     assert (await client.post("/nowhere")).status == 404
