@@ -11,11 +11,12 @@ from pathlib import Path
 
 from actor.engine.server import EngineServer
 from actor.engines.sampling import SamplingParams
-from actor.evaluation.evaluate import EvaluationPlan, run_episodes, run_evaluation
+from actor.evaluation.evaluate import run_episodes, run_evaluation
 from actor.extensions import make_task
 from learner.launch.process_plan import plan, with_ports
 from learner.launch.supervisor import Supervisor
 from protocol.config import Config
+from protocol.evaluation import EvaluationFolder, EvaluationPlan
 from protocol.types import Context, Status
 
 
@@ -56,18 +57,25 @@ async def serving(config: Config, *, folder: Path, threads: int) -> AsyncIterato
 
 
 async def measure(config: Config, *, num_questions: int, folder: Path, threads: int) -> Measured:
-    """Samples with the run's settings; writes trajectories.jsonl, summary.json and logs to `folder`."""
-    evaluation = EvaluationPlan(
-        engines=(),
-        num_questions=num_questions,
-        temperature=config.sampling.temperature,
-        concurrency=config.engine.max_running_requests,
-        trajectories=folder / "trajectories.jsonl",
-    )
+    """Samples with the run's settings; writes samples.jsonl, report.json and logs to `folder`."""
+    evaluation = EvaluationFolder(folder)
     async with serving(config, folder=folder, threads=threads) as served:
-        summary = await run_evaluation(served, evaluation)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return read_measured(folder / "trajectories.jsonl")
+        measured = EvaluationPlan(
+            engines=served.engine.urls,
+            limit=num_questions,
+            temperature=config.sampling.temperature,
+            seed=config.run.seed,
+            concurrency=config.engine.max_running_requests,
+            transcripts=True,
+        )
+        await run_evaluation(served, measured, evaluation)
+    return read_measured(evaluation.samples)
+
+
+def is_measured(folder: Path) -> bool:
+    """Whether `measure` has ended for `folder`."""
+    evaluation = EvaluationFolder(folder)
+    return evaluation.report.is_file() and evaluation.read_report().complete
 
 
 async def well_formed_contexts(config: Config, *, folder: Path, threads: int) -> list[Context]:
@@ -85,14 +93,14 @@ async def well_formed_contexts(config: Config, *, folder: Path, threads: int) ->
     return [context for trajectory in well_formed for context in trajectory.contexts]
 
 
-def read_measured(trajectories: Path) -> Measured:
-    """Reads a file that `palimpsest eval --trajectories` wrote."""
-    rows = [json.loads(line) for line in trajectories.read_text(encoding="utf-8").splitlines()]
-    well_formed = [row["status"] == Status.COMPLETED and len(row["contexts"]) >= 2 for row in rows]
+def read_measured(samples: Path) -> Measured:
+    """Reads the samples.jsonl of an evaluation with transcripts."""
+    rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+    well_formed = [row["status"] == Status.COMPLETED and row["num_contexts"] >= 2 for row in rows]
     return Measured(
         share=sum(well_formed) / len(rows),
         num_trajectories=len(rows),
         endings=dict(Counter(row["status"] for row in rows)),
-        mean_f1=sum(row["parts"]["f1"] for row in rows) / len(rows),
-        mean_turns=sum(len(row["contexts"]) for row in rows) / len(rows),
+        mean_f1=sum(row["parts"].get("f1", 0.0) for row in rows) / len(rows),
+        mean_turns=sum(row["num_contexts"] for row in rows) / len(rows),
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 from bpe import fixed_ids
 from fit import LATER_ROUNDS, OPTIMIZER, Lesson, imitate
-from measure import measure, read_measured, well_formed_contexts
+from measure import is_measured, measure, read_measured, well_formed_contexts
 from pace import Pace
 from search_tool import configured_top_n
 from tokenizers import Tokenizer
@@ -55,7 +55,7 @@ class Rounds:
                 return
         raise DataError(
             f"after {max_rounds} rounds {share:.0%} of the trajectories are well formed, must be >= "
-            f"{wanted_share:.0%}; read {previous.parent / 'trajectories.jsonl'}, then increase --max-rounds or "
+            f"{wanted_share:.0%}; read {previous.parent / 'samples.jsonl'}, then increase --max-rounds or "
             "--imitation-steps"
         )
 
@@ -75,11 +75,11 @@ class Rounds:
                 seed=self.seed + number,
                 on_progress=Pace(f"round {number}, imitation").of_steps(sum(lesson.steps for lesson in lessons)),
             )
-        if not (folder / "summary.json").is_file():
+        if not is_measured(folder):
             click.echo(f"  round {number}, measuring {self.num_eval_questions} trajectories …")
             config = self._config(folder / "model")
             asyncio.run(measure(config, num_questions=self.num_eval_questions, folder=folder, threads=self.threads))
-        measured = read_measured(folder / "trajectories.jsonl")
+        measured = read_measured(folder / "samples.jsonl")
         click.echo(f"  round {number}: {measured}")
         return measured.share
 

@@ -1,6 +1,6 @@
 """Prints recorded trajectories turn by turn as Markdown: python examples/wiki_pool/show.py FILE [--id ID] [--status S]
 
-`palimpsest eval --trajectories FILE` writes FILE.
+FILE is the samples.jsonl of `palimpsest eval RUN --transcripts`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ def main(file: Path, wanted: str | None, status: str | None, num: int, system: b
     shown = 0
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
+        if row["contexts"] is None:
+            raise click.ClickException(f"{file} has no texts: evaluate with --transcripts")
         if shown < num and wanted in (None, row["id"]) and status in (None, row["status"]):
             shown += 1
             click.echo(as_markdown(row, system=system))
@@ -41,9 +43,10 @@ def as_markdown(row: dict, *, system: bool) -> str:
         for role, text in messages if system else messages[2:]:
             who = "policy" if role == "assistant" else role
             parts.append(f"{who}:\n\n```text\n{text.strip()}\n```")
+    reward = "none" if row["reward"] is None else f"{row['reward']:.2f}"
     stats, reason = row["stats"], f" ({row['reason']})" if row["reason"] else ""
     parts.append(
-        f"Ended as `{row['status']}`{reason}, answer `{row['answer']}`, reward {row['reward']:.2f}; "
+        f"Ended as `{row['status']}`{reason}, answer `{row['answer']}`, reward {reward}; "
         f"{stats['num_searches']:.0f} searches, {stats['num_generated_tokens']:.0f} tokens generated, "
         f"longest context {stats['peak_context_tokens']:.0f} tokens."
     )

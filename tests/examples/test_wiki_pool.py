@@ -228,7 +228,7 @@ def test_prepare_runs_its_stages_and_resumes(tmp_path: Path) -> None:
     first = _prepare(*arguments)
     assert first.returncode == 2, first.stderr
     assert first.stderr.strip().splitlines()[-1].startswith("error: after 1 rounds 0% of the trajectories")
-    rows = [json.loads(line) for line in (out / "rounds/1/trajectories.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "rounds/1/samples.jsonl").read_text().splitlines()]
     assert len(rows) == 4
     assert not any(row["status"] == "failed" for row in rows)
     made = {path: path.stat().st_mtime_ns for path in sorted(out.glob("rounds/1/*")) if path.name != "logs"}
