@@ -93,6 +93,7 @@ async def _run(run: DemoRun) -> None:
     from learner.launch.command_line import relative
     from learner.launch.demo_report import write_report
     from learner.launch.demo_stages import evaluate, make_data_and_model
+    from learner.launch.engine_token import with_engine_token
     from learner.launch.live_view import FINISHED, TRAINING, view_of
     from learner.launch.phase_timer import PhaseTimer
     from learner.launch.process_plan import plan, with_ports
@@ -109,7 +110,7 @@ async def _run(run: DemoRun) -> None:
             timer = PhaseTimer(run.seconds)
             with timer.measure("warm_start_s"):
                 await make_data_and_model(run, supervisor, view)
-            config = with_ports(config)
+            config = with_engine_token(with_ports(config), run.folder.engine_token)
             save_config(config, run.folder.config)
             processes = plan(config, config_path=run.folder.config)
             view.phase = "starting the learner, the retriever and the engine"

@@ -103,6 +103,7 @@ async def run_all(config: Config, processes: list[ProcessSpec], *, quiet: bool) 
 
     Raises: UserError, TrainingStopped, RunFailed.
     """
+    from learner.launch.engine_token import with_engine_token
     from learner.launch.live_view import FINISHED, TRAINING, view_of
     from learner.launch.process_plan import extension_checks
     from learner.launch.supervisor import Supervisor
@@ -113,6 +114,7 @@ async def run_all(config: Config, processes: list[ProcessSpec], *, quiet: bool) 
     path = RunFolder(config.run.dir).config
     async with Supervisor(config.run.dir) as supervisor:
         try:
+            config = with_engine_token(config, RunFolder(config.run.dir).engine_token)
             save_config(config, path)
         except OSError as error:
             raise DataError(f"{path} cannot be written: {error.strerror}") from error

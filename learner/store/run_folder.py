@@ -38,6 +38,11 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
+    def engine_token(self) -> Path:
+        """Bearer token of the engines that the launcher starts, if `network.api_key_file` is unset."""
+        return self.root / "engine.token"
+
+    @property
     def finished(self) -> Path:
         """Written by the learner after its last step."""
         return self.root / "finished.json"
