@@ -28,7 +28,7 @@ Phase = Literal[
     "failed",
 ]
 
-_ENDED = ("done", "stopped", "failed")
+ENDED = ("done", "stopped", "failed")
 # A file that is older than this was written by a learner that has ended or is blocked.
 OLD_AFTER_S = 10.0
 
@@ -109,7 +109,7 @@ def progress_lines(progress: Progress | None, *, now: float) -> list[str]:
     if progress is None:
         return ["the learner has not started"]
     age_s = now - progress.written
-    is_old = age_s > OLD_AFTER_S and progress.phase not in _ENDED
+    is_old = age_s > OLD_AFTER_S and progress.phase not in ENDED
     first = f"{progress.text} (reported {age_s:.0f} s ago)" if is_old else progress.text
     failed = failure_line(progress.failures)
     return [first, *([failed] if failed else []), *(f"warning: {warning}" for warning in progress.warnings)]

@@ -21,7 +21,7 @@ from types import TracebackType
 
 from learner.leases.first_samples import summary_lines, warnings
 from learner.leases.wait_cause import RunState, wait_cause
-from learner.metrics.progress import Phase, Progress, phase_text, step_line, waiting_text
+from learner.metrics.progress import ENDED, Phase, Progress, phase_text, step_line, waiting_text
 from learner.store.run_folder import RunFolder
 from protocol.atomic_write import atomic_write
 from protocol.errors import PalimpsestError
@@ -78,6 +78,7 @@ class ProgressReporter:
         self._stop.set()
         self._thread.join()
         with self._lock:
+            self._entered_s = time.monotonic()
             if kind is None:
                 self._phase = "done"
             else:
@@ -191,12 +192,13 @@ class ProgressReporter:
             text, since_s = waiting_text(state), self._cause_s
             if self._phase != "waiting":
                 text = f"{phase_text(self._phase, step=self._step, num_steps=self._num_steps)}: {cause.text}"
-        lasted = now_s - since_s
-        return (f"{text} (for {lasted:.0f} s)" if lasted >= 1.0 and not self._error else text), since_s
+        if self._phase not in ENDED and now_s - since_s >= 1.0:
+            text = f"{text} (for {now_s - since_s:.0f} s)"
+        return text, since_s
 
     def _log(self, progress: Progress) -> None:
         now_s = time.monotonic()
-        if progress.phase not in ("done", "stopped", "failed") and now_s - self._logged_s >= self._log_every_s:
+        if progress.phase not in ENDED and now_s - self._logged_s >= self._log_every_s:
             self._logged_s = now_s
             log.info("%s", progress.text)
         num_failed = sum(progress.failures.values())

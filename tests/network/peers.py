@@ -11,7 +11,9 @@ from itertools import count
 from pathlib import Path
 
 from learner.leases.admission import Rules
+from learner.leases.group_outcomes import GroupOutcomes
 from learner.leases.lease_timeouts import LeaseTimeouts
+from learner.leases.no_progress import ProgressLimits
 from learner.network.network_thread import NetworkThread
 from learner.store.run_folder import RunFolder
 from learner.store.store import Store
@@ -25,6 +27,7 @@ from protocol.weight_messages import EngineReply, EngineReport
 from tests.leases.groups import GROUP_SIZE, RUN, VOCABULARY, make_group
 
 WAIT_S = 20.0
+NO_LIMITS = ProgressLimits()
 DEFAULT_TIMEOUTS = LeaseTimeouts(lease_timeout_s=60.0)
 
 
@@ -39,6 +42,8 @@ class Setting:
     timeouts: LeaseTimeouts = DEFAULT_TIMEOUTS
     skip_zero_variance: bool = False
     full_retry_s: float = 2.0
+    limits: ProgressLimits = NO_LIMITS
+    num_first_samples: int = 0
     identity: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -77,6 +82,7 @@ def open_network(
             on_death=on_death or (lambda: deaths.append("died")),
             full_retry_s=setting.full_retry_s,
             identity=setting.identity,
+            outcomes=GroupOutcomes(limits=setting.limits, num_first_samples=setting.num_first_samples),
         )
         with network:
             yield network
@@ -110,7 +116,7 @@ class Actor:
         await asyncio.wait([self._reader])
         self._transport.close()
 
-    async def heartbeat(self) -> None:
+    async def heartbeat(self, failures: Mapping[str, int] | None = None) -> None:
         held = sorted(self.held)
         await self.send(
             Heartbeat(
@@ -119,6 +125,7 @@ class Actor:
                 capacity=self.capacity,
                 free_slots=max(0, self.capacity - GROUP_SIZE * len(held)),
                 held=held,
+                failures=dict(failures or {}),
             )
         )
 
