@@ -44,10 +44,11 @@ class RunnerUnderTest:
     def __post_init__(self) -> None:
         self._started = asyncio.Event()
         self.router = self.transport.router("tcp://127.0.0.1:0")
+        self.dealer = self.transport.dealer(self.router.address)
         self.runner = Runner(
             name="actor-0",
             capacity=3,
-            dealer=self.transport.dealer(self.router.address),
+            dealer=self.dealer,
             rollout=self._rollout,
             on_engines=self.engines.append,
             counters=self._counters,
@@ -56,6 +57,11 @@ class RunnerUnderTest:
             drain=self.drain,
             drain_s=self.drain_s,
         )
+
+    async def start(self) -> None:
+        """Starts the runner when its socket is connected, so that its first heartbeat is not dropped."""
+        await self.dealer.send([b"connected"], timeout_s=WAIT_S)
+        await self.router.recv()
         self.running = asyncio.create_task(self.runner.run())
 
     def _counters(self) -> dict[str, float]:
@@ -122,6 +128,7 @@ async def open_stage(
     *, resend_s: float = 5.0, heartbeat_s: float = 0.02, drain_s: float = WAIT_S
 ) -> AsyncIterator[RunnerUnderTest]:
     stage = RunnerUnderTest(resend_s, heartbeat_s, drain_s)
+    await stage.start()
     try:
         yield stage
     finally:
