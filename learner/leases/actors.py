@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from learner.leases.lease_table import LeaseRecord
+from protocol.messages import Heartbeat
 
 _MIN_COMPACTED = 64
 
@@ -28,6 +32,22 @@ class Actor:
     counters: dict[str, float] = field(default_factory=dict)
     queued_slots: int = 0
     """Free slots in the actor's current heap entry; 0: it has none. Heap entries with another number are stale."""
+
+    def update(self, peer: bytes, message: Heartbeat, *, running: Iterable[LeaseRecord], now_s: float) -> None:
+        """Takes over the content of a heartbeat. `running`: the actor's leases.
+
+        Of `message.held`, only ids of running leases are kept, so their number is bounded.
+        """
+        held = set(message.held)
+        self.peer, self.seen_s = peer, now_s
+        self.capacity = message.capacity
+        self.free_slots = 0 if message.draining else min(message.free_slots, message.capacity)
+        self.held = frozenset(lease.lease_id for lease in running if lease.lease_id in held)
+        self.counters = dict(message.counters)
+
+    def unlisted(self, running: Iterable[LeaseRecord]) -> list[LeaseRecord]:
+        """The running leases that the last heartbeat did not list: the actor may not have received them yet."""
+        return [lease for lease in running if lease.lease_id not in self.held]
 
 
 class Actors(dict[str, Actor]):

@@ -38,6 +38,7 @@ from learner.leases.group_outcomes import GroupOutcomes
 from learner.leases.lease_table import LeaseRecord, LeaseTable, State
 from learner.leases.lease_timeouts import LeaseTimeouts
 from learner.leases.received_groups import MAX_FAILURES, ReceivedGroups
+from learner.leases.run_status import CurrentStatus
 from protocol.framing import Buffer
 from protocol.messages import (
     Drain,
@@ -45,7 +46,6 @@ from protocol.messages import (
     Goodbye,
     Heartbeat,
     Lease,
-    RunStatus,
     SubmitGroup,
 )
 
@@ -91,7 +91,7 @@ class Scheduler:
         self._superseded: dict[str, str] = {}
         self._draining = ""
         self._paused = False
-        self._known_status: RunStatus | None = None
+        self._status = CurrentStatus(run_id=rules.run_id)
 
     def pause(self, lease_table: LeaseTable, *, num_failures: Mapping[int, int]) -> None:
         """Call it if a decision could not be committed. Replaces the state in memory by the stored one and blocks all
@@ -129,17 +129,15 @@ class Scheduler:
             if not self._make_room(decision, name, now_s=now_s):
                 return decision
             known = self.actors[name] = Actor(peer, message.incarnation)
-        known.peer, known.seen_s = peer, now_s
-        known.counters = dict(message.counters)
-        self._update_slots(known, message)
+        known.update(peer, message, running=self.lease_table.outstanding(name), now_s=now_s)
         self.outcomes.reported(name, message.incarnation, message.failures)
         self._queue_actor(name)
-        for lease in self._unlisted(name) if not self._paused else ():
+        for lease in known.unlisted(self.lease_table.outstanding(name)) if not self._paused else ():
             if message.draining:
                 self._expire(decision, lease, "returned")
             elif now_s - lease.granted_s > self._timeouts.lost_after_s:
                 self._expire(decision, lease, "lost")
-        reply = Drain(reason=self._draining) if self._draining else self._status()
+        reply = Drain(reason=self._draining) if self._draining else self._status.message(self.lease_table, self.serving)
         decision.sends.append(Send(peer, reply))
         return self._grant(decision, now_s)
 
@@ -244,41 +242,17 @@ class Scheduler:
             self._queue_actor(name)
         return decision
 
-    def _update_slots(self, actor: Actor, message: Heartbeat) -> None:
-        """Reads the slots and leases of a heartbeat. Only ids of running leases are kept: their number is bounded."""
-        held = set(message.held)
-        actor.capacity = message.capacity
-        actor.free_slots = 0 if message.draining else min(message.free_slots, message.capacity)
-        running = (lease.lease_id for lease in self.lease_table.outstanding(message.actor))
-        actor.held = frozenset(lease_id for lease_id in running if lease_id in held)
-
-    def _unlisted(self, name: str) -> list[LeaseRecord]:
-        """The running leases that the last heartbeat of a connected actor did not list: they may be under way."""
-        held = self.actors[name].held
-        return [lease for lease in self.lease_table.outstanding(name) if lease.lease_id not in held]
-
     def _free_slots(self, name: str) -> int:
         """The free slots of a connected actor; each lease that its last heartbeat did not list takes group_size.
 
         Negative if trajectories of these leases will wait for a slot.
         """
-        return self.actors[name].free_slots - self._rules.group_size * len(self._unlisted(name))
+        actor = self.actors[name]
+        return actor.free_slots - self._rules.group_size * len(actor.unlisted(self.lease_table.outstanding(name)))
 
     def _queue_actor(self, name: str) -> None:
         if name in self.actors:
             self.actors.queue(name, free_slots=self._free_slots(name))
-
-    def _status(self) -> RunStatus:
-        """The status for all actors. Returns the same object until the content changes, so that it is encoded once."""
-        known = self._known_status
-        if known is None or known.step != self.lease_table.step or known.engines != self.serving:
-            known = self._known_status = RunStatus(
-                run_id=self._rules.run_id,
-                step=self.lease_table.step,
-                num_steps=self.lease_table.num_steps,
-                engines=list(self.serving),
-            )
-        return known
 
     def _make_room(self, decision: Decision, name: str, *, now_s: float) -> bool:
         """Removes the longest silent actor if there are too many. Returns False if all are alive: no reply is sent."""
@@ -303,10 +277,7 @@ class Scheduler:
         """Ends the actor's leases. If it `died`, one of their questions may be the cause: each counts a failure."""
         self.actors.pop(name, None)
         for lease in self.lease_table.outstanding(name):
-            if died:
-                self._expire(decision, lease, "expired", reason=ACTOR_DIED)
-            else:
-                self._expire(decision, lease, "returned")
+            self._expire(decision, lease, "expired" if died else "returned", reason=ACTOR_DIED if died else "")
 
     def _expire(self, decision: Decision, lease: LeaseRecord, outcome: LeaseOutcome, *, reason: str = "") -> None:
         """Ends a lease without a group; its question waits. A returned lease is not counted as expired."""
