@@ -28,13 +28,17 @@ class EngineReport(Message):
 
 
 class EngineReply(Message):
-    """The newest publication: the agent must install it on its engine."""
+    """The newest publication: the agent must install it on its engine.
+
+    `num_other_serving`: engines besides this one that serve leases.
+    """
 
     kind: ClassVar[str] = "engine_reply"
     request_id: Id
     run_id: Name
     publication: Annotated[int, Field(ge=-1)]
     version: Annotated[int, Field(ge=-1)]
+    num_other_serving: Count = 0
 
 
 class Announcement(Message):

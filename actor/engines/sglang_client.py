@@ -71,6 +71,14 @@ class ServerInfo(_Response):
     """GET /server_info. `version`: the server's release."""
 
     version: str = ""
+    internal_states: object = None
+
+    @property
+    def is_paused(self) -> bool | None:
+        """Whether the engine is paused; None if it does not state it (SGLang)."""
+        states = self.internal_states if isinstance(self.internal_states, list) else []
+        stated = [state["is_paused"] for state in states if isinstance(state, dict) and "is_paused" in state]
+        return any(stated) if stated else None
 
 
 class UpdateResult(_Response):

@@ -14,9 +14,10 @@
     updates    the newest publication      a committed version             a reply to a report   the reports task
 
 The states are those of EngineReport. `joining`: no publication is committed yet, and the engine serves no lease.
-`serving`: it serves the committed publication, also while the next one is fetched. `updating`: requests wait in the
-engine while new weights are installed. `quarantined`: an installation failed; the engine returns no tokens until an
-installation succeeds as a whole.
+`serving`: it serves the committed publication, also while the next one is fetched and if that fails; `error` says so.
+`updating`: requests wait in the engine while new weights are installed. `quarantined`: an installation failed, and the
+engine returns no tokens until one succeeds as a whole; or the engine cannot be reached. The last engine that serves is
+not quarantined for its canary's log-probs, and no engine for a canary that got no response in time.
 
 The canary is a set of prompts with the log-probs that the learner computed. It is sent before the engine continues, so
 that it is among the first requests to be answered. It checks that the engine computes with the published weights, and
@@ -33,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actor.engines.sglang_client import SGLangClient, UpdateMode
-from actor.weights.canary import measure_canary_error
+from actor.weights.canary import CanaryTimeout, measure_canary_error
 from actor.weights.fetch import PreparedWeights, WeightFetcher
 from protocol.errors import EngineError, ProtocolError, RemoteError, WeightsError
 from protocol.fault_injection import fault_point
@@ -110,7 +111,11 @@ class WeightAgent:
         self._committed: PolicyTag | None = None
         self._newest: PolicyTag | None = None
         self._updating = False
+        self._reachable = True
+        self._states_pauses = True
+        self._num_other_serving = 0
         self._error = ""
+        self._warning = ""
         self._report_now = asyncio.Event()
         self._report_replied = asyncio.Event()
         self.num_updates = 0
@@ -157,11 +162,12 @@ class WeightAgent:
             self._report_replied.clear()
             before = self._committed, self._error
             try:
-                await self._check_version()
+                await self._check_engine()
                 if self._newest is not None and self._newest != self._committed:
                     await self._install(self._newest)
                     self.num_updates += 1
                 self._error = ""
+                await self._resume_if_paused()
             except (EngineError, RemoteError, WeightsError, ProtocolError, TimeoutError) as error:
                 self.num_failures += 1
                 if str(error) != self._error:
@@ -172,9 +178,14 @@ class WeightAgent:
             if before != (self._committed, self._error):
                 self._report_now.set()
 
-    async def _check_version(self) -> None:
-        """Clears the committed publication if the engine serves another version, because it was restarted."""
+    async def _check_engine(self) -> None:
+        """Clears the committed publication if the engine serves another version, because it was restarted.
+
+        Raises: EngineError (it cannot be reached).
+        """
+        self._reachable = False
         info = await self._engine.model_info()
+        self._reachable = True
         if self._committed is not None and info.weight_version != str(self._committed):
             log.warning(
                 "engine %s serves %s instead of %s: it was restarted and its weights are installed again",
@@ -184,8 +195,18 @@ class WeightAgent:
             )
             self._committed = None
 
+    async def _resume_if_paused(self) -> None:
+        """Continues an engine that another client has paused. SGLang does not state whether it is paused."""
+        if self._committed is None or not self._states_pauses:
+            return
+        is_paused = (await self._engine.server_info()).is_paused
+        self._states_pauses = is_paused is not None
+        if is_paused:
+            log.warning("engine %s was paused by another client: it continues", self._name)
+            await self._engine.continue_()
+
     def _state(self) -> str:
-        if self._error:
+        if self._error and (self._committed is None or not self._reachable):
             return "quarantined"
         if self._committed is None:
             return "joining"
@@ -205,7 +226,7 @@ class WeightAgent:
                 "request_id": self._requests.next_id(),
                 "engine": fields,
                 "state": self._state(),
-                "error": self._error[:MAX_ERROR_CHARS],
+                "error": (self._error or self._warning)[:MAX_ERROR_CHARS],
                 "counters": {
                     "updates": float(self.num_updates),
                     "failures": float(self.num_failures),
@@ -216,6 +237,7 @@ class WeightAgent:
             }
         )
         reply, _ = await self._requests.request(report, EngineReply, timeout_s=self._timeouts.report_s)
+        self._num_other_serving = reply.num_other_serving
         if reply.publication < 0:
             return None
         return PolicyTag(reply.run_id, reply.publication, reply.version)
@@ -265,15 +287,34 @@ class WeightAgent:
             await asyncio.sleep(0)  # the canary sends its requests before the engine continues
             await self._engine.continue_()
             self.paused_s += time.perf_counter() - started_s
-            self.canary_error = await canary
+            self._warning = await self._judge_canary(canary, prepared)
         finally:
             canary.cancel()
             await asyncio.gather(canary, return_exceptions=True)
-        if self.canary_error > self._canary_tolerance:
-            raise WeightsError(
-                f"the canary's log-probs must be within {self._canary_tolerance:g} nats of the learner's, got "
-                f"{self.canary_error:.4g}: the engine does not compute with the weights of {prepared.tag}"
-            )
+
+    async def _judge_canary(self, canary: asyncio.Future[float], prepared: PreparedWeights) -> str:
+        """Waits for the canary. Returns a warning if the engine may serve in spite of it; empty if it is as expected.
+
+        A canary without response says nothing about the weights: the engine is busy. Wrong log-probs are tolerated on
+        the last engine, because without it the run would stop.
+
+        Raises: EngineError, WeightsError.
+        """
+        try:
+            self.canary_error = await canary
+        except CanaryTimeout as error:
+            log.warning("engine %s serves %s unchecked: %s", self._name, prepared.tag, error)
+            return f"serves {prepared.tag} unchecked: {error}"
+        if self.canary_error <= self._canary_tolerance:
+            return ""
+        problem = (
+            f"the canary's log-probs must be within {self._canary_tolerance:g} nats of the learner's, got "
+            f"{self.canary_error:.4g}: the engine does not compute with the weights of {prepared.tag}"
+        )
+        if self._num_other_serving:
+            raise WeightsError(problem)
+        log.warning("engine %s serves nevertheless, because no other engine serves: %s", self._name, problem)
+        return f"serves nevertheless, because no other engine serves: {problem}"
 
     async def _pause_and_abort(self) -> None:
         """Pauses the engine, whose weights are now unknown, and aborts its requests: pools retry them elsewhere."""

@@ -12,12 +12,16 @@ from protocol.errors import WeightsError
 _SAMPLING = SamplingParams(temperature=0.0, max_new_tokens=1, allow_truncation=True)
 
 
+class CanaryTimeout(WeightsError):
+    """The engine did not respond in time."""
+
+
 async def measure_canary_error(engine: SGLangClient, prepared: PreparedWeights, *, timeout_s: float) -> float:
     """Samples the canary's prompts on the engine, one token each.
 
     Returns the mean absolute difference, in nats, of the engine's and the learner's log-probs; 0 without a canary.
 
-    Raises: EngineError (a request failed), WeightsError (time-out, sampled with other weights, or cached prefix).
+    Raises: EngineError (a request failed), CanaryTimeout, WeightsError (sampled with other weights, or cached prefix).
     """
     canary = prepared.canary
     if canary is None or not canary.prompts:
@@ -27,7 +31,7 @@ async def measure_canary_error(engine: SGLangClient, prepared: PreparedWeights, 
             generations = (engine.generate(prompt, _SAMPLING, rid="canary") for prompt in canary.prompts)
             completions = await asyncio.gather(*generations)
     except TimeoutError:
-        raise WeightsError(f"no response to the canary in {timeout_s:g} s") from None
+        raise CanaryTimeout(f"no response to the canary in {timeout_s:g} s") from None
     for prompt, completion in zip(canary.prompts, completions, strict=True):
         version = completion.spans[0].weight_version
         if version != str(prepared.tag):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def with_engine_token(config: Config, path: Path) -> Config:
-    """Returns the config with `network.api_key_file`. If it is unset and engines run here, writes a new token to `path`.
+    """Returns the config with `network.api_key_file`; writes a new token to `path` if it is unset and engines run here.
 
     Only this user can read the file. Actors and weight agents find it through the saved config. Raises: OSError.
     """

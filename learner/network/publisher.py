@@ -96,12 +96,14 @@ class Publisher:
                     error = "too many engines report (network.max_engines): this one is not used"
                     return ErrorReply(request_id=message.request_id, error=error), []
                 self._on_engines_changed()
-                newest = self._publications.newest
+                newest, name = self._publications.newest, message.engine.name
+                serving = self._engines.serving(now_s=time.monotonic())
                 reply = EngineReply(
                     request_id=message.request_id,
                     run_id=self._run_id,
                     publication=newest.publication if newest else -1,
                     version=newest.version if newest else -1,
+                    num_other_serving=sum(engine.name != name for engine in serving),
                 )
                 return reply, []
             case ManifestRequest():

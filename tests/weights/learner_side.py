@@ -12,7 +12,7 @@ from learner.network.publisher import Publisher
 from learner.network.weight_deltas import Offer, Series
 from protocol.messages import EngineFields
 from protocol.transport import Transport
-from protocol.weight_messages import CanaryFields, Chunk, PartFields
+from protocol.weight_messages import CanaryFields, Chunk, EngineReport, PartFields
 from tests.weights.publisher_proxy import PublisherProxy
 
 WAIT_S = 30.0
@@ -86,8 +86,19 @@ class LearnerSide:
         self.transport.close()
 
     def serving(self) -> list[EngineFields]:
-        """The engines that may serve leases."""
-        return self.engines.serving(now_s=time.monotonic())
+        """The engines that may serve leases, except the one of `keep_another_engine_serving`."""
+        return [engine for engine in self.engines.serving(now_s=time.monotonic()) if engine.name != "other"]
+
+    def keep_another_engine_serving(self) -> Callable[[], None]:
+        """Reports another engine, which serves until the returned function is called."""
+
+        def report(version: int) -> None:
+            fields = EngineFields(name="other", url="http://127.0.0.1:1", version=version, publication=version)
+            report = EngineReport(request_id=1, engine=fields, state="serving", counters={})
+            self.engines.report(report, now_s=time.monotonic() + 3600)
+
+        report(0)
+        return lambda: report(-1)
 
     def state(self) -> str:
         """The reported state of the only engine; "" before its first report."""

@@ -46,6 +46,7 @@ async def test_an_engine_with_other_log_probs_returns_no_tokens_until_an_install
         scaled_weights(model, scale=1.0), publication=1, version=0, canary=canary_of(model, scale=1.0)
     )
     await learner.until(serves(learner, 1))
+    stop = learner.keep_another_engine_serving()
     wrong = canary_of(model, scale=1.0)
     wrong = wrong.model_copy(update={"logprobs": [value - 0.01 for value in wrong.logprobs]})
     await learner.publish(scaled_weights(model, scale=1.0), publication=2, version=1, canary=wrong)
@@ -55,6 +56,7 @@ async def test_an_engine_with_other_log_probs_returns_no_tokens_until_an_install
     await engine.until_internal_state(lambda state: state["is_paused"])
     with pytest.raises(EngineUnavailable, match="abort"):  # the next attempt aborts it
         await engine.client.generate([3], SamplingParams(max_new_tokens=2))
+    stop()
     await learner.publish(
         scaled_weights(model, scale=2.0), publication=3, version=2, canary=canary_of(model, scale=2.0)
     )
@@ -97,13 +99,34 @@ async def test_a_canary_may_share_one_cached_token_with_a_resumed_request(
 
 
 @pytest.mark.parametrize("canary_s", [0.5])
-async def test_an_engine_that_does_not_respond_to_the_canary_is_quarantined(
+async def test_an_engine_that_does_not_respond_to_the_canary_serves_with_a_warning(
     learner: LearnerSide, engine: EngineUnderTest, model: Path, canary_s: float
 ) -> None:
     engine.proxy.generate_hangs = True
     canary = canary_of(model, scale=1.0)
     await learner.publish(scaled_weights(model, scale=1.0), publication=1, version=0, canary=canary)
     await learner.until(lambda: f"no response to the canary in {canary_s:g} s" in learner.error())
-    assert learner.serving() == []
+    assert learner.state() == "serving"
     engine.proxy.generate_hangs = False
+    await learner.publish(
+        scaled_weights(model, scale=1.1), publication=2, version=1, canary=canary_of(model, scale=1.1)
+    )
+    await learner.until(serves(learner, 2))
+    await learner.until(lambda: learner.error() == "")
+
+
+async def test_the_last_engine_serves_with_a_warning_although_its_log_probs_differ(
+    learner: LearnerSide, engine: EngineUnderTest, model: Path
+) -> None:
+    wrong = canary_of(model, scale=1.0)
+    wrong = wrong.model_copy(update={"logprobs": [value - 0.01 for value in wrong.logprobs]})
+    await learner.publish(scaled_weights(model, scale=1.0), publication=1, version=0, canary=wrong)
     await learner.until(serves(learner, 1))
+    await learner.until(lambda: "no other engine serves" in learner.error())
+    assert learner.state() == "serving"
+    assert engine.agent.canary_error == pytest.approx(0.01, abs=1e-4)
+    await learner.publish(
+        scaled_weights(model, scale=1.7), publication=2, version=1, canary=canary_of(model, scale=1.7)
+    )
+    await learner.until(serves(learner, 2))
+    await learner.until(lambda: learner.error() == "")

@@ -40,16 +40,16 @@ async def test_each_publication_is_installed_and_reported(
     assert learner.num_reports > 3
 
 
-async def test_a_damaged_chunk_quarantines_the_engine_until_it_is_fetched_intact(
+async def test_an_engine_serves_its_older_version_until_a_damaged_chunk_is_fetched_intact(
     learner: LearnerSide, engine: EngineUnderTest, model: Path
 ) -> None:
     await learner.publish(scaled_weights(model, scale=1.0), publication=1, version=0)
     await learner.until(serves(learner, 1))
     await learner.publish(scaled_weights(model, scale=1.7), publication=2, version=1)
     repair = learner.damage(base=1, publication=2, position=CHUNK_BYTES + 5)
-    await learner.until(lambda: learner.state() == "quarantined")
-    assert "chunk 1 of publication 2 does not match its checksum" in learner.error()
-    assert learner.serving() == []
+    await learner.until(lambda: "chunk 1 of publication 2 does not match its checksum" in learner.error())
+    assert learner.state() == "serving"
+    assert serves(learner, 1)()
     assert await engine.tag() == PolicyTag(RUN, 1, 0), "all or nothing: the engine keeps its weights"
     repair()
     await learner.until(serves(learner, 2))
@@ -173,3 +173,15 @@ async def test_a_restarted_engine_gets_its_weights_again(
         assert await engine.tag() == PolicyTag(RUN, 1, 0)
     finally:
         await again.stop()
+
+
+async def test_an_engine_that_other_clients_pause_continues(
+    learner: LearnerSide, engine: EngineUnderTest, model: Path
+) -> None:
+    await learner.publish(scaled_weights(model, scale=1.0), publication=1, version=0)
+    await learner.until(serves(learner, 1))
+    for mode in ("abort", "retract", "in_place") * 10:
+        await engine.client.pause(mode)
+    completion = await engine.client.generate([3], SamplingParams(max_new_tokens=2))
+    assert {span.weight_version for span in completion.spans} == {str(PolicyTag(RUN, 1, 0))}
+    assert learner.state() == "serving"
