@@ -90,21 +90,21 @@ def actor_identity(config: Config) -> dict[str, str]:
     return _texts(tree, max_chars=MAX_SECTION_CHARS)
 
 
-def learner_identity(config: Config) -> dict[str, str]:
+def learner_identity(config: Config, *, weights: bool = True) -> dict[str, str]:
     """Section → JSON text of what a run's data and training depend on. Raises: DataError (an unreadable file).
 
     `learner.num_steps` counts only if the learning-rate schedule depends on it. The user's code does not count: a run
-    may be resumed with a mended workflow.
+    may be resumed with a mended workflow. `weights` False: weights are not read, and count as files that are missing.
     """
-    tree = _tree(config)
+    tree = _tree(config, weights=weights)
     learner = tree["learner"]
-    learner["reference"] = _weights(config.learner.reference or config.model.path)
+    learner["reference"] = _weights(config.learner.reference or config.model.path, read=weights)
     if config.learner.optimizer.schedule == "constant":
         del learner["num_steps"]
     return _texts(tree)
 
 
-def _tree(config: Config) -> dict[str, Any]:
+def _tree(config: Config, *, weights: bool = True) -> dict[str, Any]:
     """Section → its values that count, with paths replaced by digests of content."""
     excluded = MAY_DIFFER | LEARNER_MAY_DIFFER | _READ_HERE
     tree = {
@@ -112,7 +112,7 @@ def _tree(config: Config) -> dict[str, Any]:
         for name in type(config).model_fields
         if name not in excluded
     }
-    tree["model"] |= _model(config.model.path)
+    tree["model"] |= _model(config.model.path, weights=weights)
     tree["tool"] = {tool.lookup_name: values for tool, values in zip(config.tool, tree["tool"], strict=True)}
     manifests = {name: _files(folder, ("manifest.json",)) for name, folder in config.retriever.indexes.items()}
     tree["retriever"] |= {"default_index": next(iter(manifests), None), "indexes": manifests}
@@ -168,17 +168,17 @@ def _path(path: Path, text: str, config: Config) -> dict[str, str]:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _model(folder: Path) -> dict[str, Any]:
+def _model(folder: Path, *, weights: bool) -> dict[str, Any]:
     return {
         "config": _files(folder, _MODEL_FILES),
         "tokenizer": _files(folder, _TOKENIZER_FILES),
         **_tokenizer_config(folder),
-        "weights": _weights(folder),
+        "weights": _weights(folder, read=weights),
     }
 
 
-def _weights(folder: Path) -> dict[str, str]:
-    names = [path.name for path in folder.glob("model*.safetensors*")] if folder.is_dir() else []
+def _weights(folder: Path, *, read: bool) -> dict[str, str]:
+    names = [path.name for path in folder.glob("model*.safetensors*")] if read and folder.is_dir() else []
     return _files(folder, names)
 
 

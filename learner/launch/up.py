@@ -18,20 +18,29 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of the config.")
-@click.option("--dry-run", is_flag=True, help="Print the command line of each process and exit.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the processes, check the run as `palimpsest check` does, and exit.",
+)
 @click.option("--quiet", is_flag=True, help="Show no live view.")
 @click.option(
     "--check-drift",
     is_flag=True,
     help="Train with learning rate 0 and report how the mismatch between engines and learner changes.",
 )
-def up(run: Path, overrides: tuple[str, ...], dry_run: bool, quiet: bool, check_drift: bool) -> None:
+@click.pass_context
+def up(
+    ctx: click.Context, run: Path, overrides: tuple[str, ...], dry_run: bool, quiet: bool, check_drift: bool
+) -> None:
     """Start the roles that RUN (a TOML file) configures, and restart those that fail, until the run's last step.
 
     Ctrl-C stops them; the same command resumes the run. The run's folder contains logs/, tensorboard/ and
     checkpoints/.
     """
+    from learner.launch.check import report, run_checks
     from learner.launch.command_line import command_line
+    from learner.launch.preflight import check_folders, check_network
     from learner.launch.process_plan import plan, with_ports
     from learner.store.run_folder import RunFolder
     from protocol.config_file import load_config
@@ -45,8 +54,9 @@ def up(run: Path, overrides: tuple[str, ...], dry_run: bool, quiet: bool, check_
     if dry_run:
         for process in processes:
             click.echo(f"{process.name}: {' '.join(process.argv)}")
-        return
-    check(config)
+        ctx.exit(2 if report(run_checks(config, source=run)) else 0)
+    check_folders(config)
+    check_network(config)
     if is_finished(config):
         click.echo(f"up: {config.run.name} has already completed its last step, {config.learner.num_steps}")
         return
@@ -73,29 +83,6 @@ def is_finished(config: Config) -> bool:
 
     path = RunFolder(config.run.dir).finished
     return path.is_file() and json.loads(path.read_text())["step"] >= config.learner.num_steps
-
-
-def check(config: Config) -> None:
-    """Checks folders and network settings before any process starts. Raises: DataError, SecurityError."""
-    from protocol.addresses import is_loopback
-    from protocol.errors import DataError, SecurityError
-
-    for key, path in [("model.path", config.model.path), *config.retriever.indexes.items()]:
-        if not path.is_dir():
-            name = key if key == "model.path" else f"retriever.indexes.{key}"
-            raise DataError(f"{name}: folder {path} does not exist")
-    if not (config.model.path / "tokenizer.json").is_file():
-        raise DataError(f"model.path: {config.model.path} has no tokenizer.json; save the model's fast tokenizer there")
-    if not is_loopback(config.network.control_address) and config.network.keys is None:
-        raise SecurityError(
-            f"network.host {config.network.host} is beyond loopback and needs CURVE keys: run `palimpsest keys DIR` "
-            "and set network.keys to DIR"
-        )
-    if not is_loopback(config.network.control_address) and config.engine.count and config.network.api_key_file is None:
-        raise SecurityError(
-            f"network.host {config.network.host} is beyond loopback, so engines need a bearer token: write a long "
-            "random string to a file and set network.api_key_file to its path"
-        )
 
 
 async def run_all(config: Config, processes: list[ProcessSpec], *, quiet: bool) -> None:

@@ -211,6 +211,7 @@ def test_audit_exits_with_1_if_it_finds_a_problem(tmp_path: Path) -> None:
 def test_dry_run_starts_nothing(run: TinyRun, tmp_path: Path) -> None:
     output = palimpsest("up", run.config, "--dry-run", "--set", "run.dir=here", cwd=tmp_path)
     assert output.status == 0, output.err
-    names = [line.partition(":")[0] for line in output.out.splitlines()]
+    names = [line.partition(":")[0] for line in output.out.splitlines()[:4]]
     assert names == ["learner", "retriever", "engine-0", "actor-0"]
+    assert output.out.splitlines()[-1].endswith(" ok, 0 warnings, 0 failed")
     assert list(tmp_path.iterdir()) == []
