@@ -10,8 +10,6 @@ Every process is a child of the supervisor, which stops them on success, failure
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Literal
 import click
 
 from learner.launch.command_line import relative
+from learner.launch.engine_token import with_engine_token
 from learner.launch.eval_policy import EvaluatedPolicy, choose_checkpoint, linked_model
 from learner.launch.eval_progress import show_progress
 from learner.launch.process_plan import evaluation_services, evaluator, with_ports
@@ -149,18 +148,13 @@ def _prepared(config: Config, policy: EvaluatedPolicy, folder: EvaluationFolder,
         network = network.model_copy(update={"host": "127.0.0.1", "keys": None})
         retriever = retriever.model_copy(update={"port": 0 if starts_retriever else retriever.port})
     if policy.model:
-        _write_token(folder.engine_token)
-        network = network.model_copy(update={"api_key_file": folder.engine_token})
+        network = network.model_copy(update={"api_key_file": None})
         engine = engine.model_copy(update={"count": 1, "ports": (), "urls": ()})
         model = model.model_copy(update={"path": linked_model(policy, folder.model)})
     run = config.run.model_copy(update={"dir": folder.root})
     updated = config.model_copy(
         update={"run": run, "network": network, "engine": engine, "retriever": retriever, "model": model}
     )
+    if policy.model:
+        updated = with_engine_token(updated, folder.engine_token)
     return with_ports(updated) if policy.model or starts_retriever else updated
-
-
-def _write_token(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
