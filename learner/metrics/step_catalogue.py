@@ -82,6 +82,7 @@ STEP_METRICS = (
     ),
     Metric(
         name="learner/skipped_tokens",
+        chart="Groups without a signal",
         reduction="ratio of counts over the batch",
         unit="0–1",
         explanation="trained tokens that did not go through the model, divided by trained tokens: all advantages of "

@@ -67,12 +67,17 @@ def test_every_tag_is_declared_and_every_declared_metric_is_written(tmp_path: Pa
 
 
 def test_metrics_of_optional_parts_of_a_step_are_declared_and_written(tmp_path: Path) -> None:
-    """A reference policy, a value head and several minibatches: all but the MFU of a known device."""
+    """A reference policy, a value head and several minibatches: all but the MFU of a known device and the texts about
+    failures and first samples, which the learner's loop writes."""
     config = LearnerConfig(advantage=advantage_config(use="gae"), loss=loss_config(kl_coefficient=0.1, minibatches=2))
     tags = tags_of(record(tmp_path, config, [group(0, versions=(STEP,))]))
     assert undeclared(tags) == set()
     every = [metric for metric in CATALOGUE if metric.section in ("staleness", "policy", "learner", "trajectories")]
-    assert {metric.name for metric in every if not any(map(metric.matches, tags))} == {"learner/mfu"}
+    assert {metric.name for metric in every if not any(map(metric.matches, tags))} == {
+        "learner/mfu",
+        "trajectories/failures",
+        "trajectories/first_samples",
+    }
 
 
 def test_the_coordinators_gauges_are_the_declared_ones(tmp_path: Path) -> None:
