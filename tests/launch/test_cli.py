@@ -135,7 +135,7 @@ def test_an_unreachable_engine(run: TinyRun) -> None:
     message = refused("engine", run.config, "--attach", "http://127.0.0.1:1")
     assert "http://127.0.0.1:1" in message
     assert "start it" in message
-    message = refused("eval", run.config, "--engine", "http://127.0.0.1:1", "--questions", "1")
+    message = refused("eval", run.config, "--engine", "http://127.0.0.1:1", "--limit", "1")
     assert "engine http://127.0.0.1:1 does not respond" in message
     assert "start it, or correct --engine" in message
 
