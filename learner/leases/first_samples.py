@@ -73,7 +73,7 @@ def summary_lines(samples: Sequence[Sample], *, failures: Mapping[str, int]) -> 
     ended = ", ".join(f"{status} {count}" for status, count in endings.most_common())
     lines = [f"the first {len(samples)} trajectories:", f"  endings   {ended}"]
     if failures and endings[Status.FAILED]:
-        lines.append(f"  reasons   {failure_line(failures)}")
+        lines.append(f"  reasons   so far {failure_line(failures)}")
     valid = [sample for sample in samples if sample.status != Status.FAILED]
     if not valid:
         return lines

@@ -141,7 +141,7 @@ def test_the_summary_of_the_first_samples() -> None:
     assert summary_lines(samples, failures={TIMEOUT: 4}) == [
         "the first 3 trajectories:",
         "  endings   completed 1, format_error 1, failed 1",
-        f"  reasons   4 failed: {TIMEOUT} (4)",
+        f"  reasons   so far 4 failed: {TIMEOUT} (4)",
         "  rewards   mean 0.500, 0 in 50%, 2 different: 1 (1), 0 (1)",
         "  format    50% without a format error",
         "  tokens    median 300, largest 300 per trajectory; contexts: median 2, most 2",
