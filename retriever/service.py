@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,6 +30,8 @@ from protocol.transport import Router
 from retriever.search import Query, Searcher
 
 _MAX_REQUEST_ID = 1 << 62
+# A client may use this fraction of the queue, so that a flood of one client does not fail the searches of others.
+_MIN_CLIENTS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,7 @@ class RetrieverService:
         self._limits = limits or ServiceLimits()
         self._pending: deque[_Pending] = deque()
         self._num_pending_queries = 0
+        self._num_pending_of: Counter[bytes] = Counter()
         self._arrived = asyncio.Event()
 
     @property
@@ -96,7 +99,7 @@ class RetrieverService:
         while True:
             peer, frames = await self._router.recv()
             try:
-                request = self._admit(frames)
+                request = self._admit(peer, frames)
             except (ProtocolError, RemoteError) as error:
                 self.stats.num_refused += 1
                 if isinstance(error, ProtocolError):
@@ -106,9 +109,10 @@ class RetrieverService:
                 continue
             self._pending.append(_Pending(peer, request, time.perf_counter()))
             self._num_pending_queries += len(request.queries)
+            self._num_pending_of[peer] += len(request.queries)
             self._arrived.set()
 
-    def _admit(self, frames: Sequence[Buffer]) -> SearchRequest:
+    def _admit(self, peer: bytes, frames: Sequence[Buffer]) -> SearchRequest:
         """Raises: ProtocolError if the frames are not a valid search request; RemoteError if there is no such
         collection, or the queue is full.
         """
@@ -125,6 +129,12 @@ class RetrieverService:
             raise RemoteError(
                 f"the retriever's queue is full: {waiting} queries wait, max_pending is {self._limits.max_pending}; "
                 "send the request again later, or start more retrievers"
+            )
+        share = self._limits.max_pending // _MIN_CLIENTS
+        if self._num_pending_of[peer] and self._num_pending_of[peer] + len(request.queries) > share:
+            raise RemoteError(
+                f"{self._num_pending_of[peer]} queries of this client wait, a client may have {share}: "
+                "send the request again later"
             )
         return request
 
@@ -149,8 +159,12 @@ class RetrieverService:
             size = len(self._pending[0].request.queries)
             if batch and num_queries + size > self._limits.max_batch:
                 break
-            batch.append(self._pending.popleft())
+            entry = self._pending.popleft()
+            batch.append(entry)
             num_queries += size
+            self._num_pending_of[entry.peer] -= size
+            if not self._num_pending_of[entry.peer]:
+                del self._num_pending_of[entry.peer]
         self._num_pending_queries -= num_queries
         if not self._pending:
             self._arrived.clear()
