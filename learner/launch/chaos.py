@@ -16,19 +16,30 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
 
-from learner.launch.fault_actions import FaultKind, can_cut, inject_fault
+from learner.launch.fault_actions import can_cut, inject_fault
+from learner.launch.fault_draw import (
+    ALL_ROLES,
+    KILLS,
+    KINDS,
+    RUN_KINDS,
+    Fault,
+    FaultKind,
+    RunKind,
+    RunPlan,
+    draw,
+    eligible_processes,
+)
 from learner.launch.recovery_time import full_rate_s, second_step_s
-from learner.launch.restart_policy import RestartPolicy
+from learner.launch.run_faults import damage_newest_checkpoint, flood, set_clock_back
 from learner.launch.step_log import StepLog
 from learner.launch.up import is_finished
 from learner.store.audit import audit_run
@@ -39,106 +50,84 @@ from protocol.config_file import load_config
 from protocol.errors import DataError, SecurityError
 from protocol.role_startup import run_async
 
-KINDS: tuple[FaultKind, ...] = ("kill", "stop", "slow", "cut")
-ROLES = ("learner", "actor", "engine", "retriever")
-# (shortest, longest) duration. The longest stop exceeds the time after which an engine without reports is not serving.
-_DURATION_S: dict[FaultKind, tuple[float, float]] = {
-    "kill": (0, 0),
-    "stop": (0.5, 10.0),
-    "slow": (2.0, 10.0),
-    "cut": (0.5, 5.0),
-}
 _POLL_S = 0.1
 # No fault in the last steps: a process that restarts after the learner's end has no learner to connect to.
 _NUM_LAST_STEPS_WITHOUT_FAULTS = 3
 _RECOVERY_TIMEOUT_S = 300.0
-_PROCESS_NAME = re.compile(r"(learner|actor|engine|retriever)(-\d+)?")
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One fault.
+class _FaultList(click.ParamType):
+    """A comma-separated list of kinds, or `all`."""
 
-    for_s     duration; 0 for a kill
-    pause_s   pause before it
-    ended_at  Unix time; 0 until it has ended
-    """
+    name = "LIST"
 
-    process: str
-    kind: FaultKind
-    for_s: float
-    pause_s: float
-    ended_at: float = 0.0
-
-    @property
-    def role(self) -> str:
-        return self.process.partition("-")[0]
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
+        if not isinstance(value, str):
+            return value
+        kinds = (*KINDS, *RUN_KINDS) if value == "all" else tuple(value.split(","))
+        if unknown := [kind for kind in kinds if kind not in (*KINDS, *RUN_KINDS)]:
+            self.fail(f"no such fault: {', '.join(unknown)}; choose from {', '.join((*KINDS, *RUN_KINDS))}, all")
+        return kinds
 
 
-def draw(rng: random.Random, *, kinds: Sequence[FaultKind], processes: Sequence[str], every_s: float) -> Fault:
-    """Draws the next fault. Kind, process and duration are uniform; the pause is exponential with mean `every_s`, and
-    at most three times the mean."""
-    kind = rng.choice(kinds)
-    return Fault(
-        process=rng.choice(processes),
-        kind=kind,
-        for_s=rng.uniform(*_DURATION_S[kind]),
-        pause_s=min(3 * every_s, rng.expovariate(1 / every_s)),
-    )
-
-
-def eligible_processes(
-    pids: Mapping[str, int],
-    *,
-    roles: Collection[str],
-    disturbed: Collection[str] = (),
-    kills: Sequence[tuple[str, int]] = (),
-    newest_step: int = 0,
-) -> list[str]:
-    """The names, sorted, of the processes that the next fault may hit. Pure.
-
-    These are the restartable processes of `roles`, except those that have a fault now (`disturbed`), and those that one
-    more kill before the next step might bring to `RestartPolicy.max_restarts`.
-
-    kills: (process, the run's newest step at the time) of each kill so far
-    """
-    num_kills = Counter(name for name, step in kills if step == newest_step)
-    limit = RestartPolicy().max_restarts - 1
-    return sorted(
-        name
-        for name in pids
-        if (match := _PROCESS_NAME.fullmatch(name)) is not None
-        and match[1] in roles
-        and name not in disturbed
-        and num_kills[name] < limit
-    )
-
-
-@click.command()
-@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
-@click.option("--faults", "num_faults", type=click.IntRange(1), default=20, show_default=True, help="Number of faults.")
-@click.option("--every", "every_s", type=click.FloatRange(0.1), default=5.0, show_default=True, help="Mean pause in s.")
-@click.option("--kind", "kinds", type=click.Choice(KINDS), multiple=True, help="Only faults of this kind; repeatable.")
-@click.option("--role", "roles", type=click.Choice(ROLES), multiple=True, help="Only this role; repeatable.")
+@click.command(context_settings={"show_default": True})
+@click.argument("run", required=False, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the draws.")
+@click.option(
+    "--faults", "kinds", type=_FaultList(), default="all", help=f"Of {', '.join((*KINDS, *RUN_KINDS))}; or all."
+)
+@click.option("--num-faults", type=click.IntRange(1), help="Number of faults.  [default: 20; with --runs, 6 each]")
+@click.option("--every", "every_s", type=click.FloatRange(0.1), help="Mean pause in s.  [default: 5; with --runs, 0.5]")
+@click.option("--role", "roles", type=click.Choice(ALL_ROLES), multiple=True, help="Only this role; repeatable.")
+@click.option("--runs", "num_runs", type=click.IntRange(1), help="Without RUN: start this many runs of the toy task.")
+@click.option("--steps", "num_steps", type=click.IntRange(5), default=30, help="With --runs: steps of each run.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="With --runs: keep the runs there.")
 @click.pass_context
 def chaos(
     ctx: click.Context,
-    run: Path,
+    run: Path | None,
     seed: int,
-    num_faults: int,
-    every_s: float,
-    kinds: tuple[FaultKind, ...],
+    kinds: tuple[FaultKind | RunKind, ...],
+    num_faults: int | None,
+    every_s: float | None,
     roles: tuple[str, ...],
+    num_runs: int | None,
+    num_steps: int,
+    out: Path | None,
 ) -> None:
-    """Kill, stop (SIGSTOP), slow down and disconnect processes of a run while `up` or `demo` runs in its folder, RUN.
+    """Inject faults into a run while `up` or `demo` runs in its folder, RUN, then audit it.
 
-    It starts after the run's first step and ends with an audit. The exit status is 1 if the audit finds a problem or
-    if the run makes no progress after the last fault. RUN/chaos.json lists the faults. Linux only; run it on the
-    same machine and as the same user as the launcher.
+    kill: SIGKILL; stop: SIGSTOP for some seconds; slow: stopped 90 % of the time; cut: connections are shut down; full:
+    the learner's disk is full; damage: the newest checkpoint is damaged and the learner killed; clock: the learner is
+    killed and its clock set back; drain: SIGTERM to an actor; flood: junk messages to the learner. Only with --runs:
+    orphan: the learner is stopped and its launcher killed; poison: a question kills the actor that gets it.
+
+    It starts after the run's first step. The exit status is 1 if the audit finds a problem or if the run makes no
+    progress after the last fault. RUN/chaos.json lists the faults. With --runs N it starts N runs of the toy task, one
+    after another, with the seeds SEED, SEED + 1 …, and prints one line per run and a JSON summary. Linux only; run it
+    on the same machine and as the same user as the launcher.
     """
-    injector = Chaos(run, seed=seed, kinds=kinds or KINDS, roles=roles or ROLES, every_s=every_s)
-    recovered = run_async(injector.run(num_faults=num_faults))
+    if (run is None) == (num_runs is None):
+        raise click.UsageError("give either RUN or --runs")
+    wanted = set(kinds)
+    attached: list[FaultKind] = [kind for kind in KINDS if wanted & {kind}]
+    if num_runs is not None:
+        from learner.launch.chaos_runs import chaos_runs
+
+        run_kinds: list[RunKind] = [kind for kind in RUN_KINDS if wanted & {kind}]
+        ok = run_async(
+            chaos_runs(
+                num_runs=num_runs,
+                seed=seed,
+                num_steps=num_steps,
+                plan=RunPlan(attached, run_kinds, roles or ALL_ROLES, num_faults or 6, every_s or 0.5),
+                out=out,
+            )
+        )
+        ctx.exit(0 if ok else 1)
+    assert run is not None
+    injector = Chaos(run, seed=seed, kinds=attached, roles=roles or ALL_ROLES, every_s=every_s or 5.0)
+    recovered = run_async(injector.run(num_faults=num_faults or 20))
     click.echo(injector.report())
     problems = audit_run(run).problems
     for problem in problems:
@@ -153,8 +142,16 @@ class Chaos:
     """Injects faults into the processes of the run in `run_dir`. Raises: DataError if no launcher runs there."""
 
     def __init__(
-        self, run_dir: Path, *, seed: int, kinds: Sequence[FaultKind], roles: Sequence[str], every_s: float
+        self,
+        run_dir: Path,
+        *,
+        seed: int,
+        kinds: Sequence[FaultKind],
+        roles: Sequence[str],
+        every_s: float,
+        echo: Callable[[str], object] = click.echo,
     ) -> None:
+        self._echo = echo
         self._run_dir = run_dir
         self._folder = RunFolder(run_dir)
         self._rng = random.Random(seed)
@@ -213,18 +210,18 @@ class Chaos:
             reason = "this user may not access other processes' sockets (see kernel.yama.ptrace_scope)"
             self._kinds.remove("cut")
             if not self._kinds:
-                raise SecurityError(f"--kind cut: {reason}; run it as root")
-            click.echo(f"chaos: no faults of kind cut: {reason}")
+                raise SecurityError(f"--faults cut: {reason}; run it as root")
+            self._echo(f"chaos: no faults of kind cut: {reason}")
 
     async def _next_fault(self, *, last_step: int) -> Fault | None:
         """Draws the next fault; returns it after its pause, once its process runs. None after step `last_step`."""
         fault = None
         while self._is_running() and self._newest_step() < last_step:
             candidates = self._candidates()
-            if fault is None and candidates:
+            if fault is None:
                 fault = draw(self._rng, kinds=self._kinds, processes=candidates, every_s=self._every_s)
-                await asyncio.sleep(fault.pause_s)
-            elif fault is not None and fault.process in candidates:
+                await asyncio.sleep(_POLL_S if fault is None else fault.pause_s)
+            elif fault.process in candidates:
                 return fault
             else:
                 await asyncio.sleep(_POLL_S)
@@ -232,10 +229,19 @@ class Chaos:
 
     async def _inject(self, fault: Fault) -> None:
         """Injects a fault and records it; then its process may be drawn again."""
-        if fault.kind == "kill":
+        if fault.kind in KILLS:
             self._kills.append((fault.process, self._newest_step()))
-        click.echo(f"chaos: {fault.kind} {fault.process}" + (f" for {fault.for_s:.1f} s" if fault.for_s else ""))
-        if (pid := self._pids().get(fault.process)) and await inject_fault(fault.kind, pid, for_s=fault.for_s):
+        what = f"{fault.kind} {fault.process}" + (f" for {fault.for_s:.1f} s" if fault.for_s else "")
+        if fault.kind == "damage":
+            what += f": {damage_newest_checkpoint(self._folder, self._rng) or 'there is no checkpoint yet'}"
+        elif fault.kind == "clock":
+            set_clock_back(self._folder)
+        self._echo(f"chaos: {what}")
+        if fault.kind == "flood":
+            num_sent = await flood(load_config(self._folder.config), for_s=fault.for_s, rng=self._rng)
+            self._echo(f"chaos: flood of {num_sent} messages has ended")
+            self._faults.append(replace(fault, ended_at=time.time()))
+        elif (pid := self._pids().get(fault.process)) and await inject_fault(fault.kind, pid, for_s=fault.for_s):
             self._faults.append(replace(fault, ended_at=time.time()))
         self._disturbed.remove(fault.process)
 

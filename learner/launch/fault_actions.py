@@ -1,4 +1,4 @@
-"""Implements the faults of `palimpsest chaos` for a process of this machine: kill, stop, slow, cut. Linux only.
+"""Implements the faults of `palimpsest chaos` for a process of this machine. Linux only.
 
 Each fault uses a pidfd, so that it cannot hit a new process with the same pid.
 """
@@ -9,15 +9,14 @@ import asyncio
 import ctypes
 import errno
 import os
+import resource
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
 
-FaultKind = Literal["kill", "stop", "slow", "cut"]
-"""kill: SIGKILL. stop: SIGSTOP, then SIGCONT. slow: stopped 90 % of the time. cut: TCP connections are shut down."""
+from learner.launch.fault_draw import KILLS, FaultKind
 
 Sleep = Callable[[float], Awaitable[object]]
 
@@ -34,8 +33,11 @@ async def inject_fault(kind: FaultKind, pid: int, *, for_s: float, sleep: Sleep 
     """
     try:
         with _open_pidfd(pid) as pidfd:
-            if kind == "kill":
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            if kind in KILLS:
+                signal.pidfd_send_signal(pidfd, signal.SIGTERM if kind == "drain" else signal.SIGKILL)
+            elif kind == "full":
+                with _no_room(pid):
+                    await sleep(for_s)
             else:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(for_s):
@@ -71,6 +73,18 @@ async def _disturb_until_cancelled(kind: FaultKind, pid: int, pidfd: int, sleep:
     finally:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+
+
+@contextmanager
+def _no_room(pid: int) -> Iterator[None]:
+    """No file of the process can grow, as if its quota were used up: writes fail with EFBIG."""
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @contextmanager

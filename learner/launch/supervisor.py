@@ -100,6 +100,7 @@ class Supervisor:
             if orphan := end_orphan(self._folder.learner_lock, what="a learner"):
                 log.warning("ended a learner (%s) whose launcher had been killed", orphan)
             try:
+                self._folder.processes.unlink(missing_ok=True)  # of a launcher that was killed
                 self._folder.logs.mkdir(exist_ok=True)
                 shutil.rmtree(self._temporary, ignore_errors=True)
                 self._temporary.mkdir()

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from learner.launch.chaos import KINDS, draw, eligible_processes
 from learner.launch.fault_actions import can_cut, inject_fault
+from learner.launch.fault_draw import KILLS, KINDS, Fault, draw, eligible_processes
 from learner.launch.recovery_time import full_rate_s, second_step_s
 from learner.launch.restart_policy import RestartPolicy
 from learner.store.audit import audit_run
@@ -41,18 +41,22 @@ def is_stopped(pid: int) -> bool:
 
 
 def test_draws_depend_only_on_the_seed() -> None:
-    def drawn(seed: int) -> list[object]:
+    def drawn(seed: int) -> list[Fault]:
         rng = random.Random(seed)
-        return [draw(rng, kinds=KINDS, processes=["actor-0", "learner"], every_s=5.0) for _ in range(200)]
+        found = [draw(rng, kinds=KINDS, processes=["actor-0", "learner"], every_s=5.0) for _ in range(400)]
+        return [fault for fault in found if fault is not None]
 
-    faults = [draw(random.Random(i), kinds=KINDS, processes=["actor-0", "learner"], every_s=5.0) for i in range(400)]
+    faults = drawn(0)
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)
     assert {fault.kind for fault in faults} == set(KINDS)
     assert {fault.role for fault in faults} == {"actor", "learner"}
     assert all(0 <= fault.pause_s <= 15.0 for fault in faults)
     assert 4.0 < sum(fault.pause_s for fault in faults) / len(faults) < 6.0
-    assert all((fault.for_s == 0) == (fault.kind == "kill") for fault in faults)
+    assert all((fault.for_s == 0) == (fault.kind in KILLS) for fault in faults)
+    assert {fault.role for fault in faults if fault.kind in ("full", "damage", "clock", "flood")} == {"learner"}
+    assert {fault.role for fault in faults if fault.kind == "drain"} == {"actor"}
+    assert draw(random.Random(0), kinds=["drain"], processes=["learner"], every_s=5.0) is None
 
 
 def test_recovery_is_the_second_new_step_after_a_fault() -> None:
@@ -158,7 +162,7 @@ def test_a_run_completes_under_chaos(tmp_path: Path, seed: int) -> None:
     log, chaos_log = tmp_path / "up.log", tmp_path / "chaos.log"
     with launched("up", run.config, "--set", f"learner.num_steps={num_steps}", log=log) as process:
         until(lambda: steps(run.run_dir) >= 1, process, log)
-        options = ("--seed", str(seed), "--faults", "8", "--every", "2")
+        options = ("--seed", str(seed), "--num-faults", "8", "--every", "2")
         with launched("chaos", run.run_dir, *options, log=chaos_log) as chaos:
             assert chaos.wait(timeout=RUN_TIMEOUT_S) == 0, chaos_log.read_text() + log.read_text()[-4000:]
         assert process.wait(timeout=RUN_TIMEOUT_S) == 0, log.read_text()
