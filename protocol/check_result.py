@@ -41,7 +41,7 @@ def attempt(subject: str, check: Callable[[], str]) -> CheckResult:
     try:
         return CheckResult("ok", subject, check())
     except UserError as error:
-        return CheckResult("fail", subject, str(error))
+        return CheckResult("fail", subject, str(error).removeprefix(f"{subject}: "))
 
 
 def raise_first_failure(results: Iterable[CheckResult]) -> None:

@@ -79,7 +79,7 @@ def _model(config: Config) -> Iterator[CheckResult]:
     try:
         model = read_model_files(config.model.path, key="model.path")
     except UserError as error:
-        yield CheckResult("fail", "model.path", str(error))
+        yield CheckResult("fail", "model.path", str(error).removeprefix("model.path: "))
     else:
         yield CheckResult("ok", "model.path", str(model))
         if config.learner.lora is not None:
