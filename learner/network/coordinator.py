@@ -32,6 +32,7 @@ from learner.leases.group_outcomes import GroupOutcomes
 from learner.leases.identity_check import IdentityCheck
 from learner.leases.lease_table import LeaseTable
 from learner.leases.lease_timeouts import LeaseTimeouts
+from learner.leases.run_state import run_state
 from learner.leases.scheduler import Scheduler
 from learner.leases.wait_cause import RunState
 from learner.store.retention import drop_tokens, expired_steps
@@ -180,26 +181,12 @@ class Coordinator:
 
     async def run_state(self) -> RunState:
         """The state of the run, from which `wait_cause` and `progress.json` are made."""
-        scheduler, lease_table, outcomes = self._scheduler, self._scheduler.lease_table, self._scheduler.outcomes
-        num_missing, oldest = lease_table.missing()
-        return RunState(
-            step=lease_table.step,
-            groups_per_batch=lease_table.groups_per_batch,
-            staleness_bound=lease_table.staleness_bound,
-            num_ready=lease_table.groups_per_batch - num_missing,
-            oldest_lease=None if oldest is None else (oldest.actor, self._now_s() - oldest.granted_s),
-            num_actors=len(scheduler.actors),
+        return run_state(
+            self._scheduler,
+            engines=self._engines.reports(),
             num_refused_actors=self._identity_check.num_refused,
-            engines=tuple(self._engines.reports()),
-            serving=frozenset(engine.name for engine in self._serving()),
             is_disk_full=not self._has_room.is_set(),
-            failures=outcomes.total.most_common(),
-            recent_failures=outcomes.since_accepted.most_common(),
-            num_failed_in_a_row=outcomes.num_failed_in_a_row,
-            num_skipped_in_a_row=outcomes.num_skipped_in_a_row,
-            skipped_reward=outcomes.skipped_reward,
-            fatal_questions=tuple(outcomes.fatal_questions),
-            first_samples=tuple(outcomes.first_samples.samples) if outcomes.first_samples.is_complete else (),
+            now_s=self._now_s(),
         )
 
     # --- tasks of the network thread ---
