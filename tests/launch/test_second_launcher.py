@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from learner.store.folder_lock import read_holder
 from tests.launch.running import RUN_TIMEOUT_S, launched, pids, until
 from tests.launch.tiny_run import make_tiny_run
 
@@ -18,7 +19,7 @@ def test_a_second_up_changes_nothing_in_the_folder_of_a_running_run(tmp_path: Pa
     log, second_log = tmp_path / "up.log", tmp_path / "second.log"
     with launched("up", run.config, "--set", "learner.num_steps=1000", log=log) as first:
         until(lambda: len(pids(run.run_dir)) == 4, first, log)
-        until(lambda: (run.run_dir / "learner.lock").stat().st_size > 0, first, log)
+        until(lambda: read_holder(run.run_dir / "learner.lock") is not None, first, log)
         before = content(run.run_dir)
         with launched("up", run.config, "--set", "learner.num_steps=1000", log=second_log) as second:
             assert second.wait(timeout=RUN_TIMEOUT_S) == 2, second_log.read_text()
