@@ -22,6 +22,7 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import select
 import socket
 import sys
 import tempfile
@@ -118,9 +119,8 @@ def _messages(kind: str) -> Iterator[bytes]:
 
 
 def _drain(connection: socket.socket, *, reads: bool) -> None:
-    if reads:
-        with suppress(BlockingIOError):
-            connection.recv(1 << 16, socket.MSG_DONTWAIT)
+    if reads and select.select([connection], [], [], 0)[0]:
+        connection.recv(1 << 16)
 
 
 def measure(address: str, num_done: Synchronized[int], seconds: float) -> float:

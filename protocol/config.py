@@ -47,7 +47,7 @@ class NetworkConfig(Section):
     max_engines: Positive = Field(default=256, description="Most engines whose weight agents the learner accepts.")
     max_unread_mb: Annotated[int, Field(ge=64)] = Field(
         default=1_024,
-        description="Most MiB of received but unread messages at each port of the learner; 64 of them per connection.",
+        description="Most MiB of received but unread messages at each port of the learner; at most 40 per connection.",
     )
 
     @property

@@ -50,7 +50,7 @@ class ConnectionLimits:
     """
 
     max_connections: int = 4_096
-    max_unread_bytes: int = 64 << 20
+    max_unread_bytes: int = 40 << 20
     max_total_unread_bytes: int = 1 << 30
 
 

@@ -19,8 +19,8 @@ from protocol.errors import IncompatibleVersion, MalformedMessage, MessageTooLar
 
 PROTOCOL_VERSION = 3
 MAX_HEADER_BYTES = 4 << 20
-# In all frames of a message. The connection guard closes a connection with 64 MiB of unread bytes.
-MAX_MESSAGE_BYTES = 48 << 20
+# In all frames of a message. The connection guard closes a connection with 40 MiB of unread bytes.
+MAX_MESSAGE_BYTES = 32 << 20
 MAX_FRAME_BYTES = MAX_MESSAGE_BYTES
 MAX_FRAMES = 8
 _MAX_PROBLEMS = 1_000

@@ -10,13 +10,13 @@ from enum import Enum
 # refused costs much more.
 RATE_PER_S = 2_000.0
 BURST = 20_000.0
-REFUSAL_COST = 500.0
+REFUSAL_COST = 400.0
 _HEADER_BYTES_PER_TOKEN = 4 << 10
 _BYTES_PER_TOKEN = 256 << 10
-# New peers start with a share of a pool, so that reconnecting under new identities gains nothing. Each takes 1/8 of it.
-NEWCOMER_POOL = 80_000.0
+# New peers start with a share of a pool, so that reconnecting under new identities gains nothing. Each takes a quarter of it.
+NEWCOMER_POOL = 24_000.0
 NEWCOMER_RATE_PER_S = 2_000.0
-_NEWCOMER_SHARE = 1 / 8
+_NEWCOMER_SHARE = 1 / 4
 _NEWCOMER_MIN = 4.0
 # A peer is flooding after this many dropped messages; the count restarts when its bucket is half full again.
 FLOODING_AFTER = 2_000
