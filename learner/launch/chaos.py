@@ -77,7 +77,7 @@ class _FaultList(click.ParamType):
     "--faults", "kinds", type=_FaultList(), default="all", help=f"Of {', '.join((*KINDS, *RUN_KINDS))}; or all."
 )
 @click.option("--num-faults", type=click.IntRange(1), help="Number of faults.  [default: 20; with --runs, 6 each]")
-@click.option("--every", "every_s", type=click.FloatRange(0.1), help="Mean pause in s.  [default: 5; with --runs, 0.5]")
+@click.option("--every", "every_s", type=click.FloatRange(0.1), help="Mean pause in s.  [default: 5; with --runs, 0.3]")
 @click.option("--role", "roles", type=click.Choice(ALL_ROLES), multiple=True, help="Only this role; repeatable.")
 @click.option("--runs", "num_runs", type=click.IntRange(1), help="Without RUN: start this many runs of the toy task.")
 @click.option("--steps", "num_steps", type=click.IntRange(5), default=30, help="With --runs: steps of each run.")
@@ -120,7 +120,7 @@ def chaos(
                 num_runs=num_runs,
                 seed=seed,
                 num_steps=num_steps,
-                plan=RunPlan(attached, run_kinds, roles or ALL_ROLES, num_faults or 6, every_s or 0.5),
+                plan=RunPlan(attached, run_kinds, roles or ALL_ROLES, num_faults or 6, every_s or 0.3),
                 out=out,
             )
         )

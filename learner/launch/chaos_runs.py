@@ -53,10 +53,10 @@ top_n = 2
 [workflow]
 use = "memsearcher"
 rendering = "toy"
-max_turns = 2
+max_turns = 3
 action_tokens = 8
 memory_tokens = 8
-context_tokens = 96
+context_tokens = 128
 [actor]
 count = 2
 max_trajectories = 8
@@ -68,8 +68,8 @@ max_running_requests = 16
 indexes = {{ world-1 = "{files}/index" }}
 [learner]
 num_steps = {num_steps}
-groups_per_batch = 2
-group_size = 2
+groups_per_batch = 8
+group_size = 4
 staleness_bound = 1
 lease_timeout_s = 10.0
 first_samples = 0
