@@ -14,7 +14,7 @@ durable  as ours, through a real Runner and a real NetworkThread: leases, one du
          raw with a receiver that appends each group to a file, syncs it and acknowledges it; in both, as many groups
          are in flight
 lists    Python lists in msgpack, converted to arrays at the receiver
-ray      objects of a Ray actor, 8 in flight; null if Ray is not installed (pip install palimpsest[ray])
+ray      objects of a Ray actor, 8 in flight; null if Ray is not installed (pip install 'palimpsest-rl[ray]')
 
 A group is 8 trajectories of 4 contexts, 38,697 tokens. One process sends, one receives; every method is measured in
 every round, in rotating order; a ratio is the median of the rounds' ratios. `cpu_…` are ratios of the processor

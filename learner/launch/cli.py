@@ -56,7 +56,7 @@ class _LazyGroup(click.Group):
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="palimpsest")
+@click.version_option(package_name="palimpsest-rl")
 def cli() -> None:
     """Palimpsest trains language-model agents that rewrite a small memory, by asynchronous reinforcement learning."""
 

@@ -33,7 +33,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
     try:
         import peft
     except ImportError as error:
-        raise ConfigError("learner.lora needs peft: pip install 'palimpsest[lora]'") from error
+        raise ConfigError("learner.lora needs peft: pip install 'palimpsest-rl[lora]'") from error
     linear = {
         name.rpartition(".")[2]
         for layer in decoder_layers(model)

