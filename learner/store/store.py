@@ -6,8 +6,6 @@ The groups of each trained batch can be read and trained again until `learner.re
 
 from __future__ import annotations
 
-import os
-import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +26,7 @@ from learner.leases.decisions import (
 )
 from learner.leases.lease_table import Entry, LeaseRecord, LeaseTable, State
 from learner.store.resume_key import changes
+from learner.store.sqlite_file import connect, connect_read_only, store_error
 from learner.store.wal_checkpointer import MAX_LOG_PAGES, WalCheckpointer
 from protocol.codec import decode_frames
 from protocol.errors import DataError, StoreError, StoreFullError
@@ -35,9 +34,6 @@ from protocol.fault_injection import fault_point
 from protocol.types import TrajectoryGroup
 
 SCHEMA_VERSION = 3
-
-# SQLite reports a write that a quota or a limit on the size of files ends as one of these, not as SQLITE_FULL.
-_NO_ROOM_CODES = (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_TRUNCATE)
 
 _OPEN = "state IN ('running', 'waiting', 'buffered')"
 
@@ -83,8 +79,10 @@ class Store:
         self._wal_checkpointer: WalCheckpointer | None = None
         self._copy: TemporaryDirectory[str] | None = None
         try:
-            self._db = self._connect_read_only() if read_only else _connect(f"file:{path}?mode=rwc")
-            if not read_only:
+            if read_only:
+                self._db, self._copy = connect_read_only(path)
+            else:
+                self._db = connect(f"file:{path}?mode=rwc")
                 self._db.execute("PRAGMA journal_mode=WAL")
                 self._db.execute("PRAGMA synchronous=FULL")
                 self._create()
@@ -92,7 +90,7 @@ class Store:
         except (sqlite3.Error, StoreError) as error:
             if hasattr(self, "_db"):
                 self._db.close()
-            failure = self._error(error) if isinstance(error, sqlite3.Error) else error
+            failure = store_error(path, error) if isinstance(error, sqlite3.Error) else error
             if isinstance(failure, StoreFullError):
                 raise failure from error
             raise DataError(f"store {path} cannot be opened: {error}; give a run's folder") from error
@@ -142,7 +140,7 @@ class Store:
                     self._db.execute("ROLLBACK")
                 raise
         except sqlite3.Error as error:
-            raise self._error(error) from error
+            raise store_error(self._path, error) from error
         if self._wal_checkpointer is not None:
             self._wal_checkpointer.committed()
         for name in names:
@@ -262,21 +260,6 @@ class Store:
 
     # --- inside ---
 
-    def _connect_read_only(self) -> sqlite3.Connection:
-        """Opens an existing store, also on a read-only disk, where SQLite cannot create the index of a log.
-
-        There the database is read without its log if that is empty; else both are copied to a temporary folder.
-        """
-        path, wal = self._path, Path(f"{self._path}-wal")
-        if os.access(path.parent, os.W_OK):
-            return _connect(f"file:{path}?mode=ro")
-        if not wal.exists() or not wal.stat().st_size:
-            return _connect(f"file:{path}?mode=ro&immutable=1")
-        self._copy = TemporaryDirectory(prefix="palimpsest-store-")
-        for file in (path, wal):
-            shutil.copy(file, self._copy.name)
-        return _connect(f"file:{Path(self._copy.name) / path.name}?mode=rw")
-
     def _create(self) -> None:
         version = self._query("PRAGMA user_version")[0][0]
         if version == 0:
@@ -342,13 +325,4 @@ class Store:
             with closing(self._db.execute(sql, parameters)) as cursor:
                 return cursor.fetchall()
         except sqlite3.Error as error:
-            raise self._error(error) from error
-
-    def _error(self, error: sqlite3.Error) -> StoreError:
-        code = getattr(error, "sqlite_errorcode", 0)
-        is_full = code & 0xFF == sqlite3.SQLITE_FULL or code in _NO_ROOM_CODES
-        return (StoreFullError if is_full else StoreError)(f"store {self._path}: {error}")
-
-
-def _connect(uri: str) -> sqlite3.Connection:
-    return sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=30.0)
+            raise store_error(self._path, error) from error
