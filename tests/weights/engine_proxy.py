@@ -13,6 +13,7 @@ class EngineProxy:
 
     lost_path       requests to this path get HTTP 502 and do not reach the engine; `num_lost` counts them
     generate_hangs  requests to /generate get no response
+    hides_pauses    /server_info does not state whether the engine is paused, as in SGLang
     meta_info       replaces these fields of `meta_info` in responses of /generate
     """
 
@@ -24,6 +25,7 @@ class EngineProxy:
         self.lost_path = ""
         self.num_lost = 0
         self.generate_hangs = False
+        self.hides_pauses = False
         self.meta_info: dict[str, object] = {}
 
     async def start(self) -> None:
@@ -54,6 +56,9 @@ class EngineProxy:
                     completion = await response.json()
                     completion["meta_info"] |= self.meta_info
                     return web.json_response(completion)
+                if request.path == "/server_info" and self.hides_pauses:
+                    info = await response.json()
+                    return web.json_response({name: info[name] for name in info if name != "internal_states"})
                 body, content_type = await response.read(), response.content_type
                 return web.Response(body=body, status=response.status, content_type=content_type)
         except aiohttp.ClientError as error:

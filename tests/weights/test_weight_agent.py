@@ -127,6 +127,7 @@ async def test_an_engine_whose_continue_request_was_lost_is_quarantined_until_it
 async def test_an_update_aborts_or_retracts_requests_in_flight(
     learner: LearnerSide, engine: EngineUnderTest, model: Path, pause_mode: UpdateMode
 ) -> None:
+    engine.proxy.hides_pauses = True  # the agent would continue the engine that this test pauses
     await learner.publish(scaled_weights(model, scale=1.0), publication=1, version=0)
     await learner.until(serves(learner, 1))
     await engine.client.pause("in_place")
