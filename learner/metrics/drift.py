@@ -87,8 +87,9 @@ class Drift:
 
 
 def _steps(rows: Sequence[Mapping]) -> list[tuple[float, int]]:
-    """(mean over trained tokens, their number) of every step that trained a token."""
-    return [(row["policy/kl_behavior"], row["learner/trained_tokens"]) for row in rows if row["learner/trained_tokens"]]
+    """(mean over trained tokens, their number) of every step that computed a token."""
+    tag = "policy/kl_behavior"
+    return [(row[tag], row["learner/trained_tokens"]) for row in rows if tag in row]
 
 
 def _by(rows: Sequence[Mapping], tag: str, counts: str) -> dict[int, Mean]:
@@ -99,5 +100,6 @@ def _by(rows: Sequence[Mapping], tag: str, counts: str) -> dict[int, Mean]:
         for key, count in row[counts].items():
             num_tokens[min(int(key), NUM_BUCKETS - 1)] += count
         for key, count in num_tokens.items():
-            parts.setdefault(key, []).append((row[f"{tag}{key}"], count))
+            if f"{tag}{key}" in row:
+                parts.setdefault(key, []).append((row[f"{tag}{key}"], count))
     return {key: Mean.of(parts[key]) for key in sorted(parts)}

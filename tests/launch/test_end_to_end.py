@@ -49,12 +49,17 @@ def assert_nothing_left(run_dir: Path, processes: dict[str, int]) -> None:
 
 
 def assert_metrics_are_declared(run_dir: Path) -> None:
-    """The last line of metrics.jsonl has every declared metric that a run always reports, and no undeclared one."""
+    """The last line of metrics.jsonl has every declared metric that a run always reports, and no undeclared one.
+
+    If no trajectory of the step has a signal, no token is computed, and all means over computed tokens are absent.
+    """
     row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     tags = row.keys() - {"time", "step", "tokens_by_age", "tokens_by_context"}
     assert undeclared(tags) == set()
-    named = {each.name for each in CATALOGUE if not each.is_family and each.section not in ("learner", "trajectories")}
-    assert named - tags == {"staleness/histogram"}
+    always = {each for each in CATALOGUE if not each.is_family and each.section not in ("learner", "trajectories")}
+    means = {each.name for each in always if each.section == "policy"}
+    absent = means if row["learner/skipped_tokens"] == 1 else set()
+    assert {each.name for each in always} - tags == {"staleness/histogram"} | absent
 
 
 def test_a_tiny_run_of_all_roles_completes(tmp_path: Path) -> None:
@@ -91,7 +96,9 @@ def test_two_ranks_with_learning_rate_0_agree_with_the_engine(tmp_path: Path) ->
     assert audit_run(run.run_dir).problems == ()
     rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert all(row["learner/learning_rate"] == 0.0 for row in rows)
+    assert all(row["learner/skipped_tokens"] == 0 for row in rows), "the check needs every trained token"
     assert max(row["policy/kl_behavior"] for row in rows) < 1e-6
+    assert_metrics_are_declared(run.run_dir)
 
 
 def demo(run_dir: Path) -> tuple[str | Path, ...]:

@@ -159,6 +159,17 @@ def test_drift_is_read_from_the_last_line_of_each_step(tmp_path: Path) -> None:
     assert found.by_age == {0: Mean((10 + 40 + 120) / 60, 60)}
 
 
+def test_drift_ignores_steps_that_computed_no_token(tmp_path: Path) -> None:
+    """Such a step of an earlier start, without the drift check, has trained tokens but no mean over them."""
+    computed = {"policy/kl_behavior": 1.0, "policy/kl_behavior_age_0": 1.0, "policy/kl_behavior_context_0": 1.0}
+    counts = {"learner/trained_tokens": 10, "tokens_by_age": {"0": 10}, "tokens_by_context": {"0": 10}}
+    rows = [{"step": 0, **counts}, {"step": 1, **counts, **computed}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = Drift.read(tmp_path / "metrics.jsonl")
+    assert (found.first, found.last) == (Mean(0.0, 0), Mean(1.0, 10))
+    assert found.by_age == found.by_context == {0: Mean(1.0, 10)}
+
+
 def test_repeated_non_finite_updates_end_the_run_and_save_the_batch(tmp_path: Path) -> None:
     source = record_run(tmp_path / "source", num_steps=2)
     optimizer = ("learning_rate=1e30", "schedule=constant", "max_consecutive_skips=2")
