@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from learner.leases.lease_table import LeaseRecord
+from learner.leases.entries import LeaseRecord
 from protocol.messages import Heartbeat
 
 _MIN_COMPACTED = 64

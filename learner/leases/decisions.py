@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from learner.leases.lease_table import Entry, LeaseRecord
+from learner.leases.entries import Entry, LeaseRecord
 from protocol.framing import Buffer, Message
 from protocol.group_view import GroupView
 

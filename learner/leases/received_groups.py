@@ -15,8 +15,9 @@ from dataclasses import replace
 
 from learner.leases.admission import Rules, Verdict, judge
 from learner.leases.decisions import Decision, Ended, EntryChanged, GroupReceived
+from learner.leases.entries import Entry
 from learner.leases.group_outcomes import GroupOutcomes
-from learner.leases.lease_table import Entry, LeaseTable
+from learner.leases.lease_table import LeaseTable
 from protocol.codec import decode_group
 from protocol.errors import ProtocolError
 from protocol.framing import Buffer

@@ -34,8 +34,9 @@ from learner.leases.decisions import (
     Trained,
 )
 from learner.leases.engines import version_to_lease_by
+from learner.leases.entries import LeaseRecord, State
 from learner.leases.group_outcomes import GroupOutcomes
-from learner.leases.lease_table import LeaseRecord, LeaseTable, State
+from learner.leases.lease_table import LeaseTable
 from learner.leases.lease_timeouts import LeaseTimeouts
 from learner.leases.received_groups import MAX_FAILURES, ReceivedGroups
 from learner.leases.run_status import CurrentStatus

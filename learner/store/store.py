@@ -10,59 +10,21 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import astuple
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from learner.leases.decisions import (
-    ACTOR_DIED,
-    Ended,
-    EntryChanged,
-    Granted,
-    GroupReceived,
-    Record,
-    SlotChanged,
-    Trained,
-)
-from learner.leases.lease_table import Entry, LeaseRecord, LeaseTable, State
+from learner.leases.decisions import ACTOR_DIED, Record
+from learner.leases.entries import Entry, LeaseRecord, State
+from learner.leases.lease_table import LeaseTable
+from learner.store.record_rows import write_record
 from learner.store.resume_key import changes
+from learner.store.schema import OPEN, SCHEMA, SCHEMA_VERSION
 from learner.store.sqlite_file import connect, connect_read_only, store_error
 from learner.store.wal_checkpointer import MAX_LOG_PAGES, WalCheckpointer
 from protocol.codec import decode_frames
 from protocol.errors import DataError, StoreError, StoreFullError
 from protocol.fault_injection import fault_point
 from protocol.types import TrajectoryGroup
-
-SCHEMA_VERSION = 3
-
-_OPEN = "state IN ('running', 'waiting', 'buffered')"
-
-_SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE leases (
-  lease_id INTEGER PRIMARY KEY, cursor INTEGER NOT NULL, slot INTEGER NOT NULL, attempt INTEGER NOT NULL,
-  actor TEXT NOT NULL, engine_version INTEGER NOT NULL, granted_at REAL NOT NULL,
-  outcome TEXT NOT NULL DEFAULT 'running', reason TEXT NOT NULL DEFAULT '');
-CREATE INDEX leases_running ON leases(outcome) WHERE outcome = 'running';
-CREATE INDEX leases_cursor ON leases(cursor);
-CREATE TABLE entries (
-  cursor INTEGER PRIMARY KEY, slot INTEGER NOT NULL, attempt INTEGER NOT NULL, state TEXT NOT NULL,
-  first_slot INTEGER NOT NULL);
-CREATE INDEX entries_open ON entries(cursor) WHERE state IN ('running', 'waiting', 'buffered');
-CREATE TABLE moves (
-  move_id INTEGER PRIMARY KEY, step INTEGER NOT NULL, cursor INTEGER NOT NULL, from_slot INTEGER NOT NULL,
-  to_slot INTEGER NOT NULL);
-CREATE TABLE groups (
-  cursor INTEGER PRIMARY KEY, lease_id INTEGER NOT NULL, attempt INTEGER NOT NULL, stored_at REAL NOT NULL,
-  num_trajectories INTEGER NOT NULL, num_contexts INTEGER NOT NULL, num_trained_tokens INTEGER NOT NULL,
-  oldest_version INTEGER, reward_mean REAL NOT NULL, num_bytes INTEGER NOT NULL, tally TEXT NOT NULL,
-  header BLOB NOT NULL, token_ids BLOB NOT NULL, spans BLOB NOT NULL, logprobs BLOB NOT NULL);
-CREATE INDEX groups_held ON groups(num_bytes) WHERE num_bytes > 0;
-CREATE TABLE batches (step INTEGER NOT NULL, position INTEGER NOT NULL, cursor INTEGER NOT NULL UNIQUE,
-  PRIMARY KEY (step, position)) WITHOUT ROWID;
-CREATE TABLE publications (
-  publication INTEGER PRIMARY KEY AUTOINCREMENT, version INTEGER NOT NULL, published_at REAL NOT NULL);
-"""
 
 
 class Store:
@@ -172,7 +134,7 @@ class Store:
             return
         with self.transaction(*sorted({record.kind for record in records} - {""})):
             for record in records:
-                self._write(record)
+                write_record(self._db, record)
 
     def new_publication(self, version: int) -> int:
         """Returns a publication id that this run has not used before. Raises: StoreFullError, StoreError."""
@@ -203,7 +165,7 @@ class Store:
                granted now; else it would not expire before the clock is there again.
         """
         entries = self._query(
-            f"SELECT cursor, slot, attempt, state, first_slot FROM entries WHERE {_OPEN} ORDER BY cursor"
+            f"SELECT cursor, slot, attempt, state, first_slot FROM entries WHERE {OPEN} ORDER BY cursor"
         )
         leases = self._query(
             "SELECT lease_id, cursor, slot, attempt, actor, min(granted_at, ?) FROM leases WHERE outcome = 'running'",
@@ -228,7 +190,7 @@ class Store:
             self._query(
                 "SELECT cursor, count(*) FROM leases "
                 "WHERE (outcome IN ('failed', 'refused') OR (outcome = 'expired' AND reason = ?)) "
-                f"AND cursor IN (SELECT cursor FROM entries WHERE {_OPEN}) GROUP BY cursor",
+                f"AND cursor IN (SELECT cursor FROM entries WHERE {OPEN}) GROUP BY cursor",
                 ACTOR_DIED,
             )
         )
@@ -263,62 +225,11 @@ class Store:
     def _create(self) -> None:
         version = self._query("PRAGMA user_version")[0][0]
         if version == 0:
-            self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            self._db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         elif version != SCHEMA_VERSION:
             raise DataError(
                 f"store {self._path} must have schema {SCHEMA_VERSION}, got {version} (another version of Palimpsest)"
             )
-
-    def _write(self, record: Record) -> None:
-        match record:
-            case Granted(lease, engine_version):
-                self._db.execute(
-                    "INSERT INTO leases (lease_id, cursor, slot, attempt, actor, granted_at, engine_version) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    (*astuple(lease), engine_version),
-                )
-            case Ended(lease_id, outcome, reason):
-                self._db.execute(
-                    "UPDATE leases SET outcome = ?, reason = ? WHERE lease_id = ?", (outcome, reason[:1000], lease_id)
-                )
-            case EntryChanged(entry):
-                self._db.execute(
-                    "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?)",
-                    (entry.cursor, entry.slot, entry.attempt, entry.state.value, entry.first_slot),
-                )
-            case GroupReceived():
-                self._insert_group(record)
-            case SlotChanged(step, cursor, from_slot, to_slot):
-                self._db.execute(
-                    "INSERT INTO moves (step, cursor, from_slot, to_slot) VALUES (?, ?, ?, ?)",
-                    (step, cursor, from_slot, to_slot),
-                )
-            case Trained(step, cursors):
-                rows = [(step, position, cursor) for position, cursor in enumerate(cursors)]
-                self._db.executemany("INSERT INTO batches VALUES (?, ?, ?)", rows)
-                self._db.executemany(
-                    "UPDATE entries SET state = 'trained' WHERE cursor = ?", [(cursor,) for cursor in cursors]
-                )
-
-    def _insert_group(self, record: GroupReceived) -> None:
-        group, frames = record.group, record.frames
-        rewards = group.header.rewards
-        self._db.execute(
-            "INSERT INTO groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '', ?, ?, ?, ?)",
-            (
-                group.cursor,
-                record.lease_id,
-                group.attempt,
-                time.time(),
-                len(rewards),
-                len(group.header.context_lengths),
-                group.num_trained_tokens,
-                group.oldest_version,
-                sum(rewards) / len(rewards),
-                sum(len(frame) for frame in frames),
-                *frames,
-            ),
-        )
 
     def _query(self, sql: str, *parameters: object) -> list[tuple]:
         try:

@@ -6,7 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 from learner.leases.decisions import Ended, EntryChanged, Granted, Trained
-from learner.leases.lease_table import Entry, LeaseRecord, State
+from learner.leases.entries import Entry, LeaseRecord, State
 from learner.store.run_folder import RunFolder
 from learner.store.store import Store
 from protocol.config import Config

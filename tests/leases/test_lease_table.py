@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.leases.lease_table import Entry, LeaseRecord, LeaseTable, State
+from learner.leases.entries import Entry, LeaseRecord, State
+from learner.leases.lease_table import LeaseTable
 
 MAX_EVENTS = 200_000
 

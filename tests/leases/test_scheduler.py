@@ -8,7 +8,8 @@ import pytest
 
 from learner.leases.admission import Rules
 from learner.leases.decisions import Decision, Ended, EntryChanged, Granted, GroupReceived, SlotChanged, Trained
-from learner.leases.lease_table import LeaseTable, State
+from learner.leases.entries import State
+from learner.leases.lease_table import LeaseTable
 from learner.leases.lease_timeouts import LeaseTimeouts
 from learner.leases.scheduler import Scheduler
 from protocol.codec import encode_group

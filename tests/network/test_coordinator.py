@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from learner.leases import received_groups
-from learner.leases.lease_table import State
+from learner.leases.entries import State
 from learner.leases.lease_timeouts import LeaseTimeouts
 from learner.store.audit import audit_run
 from learner.store.run_folder import RunFolder

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from learner.leases.decisions import Ended, EntryChanged, Granted, Trained
-from learner.leases.lease_table import Entry, LeaseRecord, State
+from learner.leases.entries import Entry, LeaseRecord, State
 from learner.store.audit import audit_run
 from learner.store.run_folder import RunFolder
 from learner.store.store import Store

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from learner.leases.decisions import Ended, EntryChanged, Granted, SlotChanged, Trained
-from learner.leases.lease_table import Entry, LeaseRecord, State
+from learner.leases.entries import Entry, LeaseRecord, State
 from learner.store.audit import audit_run
 from learner.store.retention import check_resumable, drop_tokens, expired_steps
 from learner.store.run_folder import RunFolder
