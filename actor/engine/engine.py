@@ -164,10 +164,11 @@ class Engine:
         self._work.set()
 
     def flush_cache(self) -> None:
-        """Does nothing: no cache outlives a request. Raises: EngineRefused (requests are in flight; so does SGLang)."""
+        """Forgets the saved prefixes. Raises: EngineRefused (requests are in flight; so does SGLang)."""
         if not self.scheduler.is_drained:
             num = sum(1 for _ in self.scheduler.in_flight())
             raise EngineRefused(f"flush_cache needs an idle engine, got {num} requests in flight: wait or abort them")
+        self.scheduler.forget_prefixes()
 
     async def update_weights(self, body: UpdateBody) -> int:
         """Changes all weights or none. Returns the number of requests that were paused during the update.
@@ -196,6 +197,7 @@ class Engine:
                         f"{self.scheduler.num_running} of them: pause with mode retract"
                     )
                 commit()
+                self.scheduler.forget_prefixes()
                 self.weight_version = body.weight_version or self.weight_version
                 self.model_path = body.model_path
                 return sum(1 for _ in self.scheduler.in_flight()) if self.scheduler.paused else 0

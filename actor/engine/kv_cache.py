@@ -1,8 +1,9 @@
 """The key-value cache of the running sequences, and the attention function that reads and writes it.
 
-Each sequence has one row, and rows are dense from 0, so a step reads plain slices: nothing is copied when a sequence
-starts, and one row is copied when a sequence in the middle ends. The tokens of a step are packed into one row of input,
-first one token of each decoding sequence, then the prompts one after another. Only attention separates the sequences:
+Each sequence has one row, and rows are dense from 0, so a step reads plain slices. A row is copied when a sequence in
+the middle ends, and to and from the saved rows, which hold prefixes for later sequences. The tokens of a step are
+packed into one row of input, first one token of each decoding sequence, then the prompts without their cached prefixes,
+one after another. Only attention separates the sequences:
 
     packed   d0 d1 d2 | p p p p p | p p p        cache rows 0 1 2 | 3 | 4
 
@@ -13,6 +14,7 @@ lengths computes more than it needs.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,12 +54,14 @@ class KVCache:
                 "one of them"
             ) from error
 
-    def move(self, moves: tuple[tuple[int, int], ...], *, length: int) -> None:
+    def copy(self, copies: tuple[tuple[int, int], ...], *, length: int) -> None:
         """Copies the first `length` positions of each source row to its target row. The two sets are disjoint."""
-        sources = [source for source, _ in moves]
-        targets = [target for _, target in moves]
+        if not copies:
+            return
+        sources, targets = torch.tensor(copies).T
         for cache in (self.keys, self.values):
-            cache[:, targets, :, :length] = cache[:, sources, :, :length]
+            for layer in cache[:, :, :, :length]:
+                layer.index_copy_(0, targets, layer.index_select(0, sources))
 
     def clear(self, row: int) -> None:
         """Zeroes a row that may hold values that are not finite."""
@@ -69,53 +73,77 @@ class KVCache:
 class PackedBatch:
     """The place in the cache of each packed token of one step: D decoding tokens, P prompts of <= S tokens, N tokens.
 
-    rows           int64 [D]     0..D-1, the cache rows of the decoding tokens
-    positions      int64 [D]     cache position of each decoding token
-    decode_bias    float [D, 1, 1, L] or None: added to the scores of cache positions 0..L-1; None if nothing is masked
-    length         L, one more than the largest decoding position
-    pad_index      int64 [P, S]  packed index of each prompt position; any valid index in the padding
-    unpad_index    int64 [N]     index into the flattened [P * S] of each prompt token, in packed order
+    rows            int64 [N]     cache row of each token
+    positions       int64 [N]     cache position of each token
+    num_decode      D; the decoding tokens are in rows 0..D-1
+    decode_length   L, one more than the largest decoding position
+    decode_bias     float [D, 1, 1, L] or None: added to the scores of cache positions 0..L-1; None if nothing is masked
+    prefill_length  M, the length of the longest prompt, its cached prefix included
+    prefill_bias    float [P, 1, S, M] or None: added to the scores; None if no prompt has a cached prefix (causal)
+    pad_index       int64 [P, S]  packed index of each prompt position; any valid index in the padding
+    unpad_index     int64 [N]     index into the flattened [P * S] of each prompt token, in packed order
     """
 
     cache: KVCache
     rows: torch.Tensor
     positions: torch.Tensor
+    num_decode: int
+    decode_length: int
     decode_bias: torch.Tensor | None
-    length: int
+    prefill_length: int
+    prefill_bias: torch.Tensor | None
     pad_index: torch.Tensor | None
     unpad_index: torch.Tensor | None
 
-    @property
-    def num_decode(self) -> int:
-        return len(self.positions)
 
+def pack(
+    cache: KVCache, *, decode_lengths: list[int], prefix_lengths: Sequence[int], prompt_lengths: list[int]
+) -> PackedBatch:
+    """Computes the layout of a step.
 
-def pack(cache: KVCache, *, decode_lengths: list[int], prompt_lengths: list[int]) -> PackedBatch:
-    """Computes the layout of a step. `decode_lengths`: number of tokens in the cache for each decoding row."""
-    positions = torch.tensor(decode_lengths, dtype=torch.int64)
+    decode_lengths  number of tokens in the cache for each decoding row
+    prefix_lengths  number of tokens in the cache for each prompt
+    prompt_lengths  length of each prompt, its prefix included
+    """
     num_decode = len(decode_lengths)
-    length = max(decode_lengths, default=-1) + 1
-    bias: torch.Tensor | None = None
-    if num_decode and min(decode_lengths) + 1 < length:
-        hidden = torch.arange(length) > positions[:, None]
-        bias = torch.zeros(hidden.shape, dtype=cache.keys.dtype).masked_fill_(hidden, -torch.inf)[:, None, None, :]
-    pad_index = unpad_index = None
+    rows, positions = list(range(num_decode)), list(decode_lengths)
+    for row, (prefix, length) in enumerate(zip(prefix_lengths, prompt_lengths, strict=True), start=num_decode):
+        rows += [row] * (length - prefix)
+        positions += range(prefix, length)
+    decode_length = max(decode_lengths, default=-1) + 1
+    decode_bias = prefill_bias = pad_index = unpad_index = None
+    if num_decode and min(decode_lengths) + 1 < decode_length:
+        last_visible = torch.tensor(decode_lengths)[:, None, None, None]
+        decode_bias = _bias(last_visible, length=decode_length, dtype=cache.keys.dtype)
     if prompt_lengths:
-        lengths = torch.tensor(prompt_lengths, dtype=torch.int64)
+        prefixes = torch.tensor(prefix_lengths)
+        lengths = torch.tensor(prompt_lengths) - prefixes
         starts = num_decode + lengths.cumsum(0) - lengths
-        offsets = torch.arange(max(prompt_lengths))
+        offsets = torch.arange(int(lengths.max()))
         inside = offsets < lengths[:, None]
         pad_index = torch.where(inside, starts[:, None] + offsets, starts[:, None])
         unpad_index = inside.flatten().nonzero()[:, 0]
+        if any(prefix_lengths):
+            last_visible = (prefixes[:, None] + offsets)[:, None, :, None]
+            prefill_bias = _bias(last_visible, length=max(prompt_lengths), dtype=cache.keys.dtype)
     return PackedBatch(
         cache=cache,
-        rows=torch.arange(num_decode),
-        positions=positions,
-        decode_bias=bias,
-        length=length,
+        rows=torch.tensor(rows),
+        positions=torch.tensor(positions),
+        num_decode=num_decode,
+        decode_length=decode_length,
+        decode_bias=decode_bias,
+        prefill_length=max(prompt_lengths, default=0),
+        prefill_bias=prefill_bias,
         pad_index=pad_index,
         unpad_index=unpad_index,
     )
+
+
+def _bias(last_visible: torch.Tensor, *, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """0 for the cache positions up to `last_visible`, [..., 1], and -inf for the later ones: [..., length]."""
+    hidden = torch.arange(length) > last_visible
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 def row_attention(
@@ -136,36 +164,29 @@ def row_attention(
     """
     layer: int = module.layer_idx  # pyright: ignore[reportAssignmentType]
     keys, values = batch.cache.keys[layer], batch.cache.values[layer]
+    keys[batch.rows, :, batch.positions] = key[0].transpose(0, 1)
+    values[batch.rows, :, batch.positions] = value[0].transpose(0, 1)
     parts: list[torch.Tensor] = []
     if batch.num_decode:
-        parts.append(_attend_decode(query[0], key[0], value[0], keys, values, batch=batch, scaling=scaling))
+        parts.append(_attend_decode(query[0], keys, values, batch=batch, scaling=scaling))
     if batch.pad_index is not None:
-        parts.append(_attend_prefill(query[0], key[0], value[0], keys, values, batch=batch, scaling=scaling))
+        parts.append(_attend_prefill(query[0], keys, values, batch=batch, scaling=scaling))
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 
 def _attend_decode(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    batch: PackedBatch,
-    scaling: float | None,
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, batch: PackedBatch, scaling: float | None
 ) -> torch.Tensor:
     """Attends from one new token in each of the first D rows: float [D, H, E]."""
     n = batch.num_decode
     num_heads, _, head_dim = query.shape
-    num_kv_heads = key.shape[0]
-    keys[batch.rows, :, batch.positions] = key[:, :n].transpose(0, 1)
-    values[batch.rows, :, batch.positions] = value[:, :n].transpose(0, 1)
+    num_kv_heads = keys.shape[1]
     # Query heads that share a key head are passed as query positions, so that keys need not be repeated.
     grouped = query[:, :n].transpose(0, 1).reshape(n, num_kv_heads, num_heads // num_kv_heads, head_dim)
     out = scaled_dot_product_attention(
         grouped,
-        keys[:n, :, : batch.length],
-        values[:n, :, : batch.length],
+        keys[:n, :, : batch.decode_length],
+        values[:n, :, : batch.decode_length],
         attn_mask=batch.decode_bias,
         scale=scaling,
     )
@@ -173,39 +194,30 @@ def _attend_decode(
 
 
 def _attend_prefill(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    batch: PackedBatch,
-    scaling: float | None,
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, batch: PackedBatch, scaling: float | None
 ) -> torch.Tensor:
-    """Attends within whole prompts, cached in the rows after the decoding ones: float [T - D, H, E].
+    """Attends within whole prompts, cached in the rows after the decoding ones: float [N - D, H, E].
 
-    Padding is on the right, so causal attention of real tokens never reads it, and its cache positions are overwritten
-    before they are read.
+    Padding is on the right, so real tokens never attend to it. The keys at padded positions are those of earlier
+    sequences in these rows: finite, and masked.
     """
     assert batch.pad_index is not None
     assert batch.unpad_index is not None
     num_prompts, longest = batch.pad_index.shape
-    first = batch.num_decode
-    padded_query, padded_key, padded_value = (
-        tokens.transpose(0, 1)
+    prompts = slice(batch.num_decode, batch.num_decode + num_prompts)
+    padded_query = (
+        query.transpose(0, 1)
         .index_select(0, batch.pad_index.flatten())
         .unflatten(0, (num_prompts, longest))
         .transpose(1, 2)
-        for tokens in (query, key, value)
     )
-    keys[first : first + num_prompts, :, :longest] = padded_key
-    values[first : first + num_prompts, :, :longest] = padded_value
     out = scaled_dot_product_attention(
         padded_query,
-        padded_key,
-        padded_value,
-        is_causal=True,
+        keys[prompts, :, : batch.prefill_length],
+        values[prompts, :, : batch.prefill_length],
+        attn_mask=batch.prefill_bias,
+        is_causal=batch.prefill_bias is None,
         scale=scaling,
-        enable_gqa=query.shape[0] != key.shape[0],
+        enable_gqa=query.shape[0] != keys.shape[1],
     )
     return out.transpose(1, 2).flatten(0, 1).index_select(0, batch.unpad_index)

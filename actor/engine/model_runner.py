@@ -46,7 +46,7 @@ class ModelRunner:
         *,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        max_running_requests: int,
+        num_rows: int,
         context_length: int,
         properties: ModelProperties,
     ) -> None:
@@ -56,7 +56,7 @@ class ModelRunner:
         self._tokenizer = tokenizer
         self._cache = KVCache.allocate(
             num_layers=config.num_hidden_layers,
-            num_rows=max_running_requests,
+            num_rows=num_rows,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
             length=context_length,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
@@ -66,11 +66,13 @@ class ModelRunner:
         self.context_length = context_length
 
     @classmethod
-    def load(cls, folder: Path, *, max_running_requests: int, context_length: int | None) -> ModelRunner:
+    def load(cls, folder: Path, *, num_rows: int, context_length: int | None) -> ModelRunner:
         """Loads a Hugging Face folder: config, safetensors weights and tokenizer.
 
-        The context length is the model's own, or `context_length` if that is smaller. Raises: DataError (the folder
-        cannot be served).
+        num_rows        rows of the cache, saved rows included
+        context_length  upper limit of the model's own context length
+
+        Raises: DataError (the folder cannot be served).
         """
         tokenizer = _load_tokenizer(folder)
         model = _load_model(folder)
@@ -79,7 +81,7 @@ class ModelRunner:
         return cls(
             model=model,
             tokenizer=tokenizer,
-            max_running_requests=max_running_requests,
+            num_rows=num_rows,
             context_length=min(context_length or longest, longest),
             properties=properties,
         )
@@ -89,16 +91,22 @@ class ModelRunner:
 
         If the model's output for a sequence is not finite, neither is its log-prob, and its cache row is cleared.
         """
-        if step.moves:
-            self._cache.move(step.moves, length=max(s.num_tokens for s in step.decode))
-        prompts = [sequence.prompt_ids + sequence.output_ids for sequence in step.prefill]
+        cache, prefixes = self._cache, step.prefix_lengths
+        cache.copy(step.saves, length=step.save_length)
+        cache.copy(step.moves, length=max((s.num_tokens for s in step.decode), default=0))
+        cache.copy(step.loads, length=max(prefixes, default=0))
         packed = [sequence.output_ids[-1] for sequence in step.decode]
         positions = [sequence.num_tokens - 1 for sequence in step.decode]
         last = list(range(len(packed)))
-        batch = pack(self._cache, decode_lengths=positions, prompt_lengths=[len(prompt) for prompt in prompts])
-        for prompt in prompts:
-            packed += prompt
-            positions += range(len(prompt))
+        batch = pack(
+            cache,
+            decode_lengths=positions,
+            prefix_lengths=prefixes,
+            prompt_lengths=[sequence.num_tokens for sequence in step.prefill],
+        )
+        for sequence, prefix in zip(step.prefill, prefixes, strict=True):
+            packed += sequence.tokens[prefix:]
+            positions += range(prefix, sequence.num_tokens)
             last.append(len(packed) - 1)
         sequences = step.decode + step.prefill
         with torch.inference_mode():

@@ -67,7 +67,8 @@ class GenerateBody(_StrictBody):
     """POST /generate. If `input_ids` is a list of lists, the body is a batch, and `sampling_params`, `rid` and
     `return_logprob` may be lists too.
 
-    `extra_key` salts SGLang's prefix cache. This engine has no prefix cache, so the key is accepted and has no effect.
+    SGLang shares cached prefixes only among requests of the same `extra_key`. In this engine, a request with an
+    `extra_key` uses no cached prefix and caches none.
     """
 
     input_ids: TokenIds | FailFastList[TokenIds]

@@ -61,6 +61,7 @@ def to_sequences(
                 params[i], num_prompt_tokens=len(prompts[i]), limits=limits, random_source=random_source
             ),
             return_logprob=logprobs[i],
+            shares_prefixes=body.extra_key is None,
         )
         for i in range(num)
     ]

@@ -52,7 +52,7 @@ def generate_response(sequence: Sequence, *, text: str, weight_version: str) -> 
         "finish_reason": _finish_reason(sequence.finish),
         "prompt_tokens": len(sequence.prompt_ids),
         "completion_tokens": len(sequence.output_ids),
-        "cached_tokens": 0,
+        "cached_tokens": sequence.num_cached_tokens,
         "weight_version": weight_version,
         "weight_versions": [{"version": v.version, "start": v.start, "end": v.end} for v in sequence.version_spans],
         "num_retractions": sequence.num_retractions,

@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from actor.engine.sequence import Sequence
+from actor.engine.prefix_index import Prefix, PrefixIndex, block_hashes, shared_length
+from actor.engine.sequence import FinishType, Sequence
 
 # Queue capacity per cache row. In a longer queue a request would wait longer than its client's time-out, so it is
 # refused at once and the client can try another engine. This also bounds the memory of the queue.
@@ -23,15 +24,27 @@ _QUEUE_CAPACITY_PER_ROW = 32
 MIN_QUEUE_CAPACITY = 1_024
 
 
+Copy = tuple[int, int]
+"""(source row, target row) of the cache."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One forward pass.
 
-    `moves`: disjoint (source row, target row), to be made before the pass so that the rows stay dense. Rows
-    0..len(decode)-1 decode one token each; the rows after them are prefilled.
+    Rows 0..len(decode)-1 decode one token each; the rows after them are prefilled. Before the pass, rows of the cache
+    are copied, in this order. Each copy is (source row, target row); sources and targets of a kind are disjoint:
+
+    saves  rows of the previous step to saved rows, at most `save_length` tokens each
+    moves  rows to rows of finished sequences, so that the rows stay dense
+    loads  saved rows to rows of `prefill`: their first `prefix_lengths` tokens are not computed again
     """
 
-    moves: tuple[tuple[int, int], ...]
+    saves: tuple[Copy, ...]
+    save_length: int
+    moves: tuple[Copy, ...]
+    loads: tuple[Copy, ...]
+    prefix_lengths: tuple[int, ...]
     decode: tuple[Sequence, ...]
     prefill: tuple[Sequence, ...]
 
@@ -41,18 +54,31 @@ class Scheduler:
     """Admits sequences in their order of arrival, each only if there is room for its longest possible output.
 
     So memory never runs out for a running sequence: retractions happen only on request. `min_queue_capacity` bounds
-    `queue_capacity` from below.
+    `queue_capacity` from below. The order has one exception: a sequence waits one step if most of its tokens are
+    computed in this step for another sequence; then they are loaded.
+
+    num_saved_rows  cache rows after the first `max_running_requests`, which hold prefixes (see `PrefixIndex`)
+    epoch           number of calls of `forget_prefixes`
     """
 
     max_running_requests: int
     max_total_tokens: int
     max_prefill_tokens: int
     min_queue_capacity: int = MIN_QUEUE_CAPACITY
+    num_saved_rows: int = 0
     held: deque[Sequence] = field(default_factory=deque)
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
     holding: bool = False
     paused: bool = False
+    epoch: int = 0
+    _first_new_row: int = 0
+    """Rows of `running` from this one on were prefilled in the last step."""
+
+    _prefixes: PrefixIndex = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._prefixes = PrefixIndex(first_row=self.max_running_requests, num_rows=self.num_saved_rows)
 
     def in_flight(self) -> Iterator[Sequence]:
         """Yields every unfinished sequence, held ones included."""
@@ -115,6 +141,11 @@ class Scheduler:
         self.running.clear()
         return len(unfinished)
 
+    def forget_prefixes(self) -> None:
+        """Call it when the weights change: nothing in the cache is loaded or saved for later sequences."""
+        self.epoch += 1
+        self._prefixes.clear()
+
     def drop_finished(self) -> None:
         """Removes finished sequences from the queues. Finished sequences with a row are removed by the next step."""
         for group in (self.waiting, self.held):
@@ -124,15 +155,40 @@ class Scheduler:
 
     def next_step(self) -> Step | None:
         """Returns the next forward pass, None if there is nothing to run. Updates `running` as if it had run."""
-        if self.paused:
+        if not self.has_work:
             return None
+        saves, save_length = self._save_rows()
         moves = self._compact()
         decode = tuple(self.running)
-        prefill = tuple(self._admit())
+        prefill, prefixes = self._admit()
+        self._first_new_row = len(decode)
         self.running.extend(prefill)
-        if not self.running:
-            return None
-        return Step(moves=moves, decode=decode, prefill=prefill)
+        loads = [(prefix.row, row) for row, prefix in enumerate(prefixes, start=len(decode)) if prefix is not None]
+        return Step(
+            saves=saves,
+            save_length=save_length,
+            moves=moves,
+            loads=tuple(loads),
+            prefix_lengths=tuple(prefix.length if prefix else 0 for prefix in prefixes),
+            decode=decode,
+            prefill=tuple(prefill),
+        )
+
+    def _save_rows(self) -> tuple[tuple[Copy, ...], int]:
+        """Chooses saved rows for the prompts of the last step and for finished sequences. Returns the copies and the
+        length of the longest. The last token of a sequence is not in the cache."""
+        source_of: dict[int, int] = {}
+        longest = 0
+        for row, sequence in enumerate(self.running):
+            finish = sequence.finish
+            if (finish is None and row < self._first_new_row) or sequence.cache_epoch != self.epoch:
+                continue
+            if not sequence.shares_prefixes or (finish is not None and finish.type is FinishType.ABORT):
+                continue
+            if (target := self._prefixes.save(sequence.tokens[:-1])) is not None:
+                source_of[target] = row
+                longest = max(longest, sequence.num_tokens - 1)
+        return tuple((row, target) for target, row in source_of.items()), longest
 
     def _compact(self) -> tuple[tuple[int, int], ...]:
         """Moves the last rows into the rows of finished sequences. Returns the moves."""
@@ -148,20 +204,35 @@ class Scheduler:
         del rows[num_unfinished:]
         return moves
 
-    def _admit(self) -> list[Sequence]:
+    def _admit(self) -> tuple[list[Sequence], list[Prefix | None]]:
         """Takes sequences from the queue while there are free rows, free tokens and budget for padded prefill tokens.
+        Returns them and their saved prefixes.
 
         The budget does not apply to the first one, so that a prompt longer than the budget is admitted too.
         """
         admitted: list[Sequence] = []
+        prefixes: list[Prefix | None] = []
+        postponed: list[Sequence] = []
+        computed: set[int] = set()
         num_reserved = sum(sequence.num_reserved_tokens for sequence in self.running)
         longest = 0
         while self.waiting and len(self.running) + len(admitted) < self.max_running_requests:
             sequence = self.waiting[0]
-            num_reserved += sequence.num_reserved_tokens
-            longest = max(longest, sequence.num_tokens)
+            known = sequence.tokens[:-1] if self.num_saved_rows and sequence.shares_prefixes else []
+            hashes = block_hashes(known)
+            prefix = self._prefixes.find(known, hashes)
+            num_computed = sequence.num_tokens - (prefix.length if prefix else 0)
+            if 2 * (shared_length(hashes, computed) - sequence.num_tokens + num_computed) > num_computed:
+                postponed.append(self.waiting.popleft())
+                continue
+            longest = max(longest, num_computed)
             over_budget = admitted and (len(admitted) + 1) * longest > self.max_prefill_tokens
-            if num_reserved > self.max_total_tokens or over_budget:
+            if num_reserved + sequence.num_reserved_tokens > self.max_total_tokens or over_budget:
                 break
+            num_reserved += sequence.num_reserved_tokens
+            sequence.cache_epoch, sequence.num_cached_tokens = self.epoch, sequence.num_tokens - num_computed
+            computed.update(hashes)
             admitted.append(self.waiting.popleft())
-        return admitted
+            prefixes.append(prefix)
+        self.waiting.extendleft(reversed(postponed))
+        return admitted, prefixes

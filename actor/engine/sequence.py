@@ -56,15 +56,24 @@ class Sequence:
     prompt_ids: list[int]
     sampling: Sampling
     return_logprob: bool
+    shares_prefixes: bool = True
     output_ids: list[int] = field(default_factory=list)
     output_logprobs: list[float] = field(default_factory=list)
     version_spans: list[VersionSpan] = field(default_factory=list)
     num_retractions: int = 0
     finish: Finish | None = None
+    num_cached_tokens: int = 0
+    """Tokens of the prompt that were in the cache when the sequence was admitted."""
+    cache_epoch: int = -1
+    """The scheduler's `epoch` when the sequence was admitted."""
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt_ids + self.output_ids
 
     @property
     def num_reserved_tokens(self) -> int:

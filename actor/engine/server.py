@@ -21,6 +21,9 @@ from protocol.errors import ConfigError, SecurityError, UnreachableError
 
 _MAX_PREFILL_TOKENS = 16_384
 _BACKLOG = 1024
+# Cache rows for prefixes. A context's next request comes after its tool call: about that number of other requests may
+# end before it. The operating system commits the memory of a row when it is first used.
+_SAVED_ROWS_PER_REQUEST = 2
 
 
 class EngineServer:
@@ -157,9 +160,10 @@ class EngineServer:
         from actor.engine.model_runner import ModelRunner
 
         torch.set_num_threads(self._torch_threads)
+        num_saved_rows = _SAVED_ROWS_PER_REQUEST * self._max_running_requests
         runner = ModelRunner.load(
             self._model_path,
-            max_running_requests=self._max_running_requests,
+            num_rows=self._max_running_requests + num_saved_rows,
             context_length=self._context_length,
         )
         model = runner.properties
@@ -171,6 +175,7 @@ class EngineServer:
                 max_total_tokens=max_total_tokens,
                 max_prefill_tokens=_MAX_PREFILL_TOKENS,
                 min_queue_capacity=self._min_queue_capacity,
+                num_saved_rows=num_saved_rows,
             ),
             limits=RequestLimits(
                 vocab_size=model.vocab_size,

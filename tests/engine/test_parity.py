@@ -211,3 +211,61 @@ async def test_output_that_is_not_finite_aborts_and_does_not_affect_later_reques
     answers = await asyncio.gather(*(client.generate(p, max_new_tokens=70) for p in requests))
     for prompt, answer in zip(requests, answers, strict=True):
         assert_parity(folder, prompt, answer)
+
+
+async def test_contexts_of_several_turns_and_groups_load_their_prefixes(
+    serve: Callable, folder: Path, new_weights: Path
+) -> None:
+    """Eight contexts with the same first prompt, three turns each, on fewer rows; then the same after an update."""
+    client: Client = await serve(folder, max_running_requests=5)
+
+    async def context(seed: int, model_path: Path) -> list[int]:
+        rng, ids, cached = random.Random(seed), [11] * 30, []
+        for _ in range(3):
+            answer = await client.generate(ids, max_new_tokens=rng.randint(1, 12))
+            assert_parity(model_path, ids, answer)
+            cached.append(answer["meta_info"]["cached_tokens"])
+            assert cached[-1] < len(ids)
+            ids = ids + answer["output_ids"] + [rng.randrange(50) for _ in range(rng.randint(1, 9))]
+        return cached
+
+    for model_path, version in ((folder, "default"), (new_weights, "v1")):
+        if version != "default":
+            update = {"model_path": str(model_path), "weight_version": version}
+            assert (await client.post("/update_weights_from_disk", update)).status == 200
+        cached = await asyncio.gather(*(context(seed, model_path) for seed in range(8)))
+        assert min(turns[0] for turns in cached) == 0, "the first prompt is computed once after each update"
+        assert sum(turns[0] > 0 for turns in cached) >= 6
+        assert all(turns[1] >= 24 and turns[2] >= 24 for turns in cached)
+
+
+async def test_a_cache_of_old_weights_is_not_loaded_after_an_update_in_place(
+    client: Client, folder: Path, new_weights: Path
+) -> None:
+    prompt = [7] * 20
+    running = asyncio.create_task(client.generate(prompt, max_new_tokens=200))
+    await client.until_running(1)
+    await client.post("/pause_generation", {"mode": "in_place"})
+    update = {"model_path": str(new_weights), "weight_version": "v1", "flush_cache": False}
+    assert (await client.post("/update_weights_from_disk", update)).status == 200
+    await client.post("/continue_generation")
+    mixed = await running
+    longer = prompt + mixed["output_ids"] + [3]
+    answer = await client.generate(longer, max_new_tokens=5)
+    assert answer["meta_info"]["cached_tokens"] == 0
+    assert_parity(new_weights, longer, answer)
+
+
+async def test_a_request_with_an_extra_key_shares_no_prefix(client: Client) -> None:
+    for extra_key, cached in ((None, 0), ("salt", 0), (None, 19)):
+        body = {"input_ids": [5] * 20, "sampling_params": {"max_new_tokens": 1}, "extra_key": extra_key}
+        reply = await client.post("/generate", body)
+        assert reply.body["meta_info"]["cached_tokens"] == cached
+
+
+async def test_flush_cache_forgets_the_prefixes(client: Client) -> None:
+    for flushes, cached in ((False, 0), (False, 19), (True, 0)):
+        if flushes:
+            assert (await client.post("/flush_cache")).status == 200
+        answer = await client.generate([5] * 20, max_new_tokens=2)
+        assert answer["meta_info"]["cached_tokens"] == cached
