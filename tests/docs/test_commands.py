@@ -20,7 +20,7 @@ SOURCES = sorted(
     | {"learner/launch/skeleton/run.toml"}
 )
 
-_FENCED = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_FENCED = re.compile(r"^```[^`\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`\n]+)`")
 _ASSIGNMENTS = re.compile(r"^(?:[A-Z_]+=\S+ +)+")
 _COMMAND = re.compile(r"^(?:\S*/)?(palimpsest|make|python|tensorboard)(?: |$)")

@@ -9,6 +9,7 @@ import asyncio
 import gzip
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "wiki_pool"
 sys.path.insert(0, str(EXAMPLE))
 
+import corpus  # noqa: E402
 from bpe import CONTROL, END, TAGS, fixed_ids, train_tokenizer, word_ids, write_tokenizer  # noqa: E402
 from script import NOTHING_YET, Example, GoldScript, OffScript, find_spelling  # noqa: E402
 from search_tool import chat_rendering  # noqa: E402
@@ -206,6 +208,11 @@ def _write_data(folder: Path) -> None:
         (folder / name).write_text("".join(json.dumps(question) + "\n" for question in questions))
 
 
+def _rows(path: Path) -> list[dict]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
 def _prepare(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(EXAMPLE / "prepare.py"), *map(str, arguments)],
@@ -236,6 +243,45 @@ def test_prepare_runs_its_stages_and_resumes(tmp_path: Path) -> None:
     assert again.returncode == 2
     assert "base: exists" in again.stdout
     assert made == {path: path.stat().st_mtime_ns for path in made}
+
+
+@pytest.mark.slow
+def test_the_commands_that_quick_prints_run(tmp_path: Path) -> None:
+    """Fewer steps still, so that the model answers nothing: it is used all the same."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    _write_data(data)
+    few = ["--copying-steps", 2, "--language-steps", 2, "--imitation-steps", 2, "--vocab-size", 900, "--threads", 1]
+    few += ["--questions", 6, "--passages", 16, "--eval-questions", 2, "--rl-steps", 1, "--encoder", "bow"]
+    prepared = _prepare("--quick", "--data", data, "--out", out, *few)
+    assert prepared.returncode == 0, prepared.stderr
+    commands = prepared.stdout.partition("Next:")[2].strip().splitlines()
+    assert [shlex.split(command)[1] for command in commands] == ["up", "audit", "eval"]
+    for command in commands:
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_subset_has_the_passages_that_answer_its_questions(tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    _write_data(data)
+    all_rows = _rows(data / corpus.CORPUS)
+    vectors = np.arange(2 * len(all_rows), dtype=np.float16).reshape(-1, 2)
+    np.savez(data / corpus.VECTORS, ids=np.array([row["id"] for row in all_rows]), vectors=vectors)
+    corpus.write_subset(data, out, num_train=3, num_dev=2, num_passages=12)
+
+    rows = _rows(out / corpus.CORPUS)
+    assert len(rows) == 12
+    train, dev = (read_examples(out / name) for name in (corpus.TRAIN, corpus.DEV))
+    assert (len(train), len(dev)) == (3, 2)
+    assert {title for example in (*train, *dev) for title in example.titles} <= {row["title"] for row in rows}
+    saved = np.load(out / corpus.VECTORS)
+    assert saved["ids"].tolist() == [row["id"] for row in rows]
+    expected = [vectors[all_rows.index(row)] for row in rows]
+    np.testing.assert_array_equal(saved["vectors"], expected)
+    assert corpus.spaced("abcdefg", 3) == ["a", "c", "e"]
+    assert corpus.spaced("ab", 3) == ["a", "b"]
 
 
 def test_prepare_names_the_missing_file(tmp_path: Path) -> None:
