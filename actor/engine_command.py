@@ -66,8 +66,6 @@ async def serve_engine(
 
     `frozen`: run no weight agent, and serve model.path as this weight version.
     """
-    from actor.engine.server import EngineServer
-    from actor.engine.update_source import UpdateSource
     from protocol.config_file import require_ports
     from protocol.errors import ConfigError
 
@@ -76,6 +74,10 @@ async def serve_engine(
             require_ports(config, "network.weights_port", "network.announce_port")
         except ConfigError as error:
             raise ConfigError(f"{error}; to serve model.path alone, without a learner, use --frozen") from error
+
+    from actor.engine.server import EngineServer  # slow (torch), so only after the config is checked
+    from actor.engine.update_source import UpdateSource
+
     server = EngineServer(
         model_path=config.model.path,
         host=host,

@@ -11,9 +11,6 @@ from pathlib import Path
 
 import torch
 
-from learner.algorithms.estimators import make_estimator
-from learner.algorithms.importance_weights import make_corrections
-from learner.algorithms.losses import Loss
 from learner.batch_source import BatchSource, FollowerSource, LiveSource, ReplaySource
 from learner.leases.admission import Rules
 from learner.leases.group_outcomes import GroupOutcomes
@@ -36,7 +33,6 @@ from learner.training.checkpoint import newest_folder, restore_checkpoint, set_a
 from learner.training.checkpoint_manifest import DamagedCheckpoint
 from learner.training.trainer import Trainer
 from protocol.config import Config
-from protocol.config_file import require_ports
 from protocol.errors import DataError
 from protocol.fault_injection import wall_clock_s
 from protocol.run_identity import actor_identity
@@ -49,6 +45,8 @@ _STATE_TIMEOUT_S = 5.0
 
 def run_learner(config: Config) -> None:
     """Trains until `learner.num_steps`. Resumes from the newest checkpoint and the recorded batches in `run.dir`.
+
+    The ports in `config.network` must be set: the other roles must know them.
 
     Under torchrun, every rank calls it. Raises: UserError (bad model folder, port in use, bad keys, `run.dir` is in
     use by another run or learner), StoreError, NoProgressError, DivergenceError, DriftError.
@@ -88,14 +86,6 @@ def run_replay(config: Config, recorded: Path) -> None:
         source = ReplaySource(store)
         loop = Loop(config=config, trainer=trainer, source=source, metrics=metrics, progress=progress, step=step)
         loop.run(num_steps=num_steps)
-
-
-def check_algorithms(config: Config) -> None:
-    """Imports and creates the advantage estimator, policy loss and corrections of the run. Raises: ConfigError."""
-    base_dir, loss = config.run.base_dir, config.learner.loss
-    make_estimator(config.learner.advantage, base_dir=base_dir)
-    Loss(loss, base_dir=base_dir)
-    make_corrections(loss.corrections, base_dir=base_dir)
 
 
 def load_trainer(config: Config, world: World) -> tuple[Trainer, int]:
@@ -164,7 +154,6 @@ def _start_live_source(
             "they belong to different runs; choose another run.dir"
         )
     check_resumable(store, step=step)
-    require_ports(config, "network.control_port", "network.weights_port", "network.announce_port")
     trainer.world.broadcast(str(num_recorded).encode())
     network_thread = stack.enter_context(
         _network_thread(config, store, vocab_size=trainer.policy.model.config.vocab_size)

@@ -37,7 +37,7 @@ def learner(config: Path, overrides: tuple[str, ...], replay: Path | None, check
     RUN/replay, or to the run.dir given with --set. If learner.ranks is above 1, the command starts torchrun;
     see docs/scaling.md.
     """
-    from protocol.config_file import load_config
+    from protocol.config_file import load_config, require_ports
     from protocol.role_startup import start_role
 
     start_role("learner")
@@ -47,11 +47,13 @@ def learner(config: Path, overrides: tuple[str, ...], replay: Path | None, check
         overrides = (f"run.dir={replay / 'replay'}", *overrides)
     loaded = load_config(config, overrides)
     if check:
-        from learner.build import check_algorithms
+        from learner.algorithms.check import check_algorithms
 
         check_algorithms(loaded)
         click.echo(f"advantage {loaded.learner.advantage.use}, loss {loaded.learner.loss.use}: ready to run")
         return
+    if replay is None:
+        require_ports(loaded, "network.control_port", "network.weights_port", "network.announce_port")
     if loaded.learner.ranks > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         _run_ranks(loaded.learner.ranks)
 

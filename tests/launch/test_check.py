@@ -1,4 +1,4 @@
-"""`palimpsest check` through the real command line: one fault at a time, each in its own line."""
+"""`palimpsest check`: each fault is in a line of its own. Some tests run the whole command with its processes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from actor.check import check_actor
 from learner.launch.pointless_settings import pointless_settings
+from learner.launch.preflight import preflight
 from protocol.check_result import CheckResult
 from protocol.config_file import load_config
+from retriever.check import check_indexes
 from tests.launch.tiny_run import TinyRun, make_tiny_run
 
 TIMEOUT_S = 120.0
@@ -34,6 +37,7 @@ class Report:
 
 
 def check(run: Path, *overrides: str) -> Report:
+    """The whole command: the launcher and the processes of the other roles."""
     arguments = [argument for each in overrides for argument in ("--set", each)]
     done = subprocess.run(
         [sys.executable, "-m", "learner.launch", "check", str(run), *arguments],
@@ -47,6 +51,14 @@ def check(run: Path, *overrides: str) -> Report:
     results = [result for line in lines if (result := CheckResult.parse(line)) is not None]
     assert len(results) == len(lines) - 1, done.stdout
     return Report(done.returncode, results, lines[-1])
+
+
+def failures(run: Path, *overrides: str) -> list[str]:
+    """`subject: message` of the failures that launcher, actor and retriever find; their checks run in this process."""
+    config = load_config(run, overrides)
+    results = [*preflight(config), *check_actor(config)]
+    results += check_indexes([f"{name}={folder}" for name, folder in config.retriever.indexes.items()])
+    return [f"{each.subject}: {each.message}" for each in results if each.outcome == "fail"]
 
 
 @pytest.fixture(scope="module")
@@ -102,20 +114,31 @@ FILE_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.mark.parametrize(("damage", "message"), FILE_FAULTS.values(), ids=FILE_FAULTS)
 def test_a_faulty_file_fails(run: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(run.parent)
-    report = check(run)
+    assert message in "\n".join(failures(run))
+
+
+def test_every_fault_is_in_its_own_line_and_the_exit_status_is_2(run: Path) -> None:
+    """Faults that the launcher, the actor, the learner and the retriever find."""
+    shutil.rmtree(run.parent / "index")
+    report = check(run, "network.host=192.0.2.1", "task.use=qa", "learner.loss.use=no_such_module:Loss")
+    assert (report.status, report.last.rpartition(", ")[2]) == (2, f"{len(report.only('fail'))} failed")
+    subjects = {each.partition(":")[0] for each in report.only("fail")}
+    assert subjects == {"network", "network.host", "extensions", "learner", "index world-1"}
+    assert "there is no module 'no_such_module'" in "\n".join(report.only("fail"))
+
+
+def test_an_invalid_config_fails(run: Path) -> None:
+    report = check(run, "learner.staleness_bound=-1")
     assert report.status == 2
-    assert message in "\n".join(report.only("fail"))
-    assert "0 failed" not in report.last
+    assert report.only("fail") == [f"config: {run}: learner.staleness_bound: must be >= 0, got -1"]
 
 
 SETTING_FAULTS = {
-    "learner.staleness_bound=-1": "config: ",
     "workflow.context_tokens=9999": "context_tokens: workflow.context_tokens must be <= max_position_embeddings = 256",
     "task.use=qa": "extensions: ",
     "workflow.use=no_such_module:Agent": "there is no module 'no_such_module'",
     "retriever.indexes={}": "the tool search needs a retriever",
     "learner.lora={targets=['no_proj']}": "learner.lora.targets: no weight of the model is named no_proj",
-    "learner.loss.use=no_such_module:Loss": "there is no module 'no_such_module'",
     "network.host=192.0.2.1": "is not an address of this machine",
     "network.api_key_file=nowhere": "network.api_key_file ",
 }
@@ -123,17 +146,15 @@ SETTING_FAULTS = {
 
 @pytest.mark.parametrize(("override", "message"), SETTING_FAULTS.items(), ids=SETTING_FAULTS)
 def test_a_faulty_setting_fails(run: Path, override: str, message: str) -> None:
-    report = check(run, override)
-    assert (report.status, message in "\n".join(report.only("fail"))) == (2, True), report
+    assert message in "\n".join(failures(run, override))
 
 
 def test_ports_that_are_taken_or_equal_fail(run: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
-        report = check(run, f"network.control_port={port}", "network.weights_port=7", "network.announce_port=7")
-    failures = "\n".join(report.only("fail"))
-    assert f"ports: network.control_port {port}: Address already in use; choose another port, or 0" in failures
-    assert "network.weights_port, network.announce_port are all 7" in failures
+        found = failures(run, f"network.control_port={port}", "network.weights_port=7", "network.announce_port=7")
+    assert f"ports: network.control_port {port}: Address already in use; choose another port, or 0" in "\n".join(found)
+    assert "network.weights_port, network.announce_port are all 7" in "\n".join(found)
 
 
 def test_a_gpu_that_is_not_there_fails(run: Path) -> None:
@@ -142,9 +163,9 @@ def test_a_gpu_that_is_not_there_fails(run: Path) -> None:
 
 
 def test_a_server_that_does_not_respond_is_a_warning(run: Path) -> None:
-    report = check(run, "engine.urls=['http://127.0.0.1:9']")
-    assert report.status == 0
-    assert "engine.urls: http://127.0.0.1:9 does not respond" in report.only("warn")[0]
+    results = preflight(load_config(run, ["engine.urls=['http://127.0.0.1:9']"]))
+    [warning] = [each for each in results if each.outcome == "warn"]
+    assert f"{warning.subject}: {warning.message}".startswith("engine.urls: http://127.0.0.1:9 does not respond")
 
 
 POINTLESS = {

@@ -140,15 +140,30 @@ def test_an_unreachable_engine(run: TinyRun) -> None:
     assert "start it, or correct --engine" in message
 
 
-def test_a_port_in_use(run: TinyRun, taken_port: int) -> None:
+def test_the_retrievers_port_is_in_use(run: TinyRun, taken_port: int) -> None:
     address = f"tcp://127.0.0.1:{taken_port}"
     assert f"cannot listen on {address}" in refused("retriever", run.index, "--address", address)
-    assert "network.control_port and network.weights_port" in refused("learner", run.config)
+
+
+def test_the_learners_port_is_in_use(run: TinyRun, taken_port: int) -> None:
     ports = {"control_port": taken_port, "weights_port": 1, "announce_port": 1}
     sets = [argument for key, port in ports.items() for argument in ("--set", f"network.{key}={port}")]
     message = refused("learner", run.config, *sets)
-    assert f"cannot listen on {address}: Address already in use" in message
-    assert str(taken_port) in refused("engine", run.config, "--port", str(taken_port))
+    assert f"cannot listen on tcp://127.0.0.1:{taken_port}: Address already in use" in message
+
+
+def test_the_engines_port_is_in_use(run: TinyRun, taken_port: int) -> None:
+    message = refused("engine", run.config, "--frozen", "1", "--port", str(taken_port))
+    assert str(taken_port) in message
+    assert "in use" in message
+
+
+@pytest.mark.parametrize(
+    ("role", "keys"),
+    [("learner", "network.control_port and network.weights_port"), ("engine", "network.weights_port and network.anno")],
+)
+def test_ports_that_other_processes_must_know_are_0(run: TinyRun, role: str, keys: str) -> None:
+    assert keys in refused(role, run.config)
 
 
 @pytest.mark.parametrize("role", ["learner", "engine", "actor", "up"])
@@ -157,7 +172,8 @@ def test_a_model_folder_without_tokenizer(run: TinyRun, tmp_path: Path, role: st
     shutil.copytree(run.model, model)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).unlink()
-    values = (f"model.path={model}", f"run.dir={tmp_path / 'run'}", "network.control_port=1", "retriever.port=1")
+    ports = ("network.control_port", "network.weights_port", "network.announce_port", "retriever.port")
+    values = (f"model.path={model}", f"run.dir={tmp_path / 'run'}", *(f"{key}=1" for key in ports))
     message = refused(role, run.config, *(argument for value in values for argument in ("--set", value)))
     assert str(model) in message
     assert "tokenizer" in message
