@@ -1,19 +1,21 @@
 """Memory of a learner, and rate of its run, while one process floods it.
 
-    python benchmarks/flood.py [--quick] [--messages 1000000] [--seconds 5]
+    python benchmarks/flood.py [--quick] [--kinds small half] [--messages 1000000] [--seconds 2] [--max-seconds 60]
 
 The learner is a real NetworkThread with a store in a process of its own; an honest actor in another process sends
 heartbeats and waits for the reply to each. Each kind of flood runs in a third process, on loopback, without keys:
 
-small      valid heartbeats without free slots, `--messages` of them, over one connection
+busy       no messages: the process only computes, which shows what the loss of a core costs
+small      valid heartbeats without free slots over one connection
 reconnect  a new connection and a new name for every 100 heartbeats
 large      messages of 1 MB that are no messages
 deaf       heartbeats whose replies are never read
 half       frames of 64 KiB of a message that never ends
 
-Intervals without and with flood alternate. `rate_ratio`: the lowest ratio of an interval with flood to the mean of its
-two neighbours without. `growth_mb`: peak resident memory of the learner minus that before the floods. The last line is
-one JSON object.
+Intervals of `--seconds` without and with flood alternate until `--messages` are sent, for at most `--max-seconds` of
+flood; `sent` states how many were. `rate_ratio`: for each interval with flood, the honest actor's rate of replies
+divided by the mean of the two intervals beside it; the median. `growth_mb`: the learner's peak resident memory minus
+that before the first flood. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -24,15 +26,20 @@ import json
 import multiprocessing
 import select
 import socket
+import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnContext
 from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -43,10 +50,22 @@ from protocol.weight_messages import EngineReport
 from tests.network.peers import Actor, Setting, open_network
 from tests.protocol.zmtp import connect_zmtp, zmtp_frame
 
-KINDS = ("small", "reconnect", "large", "deaf", "half")
+KINDS = ("busy", "small", "reconnect", "large", "deaf", "half")
 SAMPLE_S = 0.01
 # Below the rate limit of a peer.
 PAUSE_S = 0.002
+# Before each interval: the learner handles what is queued, and closes connections.
+SETTLE_S = 0.3
+
+
+class Result(TypedDict):
+    """What one kind of flood did to the learner; MB are 1e6 bytes."""
+
+    growth_mb: float
+    rate_ratio: float
+    lowest_ratio: float
+    intervals: int
+    sent: int
 
 
 def learn(connection: Connection, folder: str) -> None:
@@ -90,17 +109,21 @@ def heartbeat(name: str) -> bytes:
     return encode(Heartbeat(actor=name, incarnation="1", capacity=1, free_slots=0, held=[]))
 
 
-def flood(kind: str, address: str, num: int, num_sent: Synchronized[int]) -> None:
-    """Sends `num` messages, and reconnects when the learner closes the connection. Runs until it is killed."""
+def flood(kind: str, address: str, running: Event, num_sent: Synchronized[int]) -> None:
+    """Sends messages while `running` is set, and reconnects when the learner closes the connection."""
     messages = _messages(kind)
-    while num_sent.value < num:
+    while running.wait():
+        if kind == "busy":
+            num_sent.value += 1
+            continue
         with suppress(OSError), ExitStack() as stack:
             connection = stack.enter_context(connect_zmtp(address))
-            for _ in range(100 if kind == "reconnect" else num):
+            for _ in range(100 if kind == "reconnect" else 1 << 62):
                 _drain(connection, reads=kind != "deaf")
                 connection.sendall(next(messages))
                 num_sent.value += 1
-    time.sleep(3600)
+                if not running.is_set():
+                    break
 
 
 def _messages(kind: str) -> Iterator[bytes]:
@@ -123,20 +146,67 @@ def _drain(connection: socket.socket, *, reads: bool) -> None:
         connection.recv(1 << 16)
 
 
-def measure(address: str, num_done: Synchronized[int], seconds: float) -> float:
-    """Replies per second to the honest actor."""
-    before, started_s = num_done.value, time.perf_counter()
-    time.sleep(seconds)
-    return (num_done.value - before) / (time.perf_counter() - started_s)
+@dataclass(slots=True)
+class Stage:
+    """The learner, the honest actor and the intervals of one benchmark."""
+
+    address: str
+    learner: Connection
+    num_done: Synchronized[int]
+    context: SpawnContext
+    seconds: float
+
+    def rate(self) -> float:
+        """Replies per second to the honest actor, after what was queued before is handled."""
+        time.sleep(SETTLE_S)
+        before, started_s = self.num_done.value, time.perf_counter()
+        time.sleep(self.seconds)
+        return (self.num_done.value - before) / (time.perf_counter() - started_s)
+
+    def memory(self) -> tuple[float, float]:
+        """Returns the learner's resident MB now, and the peak since the last call."""
+        self.learner.send("memory")
+        return self.learner.recv()
+
+    def measure(self, kind: str, *, num_messages: int, max_seconds: float, start_mb: float) -> Result:
+        """Alternates intervals without and with flood until `num_messages` are sent or for `max_seconds` of flood."""
+        running, num_sent = self.context.Event(), self.context.Value("q", 0)
+        hostile = self.context.Process(target=flood, args=(kind, self.address, running, num_sent), daemon=True)
+        hostile.start()
+        ratios: list[float] = []
+        self.memory()
+        base = self.rate()
+        while not ratios or (num_sent.value < num_messages and len(ratios) * self.seconds < max_seconds):
+            num_before = num_sent.value
+            running.set()
+            while num_sent.value == num_before:
+                time.sleep(SAMPLE_S)
+            flooded = self.rate()
+            running.clear()
+            after = self.rate()
+            ratios.append(flooded / ((base + after) / 2))
+            base = after
+        hostile.kill()
+        hostile.join()
+        ratios.sort()
+        return {
+            "growth_mb": round(self.memory()[1] - start_mb, 1),
+            "rate_ratio": round(statistics.median(ratios), 3),
+            "lowest_ratio": round(ratios[0], 3),
+            "intervals": len(ratios),
+            "sent": 0 if kind == "busy" else num_sent.value,
+        }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="four intervals of 1 s of each kind")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--messages", type=int, default=1_000_000)
-    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--max-seconds", type=float, default=60.0)
     options = parser.parse_args()
-    seconds = 2.0 if options.quick else options.seconds
+    seconds, max_seconds = (1.0, 4.0) if options.quick else (options.seconds, options.max_seconds)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     with tempfile.TemporaryDirectory() as folder:
@@ -148,29 +218,14 @@ def main() -> None:
         actor.start()
         while num_done.value < 100:
             time.sleep(SAMPLE_S)
-        ours.send("memory")
-        start_mb, _ = ours.recv()
-        results = {}
-        base = measure(address, num_done, seconds)
-        for kind in KINDS:
-            num_sent = context.Value("q", 0)
-            hostile = context.Process(target=flood, args=(kind, address, options.messages, num_sent), daemon=True)
-            hostile.start()
-            while not num_sent.value:
-                time.sleep(SAMPLE_S)
-            rate = measure(address, num_done, seconds)
-            hostile.kill()
-            hostile.join()
-            ours.send("memory")
-            _, peak_mb = ours.recv()
-            after = measure(address, num_done, seconds)
-            results[kind] = {
-                "growth_mb": round(peak_mb - start_mb, 1),
-                "rate_ratio": round(rate / ((base + after) / 2), 3),
-                "sent": num_sent.value,
-            }
+        stage = Stage(address, ours, num_done, context, seconds)
+        start_mb, _ = stage.memory()
+        results: dict[str, Result] = {}
+        for kind in options.kinds:
+            results[kind] = stage.measure(
+                kind, num_messages=options.messages, max_seconds=max_seconds, start_mb=start_mb
+            )
             print(kind, results[kind], flush=True)
-            base = after
         ours.send("stop")
         learner.join(10)
         actor.kill()

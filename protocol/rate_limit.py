@@ -6,22 +6,41 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum
 
-# Tokens per peer. A message costs 1, 1 more for each 4 KiB of its header and for each 256 KiB in all; a message that is
-# refused costs much more.
-RATE_PER_S = 2_000.0
-BURST = 20_000.0
-REFUSAL_COST = 400.0
+# A message costs 1 token, 1 more for each 4 KiB of its header and for each 256 KiB in all.
 _HEADER_BYTES_PER_TOKEN = 4 << 10
 _BYTES_PER_TOKEN = 256 << 10
-# New peers start with a share of a pool, so that reconnecting under new identities gains nothing. Each takes a quarter of it.
-NEWCOMER_POOL = 24_000.0
-NEWCOMER_RATE_PER_S = 2_000.0
+# A message that cannot be decoded costs the tokens of 0.1 s.
+_REFUSAL_S = 0.1
+# New peers start with a quarter of a pool, so that reconnecting under new identities gains nothing.
 _NEWCOMER_SHARE = 1 / 4
-_NEWCOMER_MIN = 4.0
+_POOL_PER_BURST = 1.2
+_POOL_RATE_PER_RATE = 0.1
+_NEWCOMER_MIN = 1.0
 # A peer is flooding after this many dropped messages; the count restarts when its bucket is half full again.
-FLOODING_AFTER = 2_000
+FLOODING_AFTER = 500
 # Evicting the least recently used bucket is safe: idle buckets have refilled.
 MAX_PEERS = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerRate:
+    """Tokens of each peer of one socket: `per_s` are added per second, up to `burst`."""
+
+    per_s: float = 2_000.0
+    burst: float = 20_000.0
+
+    @property
+    def refusal_cost(self) -> float:
+        return self.per_s * _REFUSAL_S
+
+    @property
+    def newcomer_pool(self) -> float:
+        """Tokens for all new peers together."""
+        return self.burst * _POOL_PER_BURST
+
+    @property
+    def newcomer_per_s(self) -> float:
+        return self.per_s * _POOL_RATE_PER_RATE
 
 
 class Admission(Enum):
@@ -40,11 +59,12 @@ class _Bucket:
 
 
 class RateLimit:
-    """A token bucket for each peer: it holds at most BURST tokens and gains RATE_PER_S tokens per second."""
+    """A token bucket for each peer."""
 
-    def __init__(self) -> None:
+    def __init__(self, rate: PeerRate | None = None) -> None:
+        self.rate = rate or PeerRate()
         self._buckets: OrderedDict[bytes, _Bucket] = OrderedDict()
-        self._pool = _Bucket(NEWCOMER_POOL, 0.0)
+        self._pool = _Bucket(self.rate.newcomer_pool, 0.0)
 
     @property
     def num_peers(self) -> int:
@@ -61,11 +81,11 @@ class RateLimit:
         return Admission.ADMITTED
 
     def penalize(self, peer: bytes, *, now_s: float) -> None:
-        """Charges REFUSAL_COST for a message that was admitted but could not be decoded.
+        """Charges `refusal_cost` for a message that was admitted but could not be decoded.
 
         A few such messages may be caused by a defect; many mean that the peer is hostile.
         """
-        self._bucket(peer, now_s).tokens -= REFUSAL_COST
+        self._bucket(peer, now_s).tokens -= self.rate.refusal_cost
 
     def _bucket(self, peer: bytes, now_s: float) -> _Bucket:
         bucket = self._buckets.get(peer)
@@ -75,13 +95,13 @@ class RateLimit:
                 self._buckets.popitem(last=False)
         else:
             self._buckets.move_to_end(peer)
-            _refill(bucket, now_s, rate_per_s=RATE_PER_S, limit=BURST)
-            if bucket.tokens >= BURST / 2:
+            _refill(bucket, now_s, rate_per_s=self.rate.per_s, limit=self.rate.burst)
+            if bucket.tokens >= self.rate.burst / 2:
                 bucket.num_dropped = 0
         return bucket
 
     def _newcomer_tokens(self, now_s: float) -> float:
-        _refill(self._pool, now_s, rate_per_s=NEWCOMER_RATE_PER_S, limit=NEWCOMER_POOL)
+        _refill(self._pool, now_s, rate_per_s=self.rate.newcomer_per_s, limit=self.rate.newcomer_pool)
         tokens = self._pool.tokens * _NEWCOMER_SHARE
         self._pool.tokens -= tokens
         return max(tokens, _NEWCOMER_MIN)

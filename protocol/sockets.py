@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import zmq
 
@@ -12,6 +13,8 @@ from protocol.connection_guard import FRAME_OVERHEAD_BYTES, GuardedSocket
 from protocol.framing import Buffer
 from protocol.rate_limit import Admission, RateLimit
 from protocol.socket_wait import SocketWaiter
+
+T = TypeVar("T")
 
 # A receiver yields to the event loop after this number of messages, even if more are waiting.
 _YIELD_EVERY = 32
@@ -42,19 +45,27 @@ class Socket:
 
     async def _recv(self) -> list[zmq.Frame]:
         """Returns the frames of the next message, not copied."""
+        return await self._next(self._read_frames)
+
+    async def _next(self, read: Callable[[], T]) -> T:
+        """Waits for a message and returns the result of `read`, which raises zmq.Again if there is none."""
         self._num_received += 1
         if self._num_received % _YIELD_EVERY == 0:
             await asyncio.sleep(0)
         while True:
             try:
-                frames = [self._socket.recv(zmq.NOBLOCK, copy=False)]
-                while frames[-1].more:
-                    frames.append(self._socket.recv(copy=False))
+                received = read()
             except zmq.Again:
                 await self._waiter.wait(zmq.POLLIN)
             else:
                 self._waiter.after_operation()
-                return frames
+                return received
+
+    def _read_frames(self) -> list[zmq.Frame]:
+        frames = [self._socket.recv(zmq.NOBLOCK, copy=False)]
+        while frames[-1].more:
+            frames.append(self._socket.recv(copy=False))
+        return frames
 
     def _send_nowait(self, frames: Sequence[Buffer]) -> None:
         """Queues the whole message, or nothing and raises (zmq.Again: not connected or full). Copies small messages."""
@@ -81,22 +92,24 @@ class Router(Socket):
     async def recv(self) -> tuple[bytes, list[Buffer]]:
         """Returns (peer, frames) of the next message that its rate limit admits. Frames are not copied."""
         while True:
-            received = await self._recv()
-            peer = bytes(received[0].buffer)
-            frames: list[Buffer] = [frame.buffer for frame in received[1:]]
-            num_bytes = sum(map(len, frames))
+            peer, frames = await self._next(self._read_from_peer)
+            sizes = list(map(len, frames))
             fd = -1
             if self._guarded is not None:
-                fd = int(received[-1].get(zmq.SRCFD))
-                self._guarded.on_read(fd, num_bytes + FRAME_OVERHEAD_BYTES * len(frames))
-            admission = self._limit.admit(
-                peer, header_bytes=len(frames[0]) if frames else 0, num_bytes=num_bytes, now_s=time.monotonic()
-            )
+                fd = int(frames[-1].get(zmq.SRCFD))
+                self._guarded.on_read(fd, sum(sizes) + FRAME_OVERHEAD_BYTES * len(sizes))
+            admission = self._limit.admit(peer, header_bytes=sizes[0], num_bytes=sum(sizes), now_s=time.monotonic())
             if admission is Admission.ADMITTED:
-                return peer, frames
+                return peer, [frame.buffer for frame in frames]
             self.num_dropped += 1
             if admission is Admission.FLOODING and self._guarded is not None:
                 self._guarded.disconnect(fd, "it exceeds its rate limit")
+
+    def _read_from_peer(self) -> tuple[bytes, list[zmq.Frame]]:
+        """Returns the peer and the frames of the next message. Makes no buffers: they cost more than all else here, and
+        a message that is dropped needs none."""
+        peer = self._socket.recv(zmq.NOBLOCK)
+        return peer, self._read_frames()
 
     def penalize(self, peer: bytes) -> None:
         """Charges a message that could not be decoded to the peer's rate limit."""

@@ -27,7 +27,7 @@ from protocol.connection_guard import (
 from protocol.errors import DataError, UnreachableError
 from protocol.framing import MAX_FRAME_BYTES
 from protocol.keys import AllowList, Keys
-from protocol.rate_limit import RateLimit
+from protocol.rate_limit import PeerRate, RateLimit
 from protocol.sockets import Dealer, Publisher, Router, Socket, Subscriber
 
 # Bound of the queue of messages to one peer. If it is full, a DEALER's send waits; a ROUTER or PUB drops the message.
@@ -70,7 +70,12 @@ class Transport:
         self._sockets: list[Socket] = []
 
     def router(
-        self, address: str, *, max_frame_bytes: int = MAX_FRAME_BYTES, limits: ConnectionLimits | None = None
+        self,
+        address: str,
+        *,
+        max_frame_bytes: int = MAX_FRAME_BYTES,
+        limits: ConnectionLimits | None = None,
+        rate: PeerRate | None = None,
     ) -> Router:
         """Opens and binds a ROUTER (port 0: a free port). A peer that sends a larger frame is disconnected."""
         socket = self._open(zmq.ROUTER)
@@ -78,7 +83,7 @@ class Transport:
         socket.setsockopt(zmq.SNDHWM, _ROUTER_SEND_LIMIT)
         socket.setsockopt(zmq.RCVHWM, _ROUTER_RECEIVE_LIMIT)
         bound, guarded = self._bind(socket, address, max_frame_bytes, limits or ConnectionLimits())
-        return self._register(Router(socket, bound, RateLimit(), guarded))
+        return self._register(Router(socket, bound, RateLimit(rate), guarded))
 
     def publisher(self, address: str, *, limits: ConnectionLimits = _SUBSCRIBER_LIMITS) -> Publisher:
         """Opens and binds a PUB."""

@@ -33,6 +33,7 @@ from learner.store.store import Store
 from protocol.config import NetworkConfig
 from protocol.connection_guard import ConnectionLimits
 from protocol.errors import PalimpsestError
+from protocol.rate_limit import PeerRate
 from protocol.transport import Transport
 from protocol.weight_messages import CanaryFields
 
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 THREAD_NAME = "network"
+# An honest actor sends two heartbeats per second, and a group with a heartbeat for each lease.
+ACTOR_RATE = PeerRate(per_s=1_000.0, burst=4_000.0)
 # Pause before a write to a full disk is retried.
 FULL_RETRY_S = 2.0
 
@@ -167,7 +170,7 @@ class NetworkThread:
         )
         try:
             self.coordinator = Coordinator(
-                router=transport.router(self._network.control_address, limits=limits),
+                router=transport.router(self._network.control_address, limits=limits, rate=ACTOR_RATE),
                 store=self._store,
                 lease_table=self._lease_table,
                 engines=self.engines,

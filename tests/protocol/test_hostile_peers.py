@@ -14,20 +14,18 @@ import zmq.asyncio
 from protocol.errors import DataError
 from protocol.keys import AllowList
 from protocol.rate_limit import (
-    BURST,
     FLOODING_AFTER,
     MAX_PEERS,
-    NEWCOMER_POOL,
-    NEWCOMER_RATE_PER_S,
-    RATE_PER_S,
-    REFUSAL_COST,
     Admission,
+    PeerRate,
     RateLimit,
 )
 from protocol.transport import create_client, create_keys
 from tests.protocol.echo import WAIT_S, Open, echoed, echoing
 
 REFUSED_S = 0.5
+RATE = PeerRate()
+BURST = RATE.burst
 
 
 # --- rate limits ---
@@ -50,7 +48,7 @@ def test_a_peer_may_spend_its_burst_and_then_its_rate() -> None:
     limit = rested(b"a")
     assert num_admitted(limit, b"a", int(BURST) + 100, now_s=0.0) == BURST
     assert num_admitted(limit, b"b", 1, now_s=0.0) == 1
-    assert num_admitted(limit, b"a", int(BURST), now_s=0.1) == pytest.approx(0.1 * RATE_PER_S, abs=1)
+    assert num_admitted(limit, b"a", int(BURST), now_s=0.1) == pytest.approx(0.1 * RATE.per_s, abs=1)
     assert num_admitted(limit, b"a", 2 * int(BURST), now_s=1e6) == BURST
 
 
@@ -60,7 +58,7 @@ def test_long_headers_and_refused_messages_cost_more() -> None:
     while num_admitted(limit, b"b", 1, now_s=0.0):
         limit.penalize(b"b", now_s=0.0)
         num += 1
-    assert num == BURST // REFUSAL_COST
+    assert num == BURST // RATE.refusal_cost
     assert num_admitted(limit, b"b", 1, now_s=0.0) == 0
     assert num_admitted(limit, b"b", 1, now_s=1.0) == 1
 
@@ -71,7 +69,7 @@ def test_peers_that_reconnect_under_new_identities_share_one_bucket() -> None:
         num += sum(
             num_admitted(limit, b"%d" % i, 1_000, now_s=float(second)) for i in range(second * 100, 100 + second * 100)
         )
-    assert num < NEWCOMER_POOL + 10 * NEWCOMER_RATE_PER_S + 4 * 1_000
+    assert num < RATE.newcomer_pool + 10 * RATE.newcomer_per_s + 4 * 1_000
     assert num_admitted(limit, b"honest", 1, now_s=10.0) == 1
 
 
