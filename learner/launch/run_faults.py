@@ -6,7 +6,6 @@ import asyncio
 import random
 
 from learner.store.run_folder import RunFolder
-from learner.training.checkpoint import latest_checkpoint
 from protocol.config import Config
 from protocol.fault_injection import CLOCK_FILE
 from protocol.transport import Transport
@@ -18,6 +17,8 @@ _JUNK_SIZES = (0, 1, 7, 200, 70_000)
 
 def damage_newest_checkpoint(folder: RunFolder, rng: random.Random) -> str:
     """Flips bytes of, cuts or deletes one file of the newest checkpoint. Returns what it did; "" without one."""
+    from learner.training.checkpoint import latest_checkpoint  # slow (torch)
+
     newest = latest_checkpoint(folder.checkpoints)
     if newest is None:
         return ""

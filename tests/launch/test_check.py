@@ -82,8 +82,8 @@ def test_a_run_without_faults(run: Path) -> None:
     assert not (run.parent / "run").exists(), "a check writes nothing"
 
 
-def _edit(name: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(text) and None
+def _edit(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
 
 
 def _truncate(folder: Path) -> None:
@@ -98,7 +98,7 @@ def _other_dimension(folder: Path) -> None:
     path.write_text(json.dumps(tree))
 
 
-FILE_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no model": (lambda folder: shutil.rmtree(folder / "model"), "model.path: folder "),
     "no weights": (lambda folder: (folder / "model/model.safetensors").unlink(), "cannot be read: No such file"),
     "truncated weights": (_truncate, "bytes, got "),
@@ -112,7 +112,7 @@ FILE_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "message"), FILE_FAULTS.values(), ids=FILE_FAULTS)
-def test_a_faulty_file_fails(run: Path, damage: Callable[[Path], None], message: str) -> None:
+def test_a_faulty_file_fails(run: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(run.parent)
     assert message in "\n".join(failures(run))
 
