@@ -155,6 +155,22 @@ async def test_requests_beyond_max_pending_are_refused(serve: Serve, bow_index: 
         )  # An idle service accepts a request of any size.
 
 
+async def test_a_flood_of_one_client_does_not_fail_the_searches_of_another(serve: Serve, bow_index: Path) -> None:
+    """Of a queue of 8 queries, one client may have 2."""
+    limits = ServiceLimits(max_batch=1, max_pending=8)
+    async with (
+        serve(bow_index, limits=limits) as running,
+        RequestClient(running.transport.dealer(running.address)) as flooding,
+        RequestClient(running.transport.dealer(running.address)) as other,
+    ):
+        flood = asyncio.gather(*(search(flooding, f"apple {i}", top_n=100) for i in range(400)), return_exceptions=True)
+        while not flood.done():
+            assert (await search(other, "pear")).results[0][0].text == "green pear ."
+        refused = [str(outcome) for outcome in await flood if isinstance(outcome, RemoteError)]
+        assert refused
+        assert all("of this client wait, a client may have 2" in error for error in refused)
+
+
 async def test_a_reply_too_large_to_send_is_an_error(
     serve: Serve,
     tmp_path: Path,
