@@ -83,8 +83,10 @@ class Loop:
             self._folder.checkpoints,
             config=config.learner.checkpoint,
             dtype=self._dtype,
-            on_saved=lambda step: source.drop_old_tokens(checkpoint_step=step),
+            on_saved=self._on_checkpoint_saved,
+            on_failed=self._on_checkpoint_failed,
         )
+        self._num_checkpoint_failures = 0
 
     def run(self, *, num_steps: int) -> None:
         """Trains the recorded batches after the checkpoint, then new ones until step `num_steps`.
@@ -118,6 +120,16 @@ class Loop:
         self._enter("checkpoint")
         self._checkpointer.save_last(self._step)
         self._finish()
+
+    def _on_checkpoint_saved(self, fallback_step: int) -> None:
+        if self._progress is not None:
+            self._progress.checkpoint_saved()
+        self._source.drop_old_tokens(checkpoint_step=fallback_step)
+
+    def _on_checkpoint_failed(self, step: int, error: OSError) -> None:
+        self._num_checkpoint_failures += 1
+        if self._progress is not None:
+            self._progress.checkpoint_failed(error, step=step)
 
     def _enter(self, phase: Phase) -> None:
         if self._progress is not None:
@@ -162,7 +174,14 @@ class Loop:
         """
         if self._metrics is not None:
             gauges = self._source.gauges()
-            values = self._metrics.record(stepped, groups, wait_s=wait_s, publish_s=publish_s, gauges=gauges)
+            values = self._metrics.record(
+                stepped,
+                groups,
+                wait_s=wait_s,
+                publish_s=publish_s,
+                num_checkpoint_failures=self._num_checkpoint_failures,
+                gauges=gauges,
+            )
             if self._progress is not None:
                 self._progress.stepped(values, step=stepped.step)
         self._source.commit_batch(groups)

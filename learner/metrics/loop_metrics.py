@@ -35,6 +35,13 @@ LOOP_METRICS = (
         healthy="a small part of the step",
     ),
     Metric(
+        name="learner/checkpoint_failures",
+        reduction="count since the learner's start",
+        unit="attempts",
+        explanation="attempts to write a checkpoint that failed, until the step is recorded; the next step tries again",
+        healthy="0; if it increases, the disk is full or cannot be written, and a restart repeats more and more steps",
+    ),
+    Metric(
         name="learner/resident_mb",
         reduction="value when the step is recorded",
         unit="MB",

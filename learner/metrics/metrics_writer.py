@@ -56,12 +56,15 @@ class MetricsWriter:
         *,
         wait_s: float,
         publish_s: float,
+        num_checkpoint_failures: int,
         gauges: Mapping[str, float],
     ) -> dict[str, float]:
         """Writes the metrics of the step that trained `groups`; returns them by tag.
 
-        `wait_s`: time that the loop waited for the batch; `publish_s`: time that publishing took; `gauges`: queue
-        lengths and the counters of actors and engines, by tag.
+        wait_s                   time that the loop waited for the batch
+        publish_s                time that publishing took
+        num_checkpoint_failures  failed attempts to write a checkpoint, since the learner's start
+        gauges                   queue lengths and the counters of actors and engines, by tag
         """
         now = time.perf_counter()
         interval_s, self._last = now - self._last, now
@@ -71,6 +74,7 @@ class MetricsWriter:
             "staleness/bound": self._staleness_bound,
             "learner/wait_s": wait_s,
             "learner/publish_s": publish_s,
+            "learner/checkpoint_failures": num_checkpoint_failures,
             "learner/resident_mb": resident_mb(),
             **gauges,
         }

@@ -35,6 +35,7 @@ from learner.leases.lease_timeouts import LeaseTimeouts
 from learner.leases.run_state import run_state
 from learner.leases.scheduler import Scheduler
 from learner.leases.wait_cause import RunState
+from learner.network.refusal_log import RefusalLog
 from learner.store.retention import drop_tokens, expired_steps
 from learner.store.store import Store
 from protocol.errors import NoProgressError, ProtocolError, StoreFullError
@@ -98,6 +99,7 @@ class Coordinator:
         self._retry_at_s = 0.0
         self._num_full = 0
         self._encoded: tuple[Message, bytes] | None = None
+        self._refusals = RefusalLog(log)
 
     @property
     def address(self) -> str:
@@ -203,7 +205,7 @@ class Coordinator:
                 except ProtocolError as error:
                     self._scheduler.groups.num_malformed += 1
                     self._router.penalize(peer)
-                    log.warning("refused a message: %s", error)
+                    self._refusals.add(peer, error)
 
     def engines_changed(self) -> None:
         """Call it if an engine has connected or committed a version."""

@@ -63,6 +63,7 @@ class ProgressReporter:
         self._state: RunState | None = None
         self._samples_done = folder.first_samples.exists()
         self._warnings: tuple[str, ...] = ()
+        self._checkpoint_warning = ""
         self._error = ""
         self._is_unwritable = False
         # Held while a text is written to TensorBoard, so that its writer is not closed meanwhile.
@@ -114,6 +115,19 @@ class ProgressReporter:
             with self._lock:
                 self._warnings = ()
 
+    def checkpoint_failed(self, error: OSError, *, step: int) -> None:
+        """Warns that the checkpoint of `step` cannot be written, until `checkpoint_saved`."""
+        with self._lock:
+            self._checkpoint_warning = (
+                f"the checkpoint of step {step} cannot be written: {error.strerror or error}; it is tried again, and a "
+                "restart repeats the steps since the last checkpoint"
+            )
+
+    def checkpoint_saved(self) -> None:
+        """Ends the warning of `checkpoint_failed`."""
+        with self._lock:
+            self._checkpoint_warning = ""
+
     def enter(self, phase: Phase, *, step: int, num_recorded: int = 0) -> None:
         """Begins a phase. `step`: the version that the learner has trained. `num_recorded`: only in `retraining`."""
         with self._lock:
@@ -162,7 +176,9 @@ class ProgressReporter:
             text, since_s = self._describe(now_s)
             failures = self._state.failures if self._state is not None else {}
             fatal = self._state.fatal_questions if self._state is not None else ()
-            skipped = tuple(f"question {cursor} was skipped: its actors died" for cursor in fatal)
+            others = [f"question {cursor} was skipped: its actors died" for cursor in fatal]
+            if self._checkpoint_warning:
+                others.append(self._checkpoint_warning)
             return Progress(
                 phase=self._phase,
                 step=self._step,
@@ -171,7 +187,7 @@ class ProgressReporter:
                 written=time.time(),
                 text=text,
                 failures=failures,
-                warnings=(*self._warnings, *skipped),
+                warnings=(*self._warnings, *others),
             )
 
     def _describe(self, now_s: float) -> tuple[str, float]:

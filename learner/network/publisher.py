@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 from learner.leases.engines import Engines
+from learner.network.refusal_log import RefusalLog
 from learner.network.weight_deltas import Offer, Publications
 from protocol.errors import ProtocolError
 from protocol.fault_injection import fault_point
@@ -50,6 +51,7 @@ class Publisher:
         self._on_engines_changed = on_engines_changed
         self._publications = Publications()
         self.num_malformed = 0
+        self._refusals = RefusalLog(log)
 
     @property
     def weights_address(self) -> str:
@@ -85,7 +87,7 @@ class Publisher:
             except ProtocolError as error:
                 self.num_malformed += 1
                 self._router.penalize(peer)
-                log.warning("refused a message: %s", error)
+                self._refusals.add(peer, error)
                 continue
             self._router.send(peer, [encode(reply), *payload])
 

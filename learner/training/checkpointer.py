@@ -21,10 +21,11 @@ _RETRY_S = 2.0
 class Checkpointer:
     """All ranks create one and call its methods at the same steps.
 
-    root      the folder of all checkpoints
-    dtype     of the Hugging Face folder
-    on_saved  called on rank 0 after each checkpoint, with the oldest step to which the run may fall back
-    retry_s   pause before the last checkpoint is tried again
+    root       the folder of all checkpoints
+    dtype      of the Hugging Face folder
+    on_saved   called on rank 0 after each checkpoint, with the oldest step to which the run may fall back
+    on_failed  called on every rank after each attempt that failed, with its step and its error
+    retry_s    pause before the last checkpoint is tried again
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Checkpointer:
         config: CheckpointConfig,
         dtype: torch.dtype,
         on_saved: Callable[[int], None],
+        on_failed: Callable[[int, OSError], None],
         retry_s: float = _RETRY_S,
     ) -> None:
         self._trainer = trainer
@@ -42,6 +44,7 @@ class Checkpointer:
         self._config = config
         self._dtype = dtype
         self._on_saved = on_saved
+        self._on_failed = on_failed
         self._retry_s = retry_s
         self._is_overdue = False
 
@@ -73,6 +76,16 @@ class Checkpointer:
 
     def _save(self, step: int) -> None:
         """Raises: OSError on every rank."""
+        try:
+            self._write(step)
+        except OSError as error:
+            self._on_failed(step, error)
+            raise
+        self._is_overdue = False
+        if self._trainer.world.rank == 0:
+            self._on_saved(oldest_fallback_step(self._root, keep=self._config.keep))
+
+    def _write(self, step: int) -> None:
         trainer, config = self._trainer, self._config
         progress = TrainingProgress(
             step=step,
@@ -90,6 +103,3 @@ class Checkpointer:
             world=trainer.world,
             dtype=self._dtype,
         )
-        self._is_overdue = False
-        if trainer.world.rank == 0:
-            self._on_saved(oldest_fallback_step(self._root, keep=config.keep))

@@ -82,22 +82,37 @@ def test_a_checkpoint_without_room_is_tried_again_at_the_next_step(
     trainer: Trainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root, saved = tmp_path / "checkpoints", []
+    failed: list[int] = []
     config = CheckpointConfig(every_steps=2, keep=2)
-    saver = Checkpointer(trainer, root, config=config, dtype=torch.float32, on_saved=saved.append)
+    saver = Checkpointer(
+        trainer,
+        root,
+        config=config,
+        dtype=torch.float32,
+        on_saved=saved.append,
+        on_failed=lambda step, error: failed.append(step),
+    )
     for step in range(1, 8):
         if saver.is_due(step):
             with limited_file_size(2000 if step in (4, 5) else 1 << 30):
                 assert saver.try_save(step) == (step not in (4, 5))
     assert [folder.name for folder in list_checkpoints(root)] == ["step-00000002", "step-00000006"]
-    assert saved == [0, 2]
+    assert (saved, failed) == ([0, 2], [4, 5])
     assert caplog.text.count("training goes on, and the next step tries again") == 2
 
 
 def test_the_last_checkpoint_waits_for_room(trainer: Trainer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with small_disk(tmp_path / "disk", num_bytes=1 << 20) as disk:
         ballast = fill(disk)
+        errors: list[OSError] = []
         saver = Checkpointer(
-            trainer, disk, config=CheckpointConfig(), dtype=torch.float32, on_saved=lambda _: None, retry_s=0.05
+            trainer,
+            disk,
+            config=CheckpointConfig(),
+            dtype=torch.float32,
+            on_saved=lambda _: None,
+            on_failed=lambda step, error: errors.append(error),
+            retry_s=0.05,
         )
         saving = threading.Thread(target=saver.save_last, args=(7,))
         saving.start()
@@ -111,3 +126,5 @@ def test_the_last_checkpoint_waits_for_room(trainer: Trainer, tmp_path: Path, ca
         assert newest is not None
         assert newest.name == "step-00000007"
         assert caplog.text.count("waiting until there is room") == 1
+        assert all("No space left on device" in str(error) for error in errors)
+        assert errors

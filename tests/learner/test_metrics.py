@@ -38,7 +38,8 @@ def record(folder: Path, config: LearnerConfig, groups: Sequence[TrajectoryGroup
     trainer = Trainer(policy=Policy(model=tiny_model(), tokenizer_files=()), config=config, reference=reference)
     stepped = trainer.train_step(groups, step=STEP)
     with MetricsWriter(folder / "run", step=STEP, tokenizer_folder=model, staleness_bound=2) as writer:
-        writer.record(stepped, groups, wait_s=2.0, publish_s=1.0, gauges={"queue/buffered": 3.0})
+        gauges = {"queue/buffered": 3.0}
+        writer.record(stepped, groups, wait_s=2.0, publish_s=1.0, num_checkpoint_failures=0, gauges=gauges)
     events = EventAccumulator(str(folder / "run/tensorboard"))
     events.Reload()
     return events

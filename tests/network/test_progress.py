@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +170,17 @@ async def test_progress_json_states_the_cause_of_a_wait_and_the_failures(
     assert "  endings   failed 4\n" in folder.first_samples.read_text()
     assert any("waiting for the batch of step 0, 0 of 2 groups: no engine" in r.getMessage() for r in caplog.records)
     assert any(f"4 failed: {REASON} (4)" in record.getMessage() for record in caplog.records)
+
+
+async def test_a_checkpoint_that_cannot_be_written_is_a_warning_until_one_is_written(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with ProgressReporter(folder, num_steps=3, log_every_s=60.0) as reporter:
+        reporter.checkpoint_failed(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), step=2)
+        await until_text(folder, "warning: the checkpoint of step 2 cannot be written: No space left on device")
+        reporter.checkpoint_saved()
+    progress = Progress.read(folder.progress)
+    assert progress is not None
+    assert progress.warnings == ()
 
 
 def test_a_failed_learner_leaves_its_error_in_progress_json(tmp_path: Path) -> None:
