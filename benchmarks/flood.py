@@ -32,7 +32,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext
@@ -68,8 +68,11 @@ class Result(TypedDict):
     sent: int
 
 
-def learn(connection: Connection, folder: str) -> None:
-    """Sends its address; replies to every message with (resident MB now, peak since the last message)."""
+def learn(connection: Connection, folder: str, computes: bool = False) -> None:
+    """Sends its address; replies to every message with (resident MB now, peak since the last message).
+
+    computes: a thread computes all the time and shares the interpreter lock with the network thread.
+    """
     setting = Setting(Path(folder), groups_per_batch=4, num_steps=1 << 20)
     with open_network(setting) as network:
         publication = network.run(network.coordinator.new_publication(0))
@@ -82,7 +85,13 @@ def learn(connection: Connection, folder: str) -> None:
                 peak[0] = max(peak[0], resident_mb())
                 network.engines.report(report, now_s=time.monotonic())
 
+        def compute() -> None:
+            while not stop.is_set():
+                sum(range(10_000))
+
         threading.Thread(target=watch, daemon=True).start()
+        if computes:
+            threading.Thread(target=compute, daemon=True).start()
         connection.send(network.control_address)
         while connection.recv() == "memory":
             connection.send((resident_mb(), peak[0]))
@@ -114,10 +123,10 @@ def flood(kind: str, address: str, running: Event, num_sent: Synchronized[int]) 
     messages = _messages(kind)
     while running.wait():
         if kind == "busy":
-            num_sent.value += 1
+            num_sent.value += sum(range(100_000)) > 0
             continue
         with suppress(OSError), ExitStack() as stack:
-            connection = stack.enter_context(connect_zmtp(address))
+            connection = stack.enter_context(connect_zmtp(address, timeout_s=2.0))
             for _ in range(100 if kind == "reconnect" else 1 << 62):
                 _drain(connection, reads=kind != "deaf")
                 connection.sendall(next(messages))
@@ -146,6 +155,14 @@ def _drain(connection: socket.socket, *, reads: bool) -> None:
         connection.recv(1 << 16)
 
 
+@dataclass(frozen=True, slots=True)
+class Hostile:
+    """The process that floods."""
+
+    running: Event
+    num_sent: Synchronized[int]
+
+
 @dataclass(slots=True)
 class Stage:
     """The learner, the honest actor and the intervals of one benchmark."""
@@ -168,13 +185,43 @@ class Stage:
         self.learner.send("memory")
         return self.learner.recv()
 
+    def until_served(self, num: int, *, timeout_s: float) -> None:
+        """Waits until the honest actor has received `num` more replies. Raises: TimeoutError."""
+        target, deadline_s = self.num_done.value + num, time.monotonic() + timeout_s
+        while self.num_done.value < target:
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"the honest actor must get {num} replies in {timeout_s:g} s")
+            time.sleep(SAMPLE_S)
+
+    @contextmanager
+    def hostile(self, kind: str) -> Iterator[Hostile]:
+        """A process that floods the learner while `running` is set."""
+        hostile = Hostile(self.context.Event(), self.context.Value("q", 0))
+        arguments = (kind, self.address, hostile.running, hostile.num_sent)
+        process = self.context.Process(target=flood, args=arguments, daemon=True)
+        process.start()
+        try:
+            yield hostile
+        finally:
+            process.kill()
+            process.join()
+
     def measure(self, kind: str, *, num_messages: int, max_seconds: float, start_mb: float) -> Result:
         """Alternates intervals without and with flood until `num_messages` are sent or for `max_seconds` of flood."""
-        running, num_sent = self.context.Event(), self.context.Value("q", 0)
-        hostile = self.context.Process(target=flood, args=(kind, self.address, running, num_sent), daemon=True)
-        hostile.start()
+        with self.hostile(kind) as hostile:
+            self.memory()
+            ratios = self._ratios(hostile, num_messages=num_messages, max_seconds=max_seconds)
+        return {
+            "growth_mb": round(self.memory()[1] - start_mb, 1),
+            "rate_ratio": round(statistics.median(ratios), 3),
+            "lowest_ratio": round(min(ratios), 3),
+            "intervals": len(ratios),
+            "sent": 0 if kind == "busy" else hostile.num_sent.value,
+        }
+
+    def _ratios(self, hostile: Hostile, *, num_messages: int, max_seconds: float) -> list[float]:
+        running, num_sent = hostile.running, hostile.num_sent
         ratios: list[float] = []
-        self.memory()
         base = self.rate()
         while not ratios or (num_sent.value < num_messages and len(ratios) * self.seconds < max_seconds):
             num_before = num_sent.value
@@ -186,16 +233,7 @@ class Stage:
             after = self.rate()
             ratios.append(flooded / ((base + after) / 2))
             base = after
-        hostile.kill()
-        hostile.join()
-        ratios.sort()
-        return {
-            "growth_mb": round(self.memory()[1] - start_mb, 1),
-            "rate_ratio": round(statistics.median(ratios), 3),
-            "lowest_ratio": round(ratios[0], 3),
-            "intervals": len(ratios),
-            "sent": 0 if kind == "busy" else num_sent.value,
-        }
+        return ratios
 
 
 def main() -> None:
@@ -216,9 +254,8 @@ def main() -> None:
         num_done = context.Value("q", 0)
         actor = context.Process(target=act, args=(address, num_done), daemon=True)
         actor.start()
-        while num_done.value < 100:
-            time.sleep(SAMPLE_S)
         stage = Stage(address, ours, num_done, context, seconds)
+        stage.until_served(100, timeout_s=60.0)
         start_mb, _ = stage.memory()
         results: dict[str, Result] = {}
         for kind in options.kinds:
