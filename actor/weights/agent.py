@@ -29,13 +29,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from actor.engines.sglang_client import SGLangClient, UpdateMode
-from actor.weights.canary import CanaryTimeout, measure_canary_error
-from actor.weights.fetch import PreparedWeights, WeightFetcher
+from actor.weights.fetch import WeightFetcher
+from actor.weights.installer import WeightInstaller
 from protocol.errors import EngineError, ProtocolError, RemoteError, WeightsError
 from protocol.fault_injection import fault_point
 from protocol.messages import EngineFields
@@ -95,7 +94,6 @@ class WeightAgent:
     ) -> None:
         self._name = name
         self._url = url
-        self._pause_mode: UpdateMode = pause_mode
         self._engine = engine
         self._requests = requests
         self._announcements = announcements
@@ -107,7 +105,14 @@ class WeightAgent:
             manifest_timeout_s=self._timeouts.manifest_s,
             chunk_timeout_s=self._timeouts.chunk_s,
         )
-        self._canary_tolerance = canary_tolerance
+        self._installer = WeightInstaller(
+            name=name,
+            engine=engine,
+            pause_mode=pause_mode,
+            canary_tolerance=canary_tolerance,
+            canary_timeout_s=self._timeouts.canary_s,
+            num_other_serving=lambda: self._num_other_serving,
+        )
         self._committed: PolicyTag | None = None
         self._newest: PolicyTag | None = None
         self._updating = False
@@ -120,8 +125,16 @@ class WeightAgent:
         self._report_replied = asyncio.Event()
         self.num_updates = 0
         self.num_failures = 0
-        self.paused_s = 0.0
-        self.canary_error = 0.0
+
+    @property
+    def paused_s(self) -> float:
+        """Total time that the engine was paused for updates."""
+        return self._installer.paused_s
+
+    @property
+    def canary_error(self) -> float:
+        """That of the last canary, in nats."""
+        return self._installer.canary_error
 
     @property
     def num_fetched_bytes(self) -> int:
@@ -254,13 +267,13 @@ class WeightAgent:
         self._updating = True
         self._report_now.set()
         try:
-            await self._update(prepared)
+            self._warning = await self._installer.install(prepared, is_committed=previous is not None)
             self._committed = tag
             fault_point("agent.committed")
         except BaseException as error:
             self._committed = None
             if isinstance(error, Exception):
-                await self._pause_and_abort()
+                await self._installer.pause_and_abort()
             raise
         finally:
             self._updating = False
@@ -268,57 +281,3 @@ class WeightAgent:
         log.info(
             "engine %s: %s -> %s, canary error %.2g nats", self._name, previous or "nothing", tag, self.canary_error
         )
-
-    async def _update(self, prepared: PreparedWeights) -> None:
-        """Pauses the engine, updates it, continues it and checks the canary. Raises: EngineError, WeightsError.
-
-        If no publication is committed, requests in flight are aborted: no client may get tokens before the canary is
-        checked. Otherwise they continue with the new weights; if the canary then fails, those that ended in the
-        milliseconds before its response have been returned to their clients.
-        """
-        started_s = time.perf_counter()
-        await self._engine.pause("abort" if self._committed is None else self._pause_mode)
-        await self._engine.update_weights_from_disk(
-            str(prepared.folder), weight_version=str(prepared.tag), flush_cache=True
-        )
-        fault_point("agent.updated")
-        canary = asyncio.ensure_future(measure_canary_error(self._engine, prepared, timeout_s=self._timeouts.canary_s))
-        try:
-            await asyncio.sleep(0)  # the canary sends its requests before the engine continues
-            await self._engine.continue_()
-            self.paused_s += time.perf_counter() - started_s
-            self._warning = await self._judge_canary(canary, prepared)
-        finally:
-            canary.cancel()
-            await asyncio.gather(canary, return_exceptions=True)
-
-    async def _judge_canary(self, canary: asyncio.Future[float], prepared: PreparedWeights) -> str:
-        """Waits for the canary. Returns a warning if the engine may serve in spite of it; empty if it is as expected.
-
-        A canary without response says nothing about the weights: the engine is busy. Wrong log-probs are tolerated on
-        the last engine, because without it the run would stop.
-
-        Raises: EngineError, WeightsError.
-        """
-        try:
-            self.canary_error = await canary
-        except CanaryTimeout as error:
-            log.warning("engine %s serves %s unchecked: %s", self._name, prepared.tag, error)
-            return f"serves {prepared.tag} unchecked: {error}"
-        if self.canary_error <= self._canary_tolerance:
-            return ""
-        problem = (
-            f"the canary's log-probs must be within {self._canary_tolerance:g} nats of the learner's, got "
-            f"{self.canary_error:.4g}: the engine does not compute with the weights of {prepared.tag}"
-        )
-        if self._num_other_serving:
-            raise WeightsError(problem)
-        log.warning("engine %s serves nevertheless, because no other engine serves: %s", self._name, problem)
-        return f"serves nevertheless, because no other engine serves: {problem}"
-
-    async def _pause_and_abort(self) -> None:
-        """Pauses the engine, whose weights are now unknown, and aborts its requests: pools retry them elsewhere."""
-        try:
-            await self._engine.pause("abort")
-        except EngineError as error:
-            log.warning("engine %s cannot be paused: %s", self._name, error)
