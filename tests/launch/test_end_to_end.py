@@ -83,6 +83,7 @@ def test_a_tiny_run_of_all_roles_completes(tmp_path: Path) -> None:
     assert [path.name for path in (run.run_dir / "checkpoints").iterdir()] == ["step-00000002"]
 
 
+@pytest.mark.slow
 def test_two_ranks_with_learning_rate_0_agree_with_the_engine(tmp_path: Path) -> None:
     """If the weights that two ranks publish differed from the trained ones, the mismatch would not be flat."""
     run = make_tiny_run(tmp_path)

@@ -76,6 +76,7 @@ def test_ten_steps_equal_five_steps_a_kill_and_five_steps_bit_exactly(tmp_path: 
     assert len(set(steps.values())) > 5
 
 
+@pytest.mark.slow
 def test_a_replay_on_two_ranks_equals_one_rank(tmp_path: Path) -> None:
     source = record_run(tmp_path / "source", num_steps=3)
     path, config = replay_config(tmp_path)
@@ -180,6 +181,7 @@ def test_repeated_non_finite_updates_end_the_run_and_save_the_batch(tmp_path: Pa
     assert [each.cursor for each in kept] == [each.cursor for each in groups_of(1)]
 
 
+@pytest.mark.slow
 def test_all_ranks_end_with_the_exit_status_of_the_first_that_fails(tmp_path: Path) -> None:
     """Status 3 means that a restart would not help."""
     source = record_run(tmp_path / "source", num_steps=1)
