@@ -86,9 +86,11 @@ class _Connection:
     def update(self) -> int:
         """Reads the kernel's counter. Returns the number of unread bytes."""
         num_read = self.num_read
-        with suppress(OSError, struct.error):
+        try:
             info = self.handle.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED.size)
             self.num_received = _BYTES_RECEIVED.unpack(info)[0]
+        except (OSError, struct.error):  # it has ended
+            pass
         self._excess = max(self._excess, num_read - self.num_received)
         return self.num_received - (num_read - self._excess)
 
