@@ -20,7 +20,8 @@ from protocol.evaluation import EvaluationFolder, EvaluationPlan
 from protocol.failure_counts import failure_line
 
 TEMPERATURES = {"sampled": 1.0, "greedy": 0.0}
-_ENGINE_TIMEOUT_S = 60.0
+# For slow machines: if the learner or the engine cannot start, the supervisor ends the demo long before.
+_ENGINE_TIMEOUT_S = 600.0
 
 
 async def make_data_and_model(run: DemoRun, supervisor: Supervisor, view: LiveView) -> None:
