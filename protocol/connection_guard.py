@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import struct
 import sys
 import threading
 import time
@@ -21,6 +20,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+
+from protocol.guarded_connection import Connection
+from protocol.listener_filter import set_accepting
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +32,12 @@ _MIN_PERIOD_S = 0.01
 # A sweep may use 1/50 of a core.
 _PERIODS_PER_SWEEP = 50
 _LOG_EVERY_S = 10.0
-# struct tcp_info: tcpi_bytes_received is a u64 at offset 128.
-_BYTES_RECEIVED = struct.Struct("=128xQ")
+# Ended connections whose messages may still be unread, each with up to 100 KB in libzmq. Above it, none is accepted.
+MAX_ENDED_UNREAD = 256
 
 
 class ConnectionEvent(Enum):
+    LISTENING = "listening"
     ACCEPTED = "accepted"
     ENDED = "ended"
 
@@ -52,57 +55,6 @@ class ConnectionLimits:
     max_connections: int = 4_096
     max_unread_bytes: int = 40 << 20
     max_total_unread_bytes: int = 1 << 30
-
-
-class _Connection:
-    """One accepted connection.
-
-    num_read      bytes that the application has read, an upper bound; written by the socket's thread only
-    num_received  bytes that the kernel has received
-    """
-
-    __slots__ = ("_excess", "closing", "handle", "num_messages", "num_read", "num_received", "peer")
-
-    def __init__(self, fd: int) -> None:
-        family = socket.AF_INET
-        self.handle = socket.socket(family, socket.SOCK_STREAM, fileno=fd)  # detached, never closed: libzmq owns fd
-        self.peer = self._peer()
-        self.num_read = 0
-        self.num_received = 0
-        self.num_messages = 0
-        self.closing = False
-        self._excess = 0
-
-    @property
-    def num_unread(self) -> int:
-        return self.num_received - (self.num_read - self._excess)
-
-    def _peer(self) -> object:
-        try:
-            return self.handle.getpeername()
-        except OSError:
-            return None
-
-    def update(self) -> int:
-        """Reads the kernel's counter. Returns the number of unread bytes."""
-        num_read = self.num_read
-        try:
-            info = self.handle.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED.size)
-            self.num_received = _BYTES_RECEIVED.unpack(info)[0]
-        except (OSError, struct.error):  # it has ended
-            pass
-        self._excess = max(self._excess, num_read - self.num_received)
-        return self.num_received - (num_read - self._excess)
-
-    def shut_down(self) -> None:
-        """Ends the connection; libzmq notices and closes its descriptor."""
-        self.closing = True
-        if self._peer() == self.peer:  # else the descriptor's number already belongs to another connection
-            with suppress(OSError):
-                self.handle.shutdown(socket.SHUT_RDWR)
-
-    def detach(self) -> None:
-        self.handle.detach()
 
 
 class GuardedSocket:
@@ -125,12 +77,16 @@ class GuardedSocket:
         self._limits = limits
         self._next_event = next_event
         self._close = close
-        self._open: dict[int, _Connection] = {}
+        self._open: dict[int, Connection] = {}
         self._unknown: dict[int, int] = {}
         self._num_unread_of_ended = 0
         self._num_read_of_ended = 0
         self._num_subtracted = 0
         self._num_closed = 0
+        self._listener: socket.socket | None = None
+        self._is_accepting = True
+        self._num_ended = 0
+        self._num_empty = self._num_empty_seen = 0
         self._logged_s = -_LOG_EVERY_S
 
     @property
@@ -154,6 +110,10 @@ class GuardedSocket:
             connection.num_read += num_bytes
             connection.num_messages += 1
 
+    def on_empty(self) -> None:
+        """The application has read every complete message, so that ended connections have left none."""
+        self._num_empty += 1
+
     def disconnect(self, fd: int, reason: str) -> None:
         """Closes a connection. Messages that libzmq has already received are still delivered."""
         connection = self._open.get(fd)
@@ -166,8 +126,9 @@ class GuardedSocket:
         """Handles events of connections, then closes those that exceed a limit."""
         while (event := self._next_event()) is not None:
             self._on_event(*event)
+        self._pause_or_accept()
         total = self._total_of_ended()
-        unread: list[tuple[int, _Connection]] = []
+        unread: list[tuple[int, Connection]] = []
         for connection in list(self._open.values()):
             num = connection.update()
             total += num
@@ -193,16 +154,35 @@ class GuardedSocket:
         for connection in self._open.values():
             connection.detach()
         self._open.clear()
+        if self._listener is not None:
+            self._listener.detach()
+            self._listener = None
         self._close()
 
+    def _pause_or_accept(self) -> None:
+        """Accepts no connection while many that have ended may have left messages: reconnecting is no way around the
+        limits of unread messages of a connection."""
+        if self._num_empty != self._num_empty_seen:
+            self._num_empty_seen = self._num_empty
+            self._num_ended = 0
+        accepting = self._num_ended <= MAX_ENDED_UNREAD
+        if accepting != self._is_accepting and self._listener is not None:
+            self._is_accepting = accepting
+            with suppress(OSError):
+                set_accepting(self._listener, accepting)
+
     def _on_event(self, kind: ConnectionEvent, fd: int) -> None:
+        if kind is ConnectionEvent.LISTENING:
+            self._listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=fd)  # libzmq owns fd
+            return
         ended = self._open.pop(fd, None)
         if ended is not None:
             self._num_unread_of_ended += ended.num_unread
+            self._num_ended += 1
             ended.detach()
         if kind is ConnectionEvent.ACCEPTED:
             try:
-                connection = _Connection(fd)
+                connection = Connection(fd)
             except OSError:  # the descriptor is closed already, and ENDED follows
                 return
             if len(self._open) >= self._limits.max_connections:
@@ -227,7 +207,7 @@ class GuardedSocket:
         self._num_subtracted = num_read
         return self._num_unread_of_ended
 
-    def _shut_down(self, connection: _Connection, reason: str) -> None:
+    def _shut_down(self, connection: Connection, reason: str) -> None:
         self._num_closed += 1
         now_s = time.monotonic()
         if now_s - self._logged_s > _LOG_EVERY_S:

@@ -56,6 +56,8 @@ class Socket:
             try:
                 received = read()
             except zmq.Again:
+                if self._guarded is not None:
+                    self._guarded.on_empty()
                 await self._waiter.wait(zmq.POLLIN)
             else:
                 self._waiter.after_operation()

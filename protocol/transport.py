@@ -38,6 +38,7 @@ _ROUTER_SEND_LIMIT = 256
 # The bytes of the queue are bounded by the connection guard.
 _RECEIVE_LIMIT = 64
 _ROUTER_RECEIVE_LIMIT = 10_000
+_EVENTS = zmq.EVENT_LISTENING | zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
 # Subscribers send one short subscription.
 _SUBSCRIBER_LIMITS = ConnectionLimits(max_unread_bytes=64 << 10)
 _MAX_SUBSCRIPTION_BYTES = 1_024
@@ -132,13 +133,16 @@ class Transport:
             else:
                 self._serve_curve(socket, self._keys)
             guards = ConnectionGuard.supports(address)
-            if guards:
-                socket.monitor(_events_address(socket), zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
-            socket.bind(address)
+            events = self._events(socket) if guards else None  # before `bind`, which waits for it to be connected
+            try:
+                socket.bind(address)
+            except BaseException:
+                if events is not None:
+                    events.close(linger=0)
+                raise
         bound = socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        if not guards:
+        if events is None:
             return bound, None
-        events = self._events(socket)
         guarded = GuardedSocket(
             address=bound, limits=limits, next_event=lambda: _next_event(events), close=lambda: events.close(linger=0)
         )
@@ -148,6 +152,7 @@ class Transport:
     def _events(self, socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
         """Returns a socket that receives the events of the socket's connections. Its queue has no limit: if it were
         full, libzmq's I/O thread would wait."""
+        socket.monitor(_events_address(socket), _EVENTS)
         events = self._context.socket(zmq.PAIR)
         events.setsockopt(zmq.RCVHWM, 0)
         events.connect(_events_address(socket))
@@ -206,7 +211,8 @@ def _next_event(events: zmq.Socket[bytes]) -> tuple[ConnectionEvent, int] | None
         return None
     content, _endpoint = events.recv_multipart(zmq.NOBLOCK)
     kind, fd = struct.unpack("=Hi", content)
-    return (ConnectionEvent.ACCEPTED if kind == zmq.EVENT_ACCEPTED else ConnectionEvent.ENDED), fd
+    kinds = {int(zmq.EVENT_LISTENING): ConnectionEvent.LISTENING, int(zmq.EVENT_ACCEPTED): ConnectionEvent.ACCEPTED}
+    return kinds.get(int(kind), ConnectionEvent.ENDED), fd
 
 
 @contextmanager

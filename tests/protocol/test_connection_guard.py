@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 import zmq
 import zmq.asyncio
 
-from protocol.connection_guard import ConnectionLimits
+from protocol.connection_guard import MAX_ENDED_UNREAD, ConnectionLimits
 from tests.protocol.echo import WAIT_S, Open, echoed, echoing
 from tests.protocol.zmtp import connect_zmtp, send_until_closed, zmtp_frame
 
@@ -124,6 +125,20 @@ async def test_the_connection_of_a_peer_that_floods_is_closed(transport: Open) -
         async with echoing(router):
             await asyncio.to_thread(send_until_closed, hostile, zmtp_frame(b"flood"))
             assert await echoed(transport().dealer(router.address), b"hello")
+
+
+async def test_reconnecting_leaves_a_bounded_number_of_unread_messages(transport: Open) -> None:
+    """The event loop of the server does not run while a peer connects, sends a message and disconnects."""
+    router = transport().router("tcp://127.0.0.1:0")
+    num_accepted = 0
+    with suppress(TimeoutError):
+        while num_accepted < 10 * MAX_ENDED_UNREAD:
+            with connect_zmtp(router.address, timeout_s=0.5) as hostile:
+                hostile.sendall(zmtp_frame(b"hello"))
+            num_accepted += 1
+    assert MAX_ENDED_UNREAD <= num_accepted < 10 * MAX_ENDED_UNREAD
+    async with echoing(router):
+        assert await echoed(transport().dealer(router.address), b"after the messages were read")
 
 
 async def test_subscriptions_above_the_limit_end_their_connection(transport: Open) -> None:
