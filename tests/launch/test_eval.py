@@ -82,6 +82,13 @@ def test_a_config_without_a_run_evaluates_model_path(tiny: TinyRun, tmp_path: Pa
     assert not (output / "engine-token").exists()
 
 
+def without_cache(value: Any) -> Any:
+    """Drops `num_cached_tokens`, which depends on the other requests of the engine."""
+    if isinstance(value, dict):
+        return {key: without_cache(each) for key, each in value.items() if "num_cached_tokens" not in key}
+    return [without_cache(each) for each in value] if isinstance(value, list) else value
+
+
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_report(finished: Path, tmp_path: Path) -> None:
     limit = ("--limit", "150", "--concurrency", "2", *SAMPLED)
@@ -100,8 +107,8 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_report(finished: Pat
     kept = samples(killed)
     evaluate(log, finished, "--output", killed.root, *limit)
     assert samples(killed)[: len(kept)] == kept
-    assert in_order(killed) == in_order(whole)
-    assert killed.report.read_bytes() == whole.report.read_bytes()
+    assert without_cache(in_order(killed)) == without_cache(in_order(whole))
+    assert without_cache(json.loads(killed.report.read_bytes())) == without_cache(json.loads(whole.report.read_bytes()))
 
 
 @pytest.mark.slow
