@@ -77,8 +77,8 @@ checkpoint = {{ every_steps = 3, keep = 2 }}
 retention = {{ keep_steps = 0 }}
 """
 
-_POISON = '''
-"""A reward that kills the actor on one of some forty questions, and raises on another."""
+_REWARDS = '''
+"""Rewards of the chaos runs. The model is untrained and answers nothing right, so rewards depend on its tokens."""
 
 import os
 import zlib
@@ -86,14 +86,24 @@ import zlib
 from palimpsest import Reward, Score
 
 
-class Poisoned(Reward):
+class Varied(Reward):
+    """0 or 1, different within a group, so that every step changes the weights."""
+
+    async def score(self, question, episode, trajectory):
+        tokens = b"".join(context.token_ids.tobytes() for context in trajectory.contexts)
+        return Score(float(zlib.crc32(tokens) % 2))
+
+
+class Poisoned(Varied):
+    """Kills the actor on one of {modulus} questions, and raises on another."""
+
     async def score(self, question, episode, trajectory):
         number = zlib.crc32(question.id.encode()) % {modulus}
         if number == {fatal}:
             os._exit(1)
         if number == {raising}:
             raise RuntimeError("poison")
-        return Score(float(number % 2))
+        return await super().score(question, episode, trajectory)
 '''
 
 
@@ -205,9 +215,9 @@ async def _orphan(run: RunFolder, launcher: asyncio.subprocess.Process) -> list[
 def _write_config(folder: Path, files: Path, *, seed: int, num_steps: int, is_poisoned: bool) -> Path:
     folder.mkdir(parents=True)
     numbers = {"modulus": 41, "fatal": seed % 41, "raising": (seed + 20) % 41}
-    (folder / "poison.py").write_text(_POISON.format(**numbers))
+    (folder / "chaos_rewards.py").write_text(_REWARDS.format(**numbers))
     path = folder / "run.toml"
-    reward = "poison:Poisoned" if is_poisoned else "em"
+    reward = "chaos_rewards:Poisoned" if is_poisoned else "chaos_rewards:Varied"
     path.write_text(_CONFIG.format(seed=seed, files=files, reward=reward, num_steps=num_steps))
     return path
 
