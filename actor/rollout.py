@@ -186,7 +186,7 @@ class Episodes:
 def is_fault(error: BaseException) -> bool:
     """Whether user code raised `error`: false for the cancellation of the running task and for Ctrl-C.
 
-    True for SystemExit, and for a CancelledError although nobody has cancelled the task.
+    True for SystemExit, and for a CancelledError although the task was not cancelled.
     """
     if isinstance(error, asyncio.CancelledError):
         task = asyncio.current_task()

@@ -2,7 +2,7 @@
 
     python benchmarks/flood.py [--quick] [--kinds small half] [--messages 1000000] [--seconds 2] [--max-seconds 60]
 
-The learner is a real NetworkThread with a store in a process of its own; an honest actor in another process sends
+The learner is a real NetworkThread with a store, in a separate process; an honest actor in another process sends
 heartbeats and waits for the reply to each. Each kind of flood runs in a third process, on loopback, without keys:
 
 busy       no messages: the process only computes, which shows what the loss of a core costs

@@ -2,7 +2,7 @@
 
 libzmq bounds the unread messages of a connection, but not their bytes, nor the frames of a message whose last frame has
 not arrived. The guard compares the bytes that the kernel has received on each connection (TCP_INFO) with the bytes that
-the application has read, and shuts a connection down that exceeds the limit. It runs in a thread of its own, so it also
+the application has read, and shuts a connection down that exceeds the limit. It runs in a separate thread, so it also
 works while the event loop stalls.
 
     libzmq: accepted, disconnected ──► sweep, every 10 ms or more ──► shutdown(fd)      libzmq then frees the connection

@@ -94,7 +94,7 @@ def learner_identity(config: Config, *, weights: bool = True) -> dict[str, str]:
     """Section → JSON text of what a run's data and training depend on. Raises: DataError (an unreadable file).
 
     `learner.num_steps` counts only if the learning-rate schedule depends on it. The user's code does not count: a run
-    may be resumed with a mended workflow. `weights` False: weights are not read, and count as files that are missing.
+    may be resumed with a corrected workflow. `weights` False: weights are not read and count as missing files.
     """
     tree = _tree(config, weights=weights)
     learner = tree["learner"]
@@ -183,7 +183,7 @@ def _weights(folder: Path, *, read: bool) -> dict[str, str]:
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, and the chat template, which is in this file or in a file of its own."""
+    """tokenizer_config.json, and the chat template, which is in this file or in a separate file."""
     try:
         text = (folder / _TOKENIZER_CONFIG).read_text(encoding="utf-8")
         fields = json.loads(text)

@@ -37,7 +37,7 @@ class EvaluatedEngines:
                 if asyncio.get_running_loop().time() > deadline:
                     raise UnreachableError(
                         f"no engine responds any more ({', '.join(self._urls)}): it was stopped, or its run has ended; "
-                        "the samples so far are kept, and the same command goes on with the missing ones"
+                        "the samples so far are kept, and the same command continues with the missing ones"
                     )
                 await asyncio.sleep(_POLL_S)
 

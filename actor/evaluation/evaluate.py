@@ -231,7 +231,7 @@ async def _check_retriever(parts: Parts, address: str, *, timeout_s: float) -> N
 
 
 async def _for_each(items: Iterable[T], run: Callable[[T], Awaitable[None]], *, concurrency: int) -> None:
-    """Calls `run` for every item, at most `concurrency` at once, with no more tasks than that."""
+    """Calls `run` for every item, at most `concurrency` at once, and creates at most `concurrency` tasks."""
     remaining = iter(items)
 
     async def worker() -> None:

@@ -47,7 +47,7 @@ def evaluate(
 
     RUN is the folder of a run, finished or not, or a config file. An engine is started with the checkpoint, and a
     retriever if the run has indexes. Every trajectory is written to samples.jsonl as soon as it ends, and the same
-    command goes on where it was stopped; it also repeats the samples that FAILED.
+    command resumes where it stopped; it also repeats the samples that FAILED.
     """
     import logging
 
@@ -78,7 +78,7 @@ def evaluate(
     try:
         report, folder = run_async(evaluate_run(request))
     except KeyboardInterrupt:
-        click.echo("eval: stopped; the same command goes on with the missing samples", err=True)
+        click.echo("eval: stopped; the same command continues with the missing samples", err=True)
         raise
     click.echo(report_text(report, folder))
     if report.num_failed > max_failed or report.reward is None:

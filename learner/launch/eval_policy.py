@@ -79,10 +79,11 @@ def _checkpoints(root: Path) -> tuple[dict[int, Path], list[str]]:
 
 
 def linked_model(policy: EvaluatedPolicy, links: Path) -> Path:
-    """A folder with the policy's files that stays while the evaluation is not complete, also if the run goes on.
+    """A folder with the policy's files that stays until the evaluation is complete, also if the run continues.
 
-    A run deletes old checkpoints; the files are therefore linked (or copied, on another file system) to a folder in
-    `links`, the training state is not. Raises: DataError if the checkpoint is damaged, or is deleted meanwhile.
+    A run deletes old checkpoints. So the policy's files, without the training state, are linked (or copied, on another
+    file system) to a folder in `links`. Raises: DataError (the checkpoint is damaged, or was deleted before all files
+    were linked).
     """
     assert policy.model is not None
     if policy.is_kept:

@@ -138,7 +138,7 @@ def _name(request: Request, policy: EvaluatedPolicy) -> str:
 def _prepared(config: Config, policy: EvaluatedPolicy, folder: EvaluationFolder, *, live: bool) -> Config:
     """The config of the evaluation's processes, with free ports for those that are started here. Raises: UserError.
 
-    They listen on loopback; an engine gets a token of its own. A retriever is started if the run has indexes, except
+    They listen on loopback; each engine gets its own token. A retriever is started if the run has indexes, except
     with `live`.
     """
     network, engine, retriever = config.network, config.engine, config.retriever

@@ -220,7 +220,7 @@ def _now(status: RunStatus) -> list[tuple[str, str]]:
 
 
 def _bar(num_done: int, num_total: int) -> RenderableType:
-    """A progress bar on a line of its own, with the percentage at its end."""
+    """A progress bar on its own line, with the percentage at its end."""
     line = Table.grid(padding=(0, 1), expand=True)
     line.add_column(ratio=1)
     line.add_column(no_wrap=True, justify="right")

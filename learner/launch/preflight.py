@@ -157,7 +157,7 @@ def _run_state(config: Config) -> Iterator[CheckResult]:
             "run, choose another run.dir",
         )
     else:
-        yield CheckResult("ok", "resume", f"{folder.root} contains this run; it goes on after {num_steps} steps")
+        yield CheckResult("ok", "resume", f"{folder.root} contains this run; it resumes after {num_steps} steps")
 
 
 def _ports(config: Config) -> Iterator[CheckResult]:

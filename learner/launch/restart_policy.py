@@ -9,8 +9,8 @@
                                                               has failed for patience_s
 
 The uptime is no progress: a learner that dies after each hour without a step stops the run. A process other than the
-learner is restarted for as long as the run may go on without it: others of its role work, or the learner is busy with
-a long step. Its pauses grow.
+learner is restarted as long as the run can continue without it: others of its role work, or the learner is busy with a
+long step. Its pauses grow.
 """
 
 from __future__ import annotations

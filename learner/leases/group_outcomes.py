@@ -76,7 +76,7 @@ class GroupOutcomes:
         self._is_over = 0 < failed <= self.num_failed_in_a_row or 0 < skipped <= self.num_skipped_in_a_row
 
     def why_over(self, *, step: int) -> str:
-        """Why the run must end; empty if it goes on. It is decided at a heartbeat, which states the last reasons."""
+        """Why the run must end; empty if it continues. It is decided at a heartbeat, which states the last reasons."""
         if not self._is_over:
             return ""
         if self.num_failed_in_a_row >= self._limits.max_failed > 0:

@@ -69,9 +69,9 @@ class Progress:
 
 
 def phase_text(phase: Phase, *, step: int, num_steps: int) -> str:
-    """What the learner does in a phase in which it waits for nobody. `num_steps`: in `retraining`, the recorded steps.
+    """What the learner does in a phase in which it waits for no other process.
 
-    The batch of step k takes version k to k + 1.
+    The batch of step k takes version k to k + 1. `num_steps`: in `retraining`, the number of recorded steps.
     """
     texts: dict[Phase, str] = {
         "starting": "starting: loading model and checkpoint",

@@ -6,7 +6,7 @@
 
     thread   consumes: the phase, the coordinator's state   produces: files, log lines   waits for: the clock
 
-A thread of its own, because the main thread is blocked while it waits for a batch or trains. What cannot be written
+A separate thread, because the main thread is blocked while it waits for a batch or trains. What cannot be written
 (the disk is full) is written a second later.
 """
 
@@ -66,7 +66,7 @@ class ProgressReporter:
         self._checkpoint_warning = ""
         self._error = ""
         self._is_unwritable = False
-        # Held while a text is written to TensorBoard, so that its writer is not closed meanwhile.
+        # Held while a text is written to TensorBoard, so that its writer is not closed at the same time.
         self._writing = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
@@ -202,7 +202,7 @@ class ProgressReporter:
         else:
             cause = wait_cause(state)
             if cause.kind != self._cause:
-                # The groups of a batch are waited for since the phase began, whatever else was the cause meanwhile.
+                # The wait for groups of a batch began with the phase, even if other causes were reported since then.
                 self._cause = cause.kind
                 self._cause_s = self._entered_s if cause.kind == "leases" else now_s
             text, since_s = waiting_text(state), self._cause_s

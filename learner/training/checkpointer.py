@@ -59,7 +59,7 @@ class Checkpointer:
         except OSError as error:
             self._is_overdue = True
             log.error(
-                "the checkpoint of step %d cannot be written: %s; training goes on, and the next step tries again",
+                "the checkpoint of step %d cannot be written: %s; training continues, and the next step tries again",
                 *(step, error),
             )
             return False

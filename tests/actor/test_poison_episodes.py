@@ -1,4 +1,4 @@
-"""An episode whose policy or code returns unusual values ends alone: its actor goes on, and the group can be sent."""
+"""An episode whose policy or code returns unusual values ends alone: its actor continues, and the group can be sent."""
 
 from __future__ import annotations
 

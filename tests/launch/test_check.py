@@ -1,4 +1,4 @@
-"""`palimpsest check`: each fault is in a line of its own. Some tests run the whole command with its processes."""
+"""`palimpsest check`: each fault has its own line. Some tests run the whole command with its processes."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_ctrl_c_stops_every_process_and_keeps_the_samples(finished: Path, tmp_pa
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=RUN_TIMEOUT_S) == 130, log.read_text()
     assert not any(is_running(pid) for pid in processes.values())
-    assert "eval: stopped; the same command goes on" in log.read_text()
+    assert "eval: stopped; the same command continues" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert not folder.read_report().complete
     assert len(samples(folder)) >= 10

@@ -1,4 +1,4 @@
-"""The launcher on a full disk goes on, and writes its files again when there is room."""
+"""The launcher continues on a full disk, and writes its files again when there is room."""
 
 from __future__ import annotations
 

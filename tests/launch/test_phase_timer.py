@@ -28,7 +28,7 @@ def test_seconds_add_up_over_restarts_and_errors(tmp_path: Path) -> None:
 
 
 def test_a_killed_process_has_saved_its_phase(tmp_path: Path) -> None:
-    """The block of the killed process never ends; the file grows meanwhile."""
+    """The block of the killed process never ends; the file grows at the same time."""
     path = tmp_path / "seconds.json"
     code = (
         "import sys, threading; from pathlib import Path; from learner.launch.phase_timer import PhaseTimer\n"

@@ -30,7 +30,7 @@ def test_ports_that_are_0_become_free_ports_once() -> None:
 
 @pytest.mark.parametrize("port", [0, 7310])
 def test_without_indexes_no_port_is_chosen_for_a_retriever(port: int) -> None:
-    """An actor or an evaluation with a port would wait for a retriever that nobody starts."""
+    """An actor or an evaluation with a port would wait for a retriever that no process starts."""
     assert with_ports(config(retriever={"port": port})).retriever.port == port
 
 

@@ -31,7 +31,7 @@ LEARNER = {
     "dies after an hour each time": (crashes(3600, 7200, 10800, uptime_s=3600.0), "stop"),
     "a step before the last crash": ([*crashes(0, 1), (2, 1, 5, CRASH)], "restart"),
     "an older step after a resume is no progress": ([*crashes(0, 1), (2, 1, 3, CRASH)], "stop"),
-    "one step per life, for ever": ([(i, 1, i, CRASH) for i in range(20)], "restart"),
+    "one step per life, without end": ([(i, 1, i, CRASH) for i in range(20)], "restart"),
     "killed once": ([(0, 1, 4, KILLED)], "restart"),
     "a user error at the first start": ([(0, 1, -1, USER_ERROR)], "stop"),
     "one user error after a kill": ([(0, 1, 4, KILLED), (1, 1, 4, USER_ERROR)], "restart"),

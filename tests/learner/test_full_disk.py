@@ -1,4 +1,4 @@
-"""Metrics and checkpoints on a disk that is really full: the learner goes on, and writes again when there is room."""
+"""Metrics and checkpoints on a full disk: the learner continues, and writes again when there is room."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_checkpoint_without_room_is_tried_again_at_the_next_step(
                 assert saver.try_save(step) == (step not in (4, 5))
     assert [folder.name for folder in list_checkpoints(root)] == ["step-00000002", "step-00000006"]
     assert (saved, failed) == ([0, 2], [4, 5])
-    assert caplog.text.count("training goes on, and the next step tries again") == 2
+    assert caplog.text.count("training continues, and the next step tries again") == 2
 
 
 def test_the_last_checkpoint_waits_for_room(trainer: Trainer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

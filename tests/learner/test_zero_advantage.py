@@ -189,7 +189,7 @@ def test_the_gradient_is_the_same_for_all_losses_and_aggregations(loss: str, agg
 def test_the_gradient_is_bitwise_the_same_if_whole_micro_batches_are_left_out(
     loss: str, corrections: str, dtype: torch.dtype
 ) -> None:
-    """Every context is a micro-batch of its own, so the others are computed as before and in the same order."""
+    """Every context is a separate micro-batch, so the others are computed as before and in the same order."""
     groups = random_groups(3)
     found = [gradient(config_of("grpo", loss, corrections, skip=skip, budget=1), groups, dtype=dtype) for skip in
              (True, False)]  # fmt: skip

@@ -36,7 +36,7 @@ def main(folder: Path, stall_s: float) -> None:
 
 
 class Peer:
-    """A process that connects, sends NUM_MESSAGES messages when it is told to, and is killed."""
+    """A process that connects, sends NUM_MESSAGES messages on request, and is killed."""
 
     def __init__(self, address: str) -> None:
         self._process = subprocess.Popen(

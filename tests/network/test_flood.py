@@ -1,4 +1,4 @@
-"""A flood from one process without keys: the learner's memory is bounded, and an honest actor is served meanwhile."""
+"""A flood from one process without keys: the learner's memory is bounded, and an honest actor is still served."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @contextmanager
 def served_learner(folder: Path) -> Iterator[flood.Stage]:
-    """A learner whose main thread computes, and an honest actor that is served, in processes of their own."""
+    """A learner whose main thread computes, and an honest actor that is served, in separate processes."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     learner = context.Process(target=flood.learn, args=(theirs, str(folder), True), daemon=True)

@@ -16,7 +16,7 @@ from tests.protocol.zmtp import connect_zmtp, send_until_closed, zmtp_frame
 
 
 class RawPeer:
-    """A raw pyzmq DEALER with small buffers of its own. `closed` waits until the server has closed the connection."""
+    """A raw pyzmq DEALER with small buffers. `closed` waits until the server has closed the connection."""
 
     def __init__(self, address: str) -> None:
         self._context = zmq.asyncio.Context()
@@ -57,7 +57,7 @@ RawOpen = Callable[[str], RawPeer]
 
 
 async def test_a_message_without_an_end_ends_its_connection(transport: Open, raw_peer: RawOpen) -> None:
-    """Its frames are below the frame limit, and the event loop of the server does not run meanwhile."""
+    """Its frames are below the frame limit, and the event loop of the server does not run at that time."""
     limits = ConnectionLimits(max_unread_bytes=1_000_000)
     router = transport().router("tcp://127.0.0.1:0", limits=limits)
     honest = transport().dealer(router.address)
