@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from benchmarks.common.serving import report_serving
 from benchmarks.common.synthetic import NUM_TRAJECTORIES, PUBLICATION, RUN, VOCABULARY, make_group
 from learner.leases.admission import Rules
 from learner.leases.lease_table import LeaseTable
@@ -42,9 +43,8 @@ from learner.store.store import Store
 from protocol.codec import encode_group
 from protocol.config import NetworkConfig
 from protocol.framing import decode, encode
-from protocol.messages import EngineFields, Heartbeat, Lease, SubmitReply
+from protocol.messages import Heartbeat, Lease, SubmitReply
 from protocol.transport import Transport
-from protocol.weight_messages import EngineReport
 
 GROUP = make_group()
 LEASES_EACH = 8
@@ -84,11 +84,7 @@ def learn(connection: Connection, folder: str, num_leases: int) -> None:
         on_death=lambda: None,
     )
     with network:
-        assert network.run(network.coordinator.new_publication(0)) == PUBLICATION
-        engine = EngineFields(name="engine", url="http://127.0.0.1:1", version=0, publication=PUBLICATION)
-        network.engines.report(
-            EngineReport(request_id=1, engine=engine, state="serving"), now_s=time.monotonic() + 3_600.0
-        )
+        assert report_serving(network, version=0) == PUBLICATION
         connection.send(network.control_address)
         threading.Thread(target=take_batches, args=(network,), daemon=True).start()
         while connection.recv() is not None:

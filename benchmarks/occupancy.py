@@ -54,6 +54,7 @@ from actor.session import Session
 from actor.tasks.task import Task
 from actor.tasks.toy.tokenizer import write_tokenizer
 from actor.workflows.workflow import Workflow
+from benchmarks.common.serving import report_serving
 from learner.leases.admission import Rules
 from learner.leases.lease_table import LeaseTable
 from learner.leases.lease_timeouts import LeaseTimeouts
@@ -66,7 +67,6 @@ from protocol.errors import PalimpsestError
 from protocol.messages import EngineFields, Lease
 from protocol.transport import Transport
 from protocol.types import PolicyTag, Question, Trajectory, TrajectoryGroup
-from protocol.weight_messages import EngineReport
 
 RUN = "benchmark"
 VOCABULARY = 200
@@ -106,7 +106,7 @@ def learn(connection: Connection, setting: Setting) -> None:
             on_death=lambda: None,
         )
         with network:
-            serve(network, version=0)
+            report_serving(network, version=0)
             connection.send(network.control_address)
             threading.Thread(target=train, args=(network,), daemon=True).start()
             connection.recv()
@@ -119,19 +119,7 @@ def train(network: NetworkThread) -> None:
         for version in range(1, 1 << 20):
             groups = network.run(network.coordinator.next_batch())
             network.run(network.coordinator.commit_batch([group.cursor for group in groups]))
-            serve(network, version=version)
-
-
-def serve(network: NetworkThread, *, version: int) -> None:
-    publication = network.run(network.coordinator.new_publication(version))
-    fields = EngineFields(name="engine", url="http://127.0.0.1:1", version=version, publication=publication)
-    report = EngineReport(request_id=1, engine=fields, state="serving")
-
-    async def commit() -> None:
-        network.engines.report(report, now_s=time.monotonic() + FOREVER_S)
-        network.coordinator.engines_changed()
-
-    network.run(commit())
+            report_serving(network, version=version)
 
 
 class WaitingEngine:

@@ -44,6 +44,7 @@ import msgpack
 import numpy as np
 import zmq
 
+from benchmarks.common.serving import report_serving
 from benchmarks.common.synthetic import NUM_TRAJECTORIES, PUBLICATION, RUN, VOCABULARY, make_group
 from benchmarks.common.transport_sender import ACK_EVERY, send_all
 from learner.leases.admission import Rules, judge
@@ -55,10 +56,9 @@ from learner.store.store import Store
 from protocol.codec import decode_group
 from protocol.config import NetworkConfig
 from protocol.framing import decode, expect
-from protocol.messages import EngineFields, SubmitGroup
+from protocol.messages import SubmitGroup
 from protocol.transport import Transport
 from protocol.types import TrajectoryGroup
-from protocol.weight_messages import EngineReport
 
 RULES = Rules(run_id=RUN, group_size=NUM_TRAJECTORIES, vocab_size=VOCABULARY, skip_zero_variance=True)
 # Groups per round: a round of each method takes about half a second.
@@ -161,10 +161,7 @@ def receive_durable(num: int, connection: Connection) -> float:
             on_death=lambda: None,
         )
         with network:
-            assert network.run(network.coordinator.new_publication(0)) == PUBLICATION
-            engine = EngineFields(name="engine", url="http://127.0.0.1:1", version=0, publication=PUBLICATION)
-            report = EngineReport(request_id=1, engine=engine, state="serving")
-            network.engines.report(report, now_s=time.monotonic() + 3_600)
+            assert report_serving(network, version=0) == PUBLICATION
             connection.send(("durable", network.control_address, num))
             network.run(network.coordinator.next_batch())
             times_s = [row[0] for row in store.query("SELECT stored_at FROM groups ORDER BY stored_at")]

@@ -39,7 +39,7 @@ class EvaluatedPolicy:
 def choose_checkpoint(config: Config, root: Path, step: int | None, *, is_run: bool) -> EvaluatedPolicy:
     """The checkpoint of `step`, by default the newest of the run in `root`. Step 0 is model.path.
 
-    `is_run`: the user named the run's folder, so that model.path is not what a run without checkpoints stands for.
+    `is_run`: the user named the run's folder, so a run without checkpoints is refused and model.path is not used.
     Raises: DataError if the run has no undamaged checkpoint of this step.
     """
     folders, damage = _checkpoints(RunFolder(root).checkpoints)

@@ -28,7 +28,7 @@ class PhaseTimer:
 
     @contextmanager
     def measure(self, phase: str) -> Iterator[None]:
-        """Adds the duration of the block to `phase`, also if the block raises. While it runs, a thread saves the file."""
+        """Adds the duration of the block to `phase`, also if it raises. While it runs, a thread saves the file."""
         before_s, started_s, ended = self.seconds.get(phase, 0.0), time.perf_counter(), threading.Event()
 
         def save_until_ended() -> None:

@@ -22,7 +22,7 @@ from protocol.run_identity import actor_identity
 from protocol.transport import Transport
 from protocol.types import TrajectoryGroup
 from tests.network.peers import WAIT_S, Actor, Setting, open_network, serve_version
-from tests.protocol.run_files import RunFiles, make_run_files
+from tests.protocol.run_files import FILE_CHANGES, RunFiles, make_run_files
 
 
 @pytest.fixture
@@ -83,18 +83,6 @@ async def join(identity: Mapping[str, str], learner: Mapping[str, str], *, folde
                 task.cancel()
             await asyncio.wait([running, waiting])
             transport.close()
-
-
-FILE_CHANGES: dict[str, tuple[str, str]] = {
-    "weights": ("model/model.safetensors", "model.weights"),
-    "model config": ("model/config.json", "model.config"),
-    "tokenizer": ("model/tokenizer.json", "model.tokenizer"),
-    "tokenizer config": ("model/tokenizer_config.json", "model.tokenizer_config"),
-    "chat template": ("model/chat_template.jinja", "model.chat_template"),
-    "questions": ("questions.jsonl", "task.questions[0]"),
-    "index": ("index/manifest.json", "retriever.indexes.wiki"),
-    "option of the user's tool": ("tools/data.txt", "tool.mine.file"),
-}
 
 
 @pytest.mark.parametrize(("name", "key"), FILE_CHANGES.values(), ids=FILE_CHANGES)

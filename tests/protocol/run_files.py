@@ -54,6 +54,19 @@ _FILES = {
 }
 
 
+FILE_CHANGES: dict[str, tuple[str, str]] = {
+    "weights": ("model/model.safetensors", "model.weights"),
+    "model config": ("model/config.json", "model.config"),
+    "tokenizer": ("model/tokenizer.json", "model.tokenizer"),
+    "tokenizer config": ("model/tokenizer_config.json", "model.tokenizer_config"),
+    "chat template": ("model/chat_template.jinja", "model.chat_template"),
+    "questions": ("questions.jsonl", "task.questions[0]"),
+    "index": ("index/manifest.json", "retriever.indexes.wiki"),
+    "option of the user's tool": ("tools/data.txt", "tool.mine.file"),
+}
+"""name of a change → (file, key of the identity that then differs), for files that actors and learner have"""
+
+
 @dataclass(frozen=True, slots=True)
 class RunFiles:
     folder: Path

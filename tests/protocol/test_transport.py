@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -17,25 +17,11 @@ from protocol.messages import Drain
 from protocol.request_client import RequestClient
 from protocol.search_messages import ErrorReply, SearchReply, SearchRequest
 from protocol.transport import Transport, create_keys
+from tests.protocol.echo import Open
 
 WAIT_S = 20.0
 # How long a test waits for a message that must not arrive. It limits the test's time, not its strictness.
 REFUSED_S = 0.5
-
-Open = Callable[..., Transport]
-
-
-@pytest.fixture
-async def transport() -> AsyncIterator[Open]:
-    opened: list[Transport] = []
-
-    def make(keys: Path | None = None) -> Transport:
-        opened.append(Transport(keys=keys))
-        return opened[-1]
-
-    yield make
-    for each in opened:
-        each.close()
 
 
 @pytest.fixture

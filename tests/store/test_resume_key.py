@@ -17,7 +17,7 @@ from protocol.config import Config
 from protocol.config_file import load_config
 from protocol.errors import DataError
 from protocol.run_identity import LEARNER_MAY_DIFFER, MAY_DIFFER
-from tests.protocol.run_files import RunFiles, make_run_files
+from tests.protocol.run_files import FILE_CHANGES, RunFiles, make_run_files
 
 Change = Callable[[RunFiles], None]
 
@@ -40,20 +40,10 @@ def refusal(files: RunFiles, *overrides: str) -> str:
     return str(caught.value)
 
 
-FILE_CHANGES: dict[str, tuple[str, str]] = {
-    "weights": ("model/model.safetensors", "model.weights"),
-    "model config": ("model/config.json", "model.config"),
-    "tokenizer": ("model/tokenizer.json", "model.tokenizer"),
-    "tokenizer config": ("model/tokenizer_config.json", "model.tokenizer_config"),
-    "chat template": ("model/chat_template.jinja", "model.chat_template"),
-    "questions": ("questions.jsonl", "task.questions[0]"),
-    "index": ("index/manifest.json", "retriever.indexes.wiki"),
-    "reference": ("reference/model.safetensors", "learner.reference"),
-    "option of the user's tool": ("tools/data.txt", "tool.mine.file"),
-}
+RESUME_FILE_CHANGES = {**FILE_CHANGES, "reference": ("reference/model.safetensors", "learner.reference")}
 
 
-@pytest.mark.parametrize(("name", "key"), FILE_CHANGES.values(), ids=FILE_CHANGES)
+@pytest.mark.parametrize(("name", "key"), RESUME_FILE_CHANGES.values(), ids=RESUME_FILE_CHANGES)
 def test_one_changed_byte_of_a_file_is_refused(files: RunFiles, name: str, key: str) -> None:
     claim(load_config(files.config))
     files.change(name)
