@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -187,12 +188,11 @@ async def _one_run(folder: Path, files: Path, *, seed: int, num_steps: int, plan
     problems += audited
     if reached != num_steps or not is_finished(config):
         problems.append(f"the run must have {num_steps} steps, got {reached}")
-    faults = [line.removeprefix("chaos: ").split()[0] for line in lines if not line.startswith("chaos: flood of")]
-    counts = {kind: faults.count(kind) for kind in dict.fromkeys(faults)}
+    report = run.root / "chaos.json"
+    counts = Counter(fault["kind"] for fault in json.loads(report.read_text())) if report.exists() else Counter()
     kinds = ", ".join([*(f"{count} {kind}" for kind, count in counts.items()), *chosen])
-    return RunResult(
-        seed, time.monotonic() - started, reached, len(faults) + len(chosen), kinds or "none", tuple(problems)
-    )
+    num_faults = counts.total() + len(chosen)
+    return RunResult(seed, time.monotonic() - started, reached, num_faults, kinds or "none", tuple(problems))
 
 
 async def _orphan(run: RunFolder, launcher: asyncio.subprocess.Process) -> list[str]:
